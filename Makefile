@@ -1,0 +1,55 @@
+# Each target makes the environment itself: .venv, from the exact versions of requirements.lock.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PACKAGES := fastq pipelines serving feature_repo
+ARGS ?=
+
+# The same switches as fastq/environment.py, for tools that are run without the front door. "true" is the one word that all take.
+export DO_NOT_TRACK := true
+export FEAST_USAGE := False
+export GX_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export RAY_USAGE_STATS_ENABLED := 0
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_WAIT_POLICY := PASSIVE
+export TZ := UTC
+
+.PHONY: help demo test check bench
+
+help:  ## what can be made (this list)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	echo '  ARGS="…" is handed on: make demo ARGS="--logs open-bandit", make test ARGS="-k equations"'
+
+demo: $(VENV)/.installed  ## the whole loop on a simulated platform: logs, training, evaluation, serving, an explanation
+	@$(VENV)/bin/fastq demo $(ARGS)
+
+test: $(VENV)/.installed  ## all tests, with coverage
+	@$(VENV)/bin/python -m pytest --cov --cov-report=term $(ARGS)
+
+check: $(VENV)/.installed  ## style, format, types, and which module may import which
+	@$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check --quiet . || { echo 'Not formatted as above: run .venv/bin/ruff format .'; exit 1; }
+	$(VENV)/bin/mypy --strict $(PACKAGES)
+	$(VENV)/bin/lint-imports
+
+bench: $(VENV)/.installed  ## measurements: tests/benchmarks
+	@if compgen -G 'tests/benchmarks/bench_*.py' > /dev/null; then
+	  $(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks $(ARGS)
+	else
+	  echo 'There are no benchmarks yet (tests/benchmarks/bench_*.py); nothing was measured.'
+	fi
+
+# The stamp is written last, so an installation that was cut off is taken up again.
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo 'Python 3.11 or newer is needed; there is no python3 on the path.'; exit 1; }
+	"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; $(PYTHON) is older. Name one: make PYTHON=…"; exit 1; }
+	test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV)
+	echo 'Installing what requirements.lock names into $(VENV); the first time takes some minutes.'
+	$(VENV)/bin/python -m pip install --quiet --progress-bar on -r requirements.lock
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@

@@ -1,0 +1,736 @@
+"""The front door: every command, what it prints and what it ends with.
+
+Standard output carries the answer alone, a table for people or one JSON document for programs; progress, logs and whatever
+libraries print go to standard error. Everything heavy is imported inside a command, so `fastq --help` costs a third of a second.
+This is the only module that may open the entry points.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from fastq.errors import ConfigurationError, FastqError, GateRefused
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fastq.platform import Platform
+
+Document = Mapping[str, Any]
+View = Callable[[Document], Iterable["RenderableType"]]
+
+CRASHED = 70  # EX_SOFTWARE: a mistake of ours, told apart from 1 (a gate refused) and 2 (usage or configuration)
+PATIENCE = 10.0  # seconds in which repeated signals do not cut the cleaning up short
+
+app = typer.Typer(
+    name="fastq",
+    help="Better recommendation policies from logs of several behaviour policies: validated, trained, evaluated off-policy, explained and served.",
+    epilog="Commands work on the directory of a fastq.yaml: the current one, or --workspace DIR. They end with 0 when done, "
+    "1 when a gate refused the data or the model, 2 when the command or the configuration is wrong. Start with: fastq demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+keys_app = typer.Typer(help="Keys of the endpoint and the console; only hashes are kept.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(keys_app, name="keys")
+
+WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", metavar="DIR", help="The directory of fastq.yaml.", show_default="the current directory")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Log no decision.")]
+
+
+class DemoLogs(StrEnum):
+    """What the demo runs on."""
+
+    arena = "arena"
+    open_bandit = "open-bandit"
+
+
+class Role(StrEnum):
+    """What a key may do; each includes those before it."""
+
+    recommend = "recommend"
+    analyst = "analyst"
+    admin = "admin"
+
+
+# ---- the loop ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the demo's workspace is made.", show_default="fastq-demo")] = Path("fastq-demo"),
+    logs: Annotated[DemoLogs, typer.Option(help="A simulated platform whose truth is known, or the Open Bandit Dataset's real logs.")] = DemoLogs.arena,
+    seed: Annotated[int, typer.Option(help="Of the simulated platform and of the training.", min=0)] = 0,
+    players: Annotated[int, typer.Option(help="Players of the simulated platform.", min=10)] = 2_000,
+    days: Annotated[int, typer.Option(help="Days of the simulated platform.", min=10)] = 40,
+    fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Start afresh in a directory that holds an earlier demo, or go on where it stopped.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """A simulated platform end to end, from logs to an explanation.
+
+    Logs, validation, features, training, evaluation, promotion, serving, recommendations and one explanation; says what it did and
+    where to look next.
+    """
+    with answering(as_json) as answer:
+        from fastq.environment import prepare
+        from fastq.workspace import Workspace
+
+        prepare(Workspace(directory))
+        from pipelines import demo as story
+
+        document = story.demo(directory, logs=logs.value, seed=seed, players=players, days=days, fresh=fresh)
+        answer(document, story.account)
+    _end(refused=not document["promoted"])
+
+
+@app.command(epilog="Quote a pattern, so that the shell hands it on whole: --decisions 'logs/decisions-*.parquet'")
+def init(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The workspace to be; fastq.yaml is written there.")],
+    decisions: Annotated[str, typer.Option(metavar="PATH", help="Path, pattern or URL of the decisions: Parquet, CSV or NDJSON.")],
+    activity: Annotated[str | None, typer.Option(metavar="PATH", help="What players did: player_id, occurred_at, one numeric column per measure.")] = None,
+    players: Annotated[str | None, typer.Option(metavar="PATH", help="Attributes of players.")] = None,
+    proposals: Annotated[str | None, typer.Option(metavar="PATH", help="What each behaviour policy would have done.")] = None,
+    items: Annotated[str | None, typer.Option(metavar="PATH", help="Item features, for a catalogue.")] = None,
+    action: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A column of decisions that is an action dimension; repeat for each. Guessed if left out.")
+    ] = None,
+    objective: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A column of decisions that is an objective; repeat for each. Guessed if left out.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a fastq.yaml that is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write DIR/fastq.yaml from your own logs, guesses marked."""
+    with answering(as_json) as answer:
+        from fastq.environment import prepare
+        from fastq.inference import infer_platform_file
+        from fastq.platform import FILE_NAME
+        from fastq.workspace import Workspace, replacing
+
+        prepare()
+        target = directory / FILE_NAME
+        if target.exists() and not force:
+            raise ConfigurationError(f"{target}: is already there; remove it, or replace it with --force")
+        text = infer_platform_file(
+            directory, decisions, activity=activity, players=players, proposals=proposals, items=items, actions=action, objectives=objective
+        )
+        Workspace(directory).make(directory)
+        with replacing(target) as partial:
+            partial.write_text(text, encoding="utf-8")
+        guesses = [line.strip() for line in text.splitlines() if "#" in line]
+        answer({"written": str(target), "guesses": guesses}, _written)
+
+
+@app.command()
+def validate(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
+    """Judge the logs: verdict, report, quarantine of bad rows."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from pipelines.validate import validate_logs
+
+        document = validate_logs(platform)
+        answer(document, _validation)
+    _end(refused=not document["passed"])
+
+
+@app.command()
+def retrain(
+    since: Annotated[str | None, typer.Option(metavar="TIME", help="Leave out decisions made before this time: 2026-03-01, or 2026-03-01T06:00:00Z.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """The whole flow, from logs to the promotion gate."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from pipelines.retrain import retrain as flow
+
+        try:
+            document = flow(platform, since=None if since is None else _moment(since), resume=resume)
+        except GateRefused as refusal:  # the logs were refused, so there is no version
+            document = {"model": platform.platform, "version": None, "promoted": False, "reasons": refusal.reasons}
+        answer(document, _training)
+    _end(refused=not document["promoted"])
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A version or an alias.", show_default="champion")] = None,
+    against: Annotated[str | None, typer.Option(metavar="MODEL", help="Another version or alias, to be estimated beside it.")] = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """What a model would bring, estimated off-policy.
+
+    Estimates of the model and of the behaviour policies, each with an interval and a verdict on itself.
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from pipelines.evaluate import evaluate as flow
+
+        document = flow(platform, model, against)
+        answer(document, _estimates)
+    _end(refused=_nothing_to_trust(document, platform))
+
+
+# ---- serving -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; put a firewall before any other than loopback.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65_535)] = 8000,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Run the endpoint and the analyst console until a signal."""
+    platform = _platform(workspace)
+    from serving.app import serve as run_server
+
+    run_server(platform, host, port)
+
+
+@app.command()
+def recommend(
+    players: Annotated[list[str] | None, typer.Argument(metavar="PLAYER", help="Ids of players.", show_default=False)] = None,
+    everybody: Annotated[bool, typer.Option("--all", help="Every player that is known, in one batch; needs --out.")] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Parquet file of a batch: one row per player, the columns of decisions.")] = None,
+    dry_run: DryRunOption = False,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend for some players now, or for all into a file."""
+    with answering(as_json) as answer:
+        if everybody == bool(players):
+            raise ConfigurationError("recommend: expected either the ids of players, or --all with --out FILE")
+        if everybody != (out is not None):
+            raise ConfigurationError("recommend: --all and --out FILE go together; a few players are printed")
+        platform = _platform(workspace)
+        if out is not None:
+            from pipelines.recommend_all import recommend_all
+
+            document = recommend_all(platform, out, dry_run=dry_run)
+            served = bool(document.get("players"))
+            answer(document, _batch)
+        else:
+            from serving.online import recommend as recommend_online
+
+            document = recommend_online(platform, list(players or []), dry_run=dry_run)
+            served = bool(document["recommendations"])
+            answer(document, _recommendations)
+    _end(refused=not served)
+
+
+@app.command()
+def explain(
+    subject: Annotated[str, typer.Argument(metavar="DECISION|PLAYER", help="A decision that was served, as it was decided then; or a player, as of now.")],
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="WHAT", help="What to compare with: a behaviour policy, logged, model:VERSION, or an action as dimension=value,dimension=value."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="OBJECTIVE=WEIGHT,…", help="What if the objectives weighed otherwise: cost=-2,joy=1. Those left out keep their weight."),
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: .png, .svg or .pdf.")] = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Why this action: parts that add up, contrast, evidence."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        compared = None if against is None else _alternative(platform, against)
+        reweighted = None if weights is None else _weights(platform, weights)
+        from serving.online import explain as explain_online
+
+        document = explain_online(platform, subject, against=compared, weights=reweighted)
+        if picture is not None:
+            _draw(document, picture)
+        answer(document, _explanation)
+
+
+@keys_app.command("create")
+def keys_create(
+    role: Annotated[Role, typer.Option(help="recommend: recommendations and their outcomes; analyst: also explanations and the console; admin: all.")],
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Make a key and print it once; only its hash is kept."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq.workspace import Workspace
+        from serving.auth import create_key
+
+        answer(create_key(Workspace(platform.root), role.value), _new_key)
+
+
+@keys_app.command("list")
+def keys_list(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
+    """Ids and roles of the keys there are."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq.workspace import Workspace
+        from serving.auth import list_keys
+
+        answer({"keys": [{**key, **{name: _stamp(key[name]) for name in ("created_at", "revoked_at")}} for key in list_keys(Workspace(platform.root))]}, _keys)
+
+
+@keys_app.command("revoke")
+def keys_revoke(
+    key_id: Annotated[str, typer.Argument(metavar="ID", help="The id that `keys list` shows.")],
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Let a key open nothing any more, at once."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq.workspace import Workspace
+        from serving.auth import revoke_key
+
+        revoke_key(Workspace(platform.root), key_id)
+        answer({"revoked": key_id}, lambda document: [f"Key {document['revoked']} is revoked."])
+
+
+# ---- the registry ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def models(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
+    """List the versions, their aliases and the gate's verdicts."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq import registry
+
+        answer({"models": registry.models(platform)}, _models)
+
+
+@app.command()
+def promote(
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="A version that `models` shows.")],
+    force: Annotated[bool, typer.Option("--force", help="Promote although the gate refused; needs --reason.")] = False,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Make a version the champion, which serving serves."""
+    with answering(as_json) as answer:
+        if force and not reason.strip():
+            raise ConfigurationError("promote: --force needs --reason TEXT, which is kept with who and when")
+        platform = _platform(workspace)
+        from fastq import registry
+
+        registry.promote(platform, version, reason=reason.strip(), forced=force, who=_who())
+        answer({"model": platform.platform, "version": version, "promoted": True, "forced": force}, _promoted)
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Make the champion before this one the champion again."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq import registry
+
+        version = registry.rollback(platform, who=_who(), reason=reason.strip())
+        answer({"model": platform.platform, "version": str(version), "promoted": True}, _promoted)
+
+
+# ---- in and out --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def answering(as_json: bool) -> Iterator[Callable[[Document, View], None]]:
+    """Give the one function that reaches standard output; until the end of the block everybody else's output goes to standard error.
+
+    A refusal is a JSON document too: `error`, and `reasons` where a gate gave them.
+    """
+    sys.stdout.flush()
+    kept = os.dup(1)  # not inherited by children, so a daemon that outlives us holds nobody's pipe open
+    os.dup2(2, 1)
+
+    def answer(document: Document, view: View) -> None:
+        if as_json:
+            import orjson
+
+            options = orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS
+            out.write(orjson.dumps(document, default=str, option=options).decode() + "\n")  # NaN becomes null: JSON has no other word
+        else:
+            from rich.console import Console
+
+            console = Console(file=out, highlight=False)
+            for part in view(document):
+                console.print(part)
+        out.flush()
+
+    with os.fdopen(kept, "w", encoding="utf-8") as out, contextlib.redirect_stdout(sys.stderr):
+        try:
+            yield answer
+        except FastqError as error:
+            if as_json:
+                answer({"error": str(error), **({"reasons": error.reasons} if isinstance(error, GateRefused) else {})}, lambda _: [])
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 1)
+
+
+def _end(*, refused: bool) -> None:
+    if refused:
+        raise typer.Exit(1)
+
+
+def _platform(directory: Path) -> Platform:
+    """The platform of a workspace, with the environment made ready for everything that is imported after."""
+    from fastq.environment import prepare
+    from fastq.platform import load_platform
+    from fastq.workspace import Workspace
+
+    platform = load_platform(directory)
+    prepare(Workspace(platform.root))
+    return platform
+
+
+def _moment(text: str) -> Any:
+    from datetime import UTC, datetime
+
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise ConfigurationError(f"--since {text}: expected a time such as 2026-03-01 or 2026-03-01T06:00:00Z") from None
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+
+
+def _numbers(option: str, text: str, known: list[str], what: str) -> dict[str, float]:
+    """`name=number,name=number`, with names out of `known`."""
+    import math
+
+    numbers = {}
+    for piece in text.split(","):
+        name, equals, value = (part.strip() for part in piece.partition("="))
+        if name not in known or not equals:
+            raise ConfigurationError(f"{option} {text}: {name!r} is not {what}=number; there is {', '.join(known)}")
+        try:
+            numbers[name] = float(value)
+        except ValueError:
+            raise ConfigurationError(f"{option} {text}: expected a number for {name}, got {value!r}") from None
+        if not math.isfinite(numbers[name]):
+            raise ConfigurationError(f"{option} {text}: expected a finite number for {name}")
+    return numbers
+
+
+def _weights(platform: Platform, text: str) -> dict[str, float]:
+    return _numbers("--weights", text, list(platform.objectives), "objective")
+
+
+def _alternative(platform: Platform, text: str) -> str | dict[str, float] | dict[str, str]:
+    """What `--against` names: a behaviour policy, `logged`, `model:VERSION`, or an action in raw units."""
+    if text in platform.policies or text == "logged" or text.startswith("model:"):
+        return text
+    if "=" not in text:
+        raise ConfigurationError(
+            f"--against {text}: expected {', '.join(platform.policies)}, logged, model:VERSION, or an action as {platform.action_columns[0]}=…"
+        )
+    if not platform.dimension_names:
+        name, _, item = text.partition("=")
+        if name.strip() != "item_id" or not item.strip():
+            raise ConfigurationError(f"--against {text}: expected item_id=ID")
+        return {"item_id": item.strip()}
+    action = _numbers("--against", text, platform.dimension_names, "dimension")
+    if missing := [name for name in platform.dimension_names if name not in action]:
+        raise ConfigurationError(f"--against {text}: an action needs every dimension; missing: {', '.join(missing)}")
+    return action
+
+
+def _nothing_to_trust(document: Document, platform: Platform) -> bool:
+    """Whether no estimate of the weighted sum of any model, as opposed to the behaviour policies, may be trusted."""
+    verdicts = [row["verdict"] for row in document["estimates"] if row["objective"] is None and row["policy"] not in platform.policies]
+    return not any(verdict == "trust" for verdict in verdicts)
+
+
+def _who() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return str(os.getuid())
+
+
+def _stamp(seconds: object) -> str | None:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z") if isinstance(seconds, int | float) else None
+
+
+# ---- what people read --------------------------------------------------------------------------------------------------
+
+
+def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in columns:
+        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
+    return table
+
+
+def _number(value: object) -> str:
+    """Four significant digits, and a word for what is not there."""
+    if value is None:
+        return "none"
+    return f"{value:,.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def _written(document: Document) -> Iterable[RenderableType]:
+    yield f"Written: {document['written']}, with {len(document['guesses'])} comments at what was guessed. Read them, then: fastq validate"
+
+
+def _validation(document: Document) -> Iterable[RenderableType]:
+    failing = [rule for rule in document["rules"] if rule["failed"]]
+    if failing:
+        table = _table("Rules that rows broke", "rule", "rows", "severity", numbers=["rows"])
+        for rule in failing:
+            table.add_row(rule["rule"], f"{rule['failed']:,}", rule["severity"])
+        yield table
+    counts = ", ".join(f"{document[name]:,} {name}" for name in ("accepted", "quarantined", "repeated"))
+    yield f"Decisions: {counts}; {len(document['rules'])} rules."
+    for warning in document.get("warnings", []):
+        yield f"[yellow]Warning:[/] {_plain(warning)}"
+    if document["quarantined"]:
+        yield f"Refused rows with their reasons: {document['quarantine']}"
+    yield f"Report: {document['report']}"
+    yield "[green]Passed.[/]" if document["passed"] else "[red]Refused.[/] " + _plain("; ".join(document.get("reasons", [])) or "see the report")
+
+
+def _training(document: Document) -> Iterable[RenderableType]:
+    name = f"{document['model']} version {document['version']}"
+    if document["promoted"]:
+        yield f"[green]{name} is the champion.[/]"
+    else:
+        yield f"[red]{name} was not promoted.[/]" if document["version"] else f"[red]{document['model']}: no model was made.[/]"
+    for reason in document["reasons"]:
+        yield f"  {_plain(reason)}"
+    if not document["promoted"] and document["version"]:
+        yield f"Look at it with fastq evaluate {document['version']}; fastq promote {document['version']} --force --reason TEXT overrules the gate."
+
+
+def _estimates(document: Document) -> Iterable[RenderableType]:
+    table = _table(
+        "Off-policy estimates",
+        "policy",
+        "objective",
+        "estimator",
+        "value",
+        "low",
+        "high",
+        "rows that count",
+        "verdict",
+        numbers=["value", "low", "high", "rows that count"],
+    )
+    for row in document["estimates"]:
+        objective = "weighted sum" if row["objective"] is None else row["objective"]
+        table.add_row(row["policy"], objective, row["estimator"], *(_number(row[name]) for name in ("value", "low", "high", "ess")), _plain(row["verdict"]))
+    yield table
+
+
+def _recommendations(document: Document) -> Iterable[RenderableType]:
+    rows = document["recommendations"]
+    actions = list(dict.fromkeys(name for row in rows for name in row["action"]))
+    units = {name: unit for row in rows for name, unit in (row.get("units") or {}).items() if unit}
+    heads = [f"{name} [{units[name]}]" if name in units else name for name in actions]
+    table = _table(
+        "Recommendations", "player", *(head.replace("[", "\\[") for head in heads), "value", "propensity", "decision", "note", numbers=["value", "propensity"]
+    )
+    for row in rows:
+        shown = [_number(row["action"].get(name)) for name in actions]
+        table.add_row(_plain(row["player_id"]), *shown, _number(row["value"]), _number(row["propensity"]), row["decision_id"], _plain(row["degraded"] or ""))
+    yield table
+    if rows:
+        yield f"Model version {rows[0]['model_version']}. Why: fastq explain {rows[0]['decision_id']}"
+    else:
+        yield "[red]Nobody could be served.[/]"
+
+
+def _batch(document: Document) -> Iterable[RenderableType]:
+    yield f"{document.get('players', 0):,} recommendations in {document['out']}."
+    if document.get("degraded"):
+        yield f"{document['degraded']:,} of them are degraded answers."
+
+
+def _parts_table(title: str, parts: Iterable[Document], total: float) -> Any:
+    table = _table(title, "objective", "horizon", "part", numbers=["part"])
+    for part in parts:
+        table.add_row(part["objective"], part["horizon"].replace("_", " "), f"{part['value']:+.4f}")
+    table.add_section()
+    table.add_row("sum", "", f"{total:+.4f}", style="bold")
+    return table
+
+
+def _action(action: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {_number(value)}" for name, value in action.items())
+
+
+def _explanation(document: Document) -> Iterable[RenderableType]:
+    yield f"[bold]{_plain(document['player_id'])}[/]: {_plain(_action(document['action']))} (model version {document['model_version']})"
+    yield _parts_table(f"Value {document['value']:+.4f}, between {document['low']:+.4f} and {document['high']:+.4f}", document["parts"], document["value"])
+    score = document["score"]
+    yield f"Ranked by {score['total']:+.4f} = value {score['value']:+.4f} - caution {score['caution']:.4f} - guardrail {score['guardrail']:.4f}"
+    if contrast := document.get("contrast"):
+        against = contrast["against"] if isinstance(contrast["against"], str) else "the action given"
+        title = f"Against {against} ({_action(contrast['action'])}): {contrast['difference']:+.4f}, between {contrast['low']:+.4f} and {contrast['high']:+.4f}"
+        yield _parts_table(_plain(title), contrast["parts"], contrast["difference"])
+        decisive = ", ".join(f"{objective} ({horizon.replace('_', ' ')})" for objective, horizon in contrast["decisive"])
+        yield f"Enough to decide it: {decisive}" if decisive else "Nothing speaks for it over the alternative."
+    if what_if := document.get("what_if"):
+        yield _parts_table(f"Under other weights: {_plain(_action(what_if['action']))}", what_if["parts"], what_if["value"])
+    attributions, evidence = document["attributions"], document["evidence"]
+    strongest = sorted(attributions["measures"].items(), key=lambda pair: -abs(pair[1]))[:5]
+    if strongest:
+        yield (
+            "Moved most by "
+            + ", ".join(f"{_plain(name)} {value:+.4f}" for name, value in strongest)
+            + f" (unexplained: {attributions['completeness_gap']:.4f})"
+        )
+    yield f"Evidence: {_plain(evidence['verdict'])}; policies that act in such a state: {_plain(', '.join(evidence['policies']) or 'none')}"
+
+
+def _new_key(document: Document) -> Iterable[RenderableType]:
+    yield f"Key {document['id']} ({document['role']}), shown this once:"
+    yield f"[bold]{document['key']}[/]"
+
+
+def _keys(document: Document) -> Iterable[RenderableType]:
+    table = _table("API keys", "id", "role", "created", "revoked")
+    for key in document["keys"]:
+        table.add_row(key["id"], key["role"], key["created_at"], key["revoked_at"] or "")
+    yield table if document["keys"] else "There are no keys yet: fastq keys create --role recommend"
+
+
+def _models(document: Document) -> Iterable[RenderableType]:
+    table = _table("Models", "version", "aliases", "created", "verdict")
+    for model in document["models"]:
+        table.add_row(str(model["version"]), ", ".join(model["aliases"]), str(model["created_at"]), _plain(str(model["verdict"])))
+    yield table if document["models"] else "There are no models yet: fastq retrain"
+
+
+def _promoted(document: Document) -> Iterable[RenderableType]:
+    yield f"[green]{document['model']} version {document['version']} is the champion.[/]"
+
+
+def _plain(text: str) -> str:
+    """Text of somebody else's, which must not be read as markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _draw(document: Document, picture: Path) -> None:
+    from fastq.report import explanation_figure
+    from fastq.workspace import replacing
+
+    if picture.suffix not in {".png", ".svg", ".pdf"}:
+        raise ConfigurationError(f"--picture {picture}: expected a name that ends in .png, .svg or .pdf")
+    figure = explanation_figure(document)
+    with replacing(picture) as partial:
+        figure.savefig(partial, format=picture.suffix[1:], bbox_inches="tight")
+
+
+# ---- start and end -----------------------------------------------------------------------------------------------------
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and give its exit code; a user's mistake is one sentence on standard error."""
+    received = _stop_on_signals()
+    try:
+        code = app(arguments, prog_name="fastq", standalone_mode=False)
+    except typer.TyperException as error:  # usage
+        code = _usage(error)
+    except FastqError as error:
+        code = _sentence(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 128 + signal.SIGINT
+    except SystemExit as stop:  # Lightning leaves by this when it is interrupted, with codes that say success
+        code = stop.code if isinstance(stop.code, int) and stop.code else 128 + signal.SIGTERM
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE  # whoever read us has gone, as with `| head`
+    except OSError as error:
+        if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE}:
+            raise
+        code = _sentence(
+            f"{error.filename or 'the workspace'}: {(error.strerror or str(error)).lower()}; check the owner of the directory and the free space of the disk", 2
+        )
+    if received:
+        sys.stderr.write(f"\nstopped by {signal.Signals(received[0]).name}\n")
+        return 128 + received[0]
+    return code if isinstance(code, int) else 0
+
+
+def main() -> NoReturn:
+    """The console script."""
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries' advice to their own callers is not for ours
+    code = run(sys.argv[1:])
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os.dup2(2, 1)  # what libraries still say while the process ends is no part of the answer
+    sys.exit(code)
+
+
+def _sentence(text: str, code: int) -> int:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text(text, style="red"))
+    return code
+
+
+def _usage(error: typer.TyperException) -> int:
+    show = getattr(error, "show", None)
+    if show is None:
+        return _sentence(str(error), 2)
+    show()
+    return int(getattr(error, "exit_code", 2))
+
+
+def _stop_on_signals() -> list[int]:
+    """End by unwinding, as on Ctrl-C, on SIGTERM and SIGHUP too: what holds processes or half-written files cleans up.
+
+    Gives the list that the first signal is put into. A shell that starts us in the background has SIGINT ignored; that stays.
+    """
+    received: list[int] = []
+    since = [0.0]
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        if received and time.monotonic() - since[0] < PATIENCE:
+            return  # still cleaning up after the first
+        received.append(number)
+        since[0] = time.monotonic()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, stop)
+    return received
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,510 @@
+"""Why an action: parts that add up, a contrast with its decisive reasons, what moved the value, what evidence stands behind it.
+
+Everything is made of what the policy itself says of the state: nothing is fitted to imitate it. Arrays first axis is B, one entry per
+player; M objectives, W periods, D action dimensions. Horizons are `immediate` and `long_term`, in this order. All parts are weighted, so
+they are in the unit of the value, the objectives' units times their weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastq.errors import RequestError
+from fastq.features import Catalogue, PlayerStates
+from fastq.policy import RARE, Encoded, Policy, action_dicts
+
+HORIZONS = ("immediate", "long_term")
+CERTAINTY = 1.645  # standard deviations on either side of a normal's mean that hold 90 %
+NEAREST = 5  # logged decisions that are named
+SAMPLED = 256  # logged decisions from which the usual distance between neighbours is read
+FAR_STATE = 2.0  # times the usual distance; about 1 in 100 states of players who were never trained on lie further away
+FAR_ACTION = 3.0  # standard deviations of a policy's own noise
+LEAST_SPREAD = 0.01  # share of a dimension's range that counts as noise of a policy that has none
+DISAGREEING = 0.25  # share of the parts' size that the twin critics may differ by
+EDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)  # first pieces of the path of integrated gradients
+POINTS = 8  # Gauss-Legendre points on each piece
+ROUNDS = 8  # of halving the pieces that do not add up
+ROWS = 4096  # states in one backward pass
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """The action less another one, per player.
+
+    against: the alternative's name, None for an action given as such; action [B, D] raw units or [B] item ids; difference, low, high [B],
+    the 90 % interval; parts [B, M, 2], whose sum is the difference; decisive: per player the smallest set of (objective, horizon), largest
+    first, that outweighs every drawback, empty unless the difference is positive.
+    """
+
+    against: str | None
+    action: np.ndarray
+    difference: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    parts: np.ndarray
+    decisive: list[list[tuple[str, str]]]
+
+
+@dataclass(frozen=True, eq=False)
+class WhatIf:
+    """The best action under other objective weights: action [B, D] or [B] item ids, value [B] and parts [B, M, 2] under those weights."""
+
+    weights: dict[str, float]
+    action: np.ndarray
+    value: np.ndarray
+    parts: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Attributions:
+    """What of a player's history moved the value away from that of the same player with nothing known of the history.
+
+    measures: name -> [B], each summed over its periods; `previous NAME` are the actions taken and the objective values that followed.
+    periods [B, W], oldest first, each summed over everything known in it. Either adds up to the movement less completeness_gap [B].
+    """
+
+    measures: dict[str, np.ndarray]
+    periods: np.ndarray
+    completeness_gap: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What stands behind an action.
+
+    nearest [B, N] positions in `policy.reference`, and distance [B, N] between balanced states, where 1 is usual between a logged decision
+    and its own nearest ones; disagreement [B] of the twin critics about the value; policies: who acts in at least 1 of 20 such states;
+    verdict: `well supported`, or `thin: ` and why.
+    """
+
+    nearest: np.ndarray
+    distance: np.ndarray
+    disagreement: np.ndarray
+    policies: list[list[str]]
+    verdict: list[str]
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """Why these actions, for B players.
+
+    action [B, D] raw units or [B] item ids; value, low, high [B], the 90 % interval; parts [B, M, 2], `value == parts.sum((1, 2))` by
+    construction; score: `value - caution - guardrail = total`, each [B].
+    """
+
+    policy: Policy = field(repr=False)
+    action: np.ndarray
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    parts: np.ndarray
+    score: dict[str, np.ndarray]
+    contrast: Contrast | None
+    what_if: WhatIf | None
+    attributions: Attributions | None
+    evidence: Evidence
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+Against = str | Policy | Mapping[str, Any] | np.ndarray | tuple[str, Any]
+
+
+def explain(
+    policy: Policy, states: PlayerStates, *, actions: Any = None, against: Against | None = None, weights: Mapping[str, float] | None = None,
+    attributions: bool = True,
+) -> Explanation:  # fmt: skip
+    """Explain `actions` ([B, D] raw units, or [B] item ids; default: the noise-free best ones) in these states.
+
+    `against` is a behaviour policy's name, another `Policy` (its best action, valued by this one), an action as a mapping, actions as an
+    array, or a pair of a name and such an array (`("logged", array)`). Value, parts, contrast and attributions keep the platform's weights;
+    `weights` only ask what would be best under others. `attributions=False` is some hundred times faster.
+    Raises `RequestError` for names, shapes and numbers that are not the platform's.
+    """
+    enc = policy.encode(states)
+    vectors, action = _given(policy, len(enc), policy.best(enc) if actions is None else actions, "actions")
+    other = None if against is None else _alternative(policy, states, enc, against)
+    stacked = vectors[:, None] if other is None else np.stack([vectors, other[1]], 1)
+    parts = policy.parts(enc, stacked) * policy.platform.weights[:, None]
+    value, doubt = parts[:, 0].sum((1, 2)), CERTAINTY * policy.doubt(enc, stacked[:, :1])[:, 0]
+    contrast = None
+    if other is not None:
+        differences = parts[:, 0] - parts[:, 1]
+        difference, unsure = differences.sum((1, 2)), CERTAINTY * policy.doubt(enc, stacked[:, :1], stacked[:, 1:])[:, 0]
+        decisive = decisive_reasons(differences, list(policy.platform.objectives))
+        contrast = Contrast(other[0], other[2], difference, difference - unsure, difference + unsure, differences, decisive)
+    return Explanation(
+        policy=policy, action=action, value=value, low=value - doubt, high=value + doubt, parts=parts[:, 0],
+        score={name: score[:, 0] for name, score in policy.score(enc, stacked[:, :1]).items()}, contrast=contrast,
+        what_if=None if weights is None else _what_if(policy, enc, weights), attributions=_attributions(policy, enc, vectors) if attributions else None,
+        evidence=_evidence(policy, enc, stacked, parts[:, 0], contrast),
+    )  # fmt: skip
+
+
+# ---- actions, as they are given and as they are shown -------------------------------------------------------------------
+def _items(catalogue: Catalogue, vectors: np.ndarray) -> np.ndarray:
+    """[...] ids of the items nearest to embeddings [..., E]; of items with one embedding, the first."""
+    flat = torch.from_numpy(np.ascontiguousarray(vectors, float)).reshape(-1, vectors.shape[-1])
+    nearest = torch.cdist(flat, torch.from_numpy(catalogue.embedding).double()).argmin(1).numpy()
+    return np.array(catalogue.ids, object)[nearest].reshape(vectors.shape[:-1])
+
+
+def _given(policy: Policy, n: int, given: Any, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Actions as vectors [n, D] and as they are shown, [n, D] or [n] item ids. Raises `RequestError` naming shape, item or bound."""
+    d = len(policy.units.centre)
+    try:
+        array = np.asarray(given)
+        array = array if array.dtype.kind in "OSU" and policy.catalogue is not None else array.astype(float)
+    except (TypeError, ValueError):
+        raise RequestError(f"{where}: expected numbers of the shape [{n} players, {d}]") from None
+    if array.dtype.kind != "f":
+        if array.shape != (n,):
+            raise RequestError(f"{where}: expected {n} item ids, one per player of history, got the shape {list(array.shape)}")
+        return policy.as_actions(array), array.astype(object)
+    if array.shape != (n, d):
+        columns = f"{d} action dimensions]" if policy.catalogue is None else f"{d} numbers of an item's embedding], or one item id per player"
+        raise RequestError(f"{where}: expected the shape [{n} players, {columns}; got {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise RequestError(f"{where}: expected finite numbers in every dimension")
+    if policy.catalogue is not None:
+        return array, _items(policy.catalogue, array)
+    low, high = policy.platform.bounds.T
+    outside = np.argwhere((array < low - 1e-6 * (high - low)) | (array > high + 1e-6 * (high - low)))  # float32 on the way rounds past a bound
+    if len(outside):
+        row, j = outside[0]
+        raise RequestError(f"{where}.{policy.platform.dimension_names[j]}: expected a number between {low[j]:g} and {high[j]:g}, got {array[row, j]:g}")
+    return array, array
+
+
+def _alternative(policy: Policy, states: PlayerStates, enc: Encoded, against: Against) -> tuple[str | None, np.ndarray, np.ndarray]:
+    """The name of what an action is held against (None: it has none), its vectors [B, D], and how it is shown."""
+    n = len(enc)
+    if isinstance(against, Policy):
+        return (f"model:{against.version}" if against.version else "another model", *_given(policy, n, _best_elsewhere(policy, against, states), "against"))
+    if isinstance(against, str):
+        if against not in policy.policies:
+            wanted = f"expected one of {', '.join(policy.policies)}, or an action with {', '.join(policy.platform.action_columns)}"
+            if against == "logged" or against.startswith("model:"):  # a policy knows neither the log nor the registry
+                raise RequestError(f"against: {against!r} needs the actions themselves, as the pair (name, actions); or {wanted}")
+            raise RequestError(f"against: {against!r} is not known; {wanted}")
+        return (against, *_given(policy, n, policy.expert_actions(enc)[:, policy.policies.index(against)], "against"))
+    if isinstance(against, Mapping):
+        columns = policy.platform.action_columns
+        if set(against) != set(columns):
+            raise RequestError(f"against: expected exactly {', '.join(columns)}, got {', '.join(map(str, against)) or 'nothing'}")
+        if policy.catalogue is not None:
+            return (None, *_given(policy, n, np.full(n, str(against["item_id"]), object), "against"))
+        if wrong := [name for name in columns if isinstance(against[name], bool) or not isinstance(against[name], int | float | np.number)]:
+            raise RequestError(f"against.{wrong[0]}: expected a number, got {against[wrong[0]]!r}")
+        return (None, *_given(policy, n, np.tile([float(against[name]) for name in columns], (n, 1)), "against"))
+    if isinstance(against, tuple):
+        return (against[0], *_given(policy, n, against[1], "against"))
+    return (None, *_given(policy, n, against, "against"))
+
+
+def _best_elsewhere(policy: Policy, other: Policy, states: PlayerStates) -> np.ndarray:
+    """What another model would do, as this one takes it."""
+    here, there = policy.platform.action_columns, other.platform.action_columns
+    if here != there:
+        raise RequestError(f"against: the other model acts on {', '.join(there)}, this one on {', '.join(here)}")
+    best = other.best(other.encode(states))
+    return best if other.catalogue is None else _items(other.catalogue, best)
+
+
+def _what_if(policy: Policy, enc: Encoded, weights: Mapping[str, Any]) -> WhatIf:
+    names = list(policy.platform.objectives)
+    for name, weight in weights.items():
+        if name not in names:
+            raise RequestError(f"weights: {name!r} is no objective; expected {', '.join(names)}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float | np.number) or not math.isfinite(weight):
+            raise RequestError(f"weights.{name}: expected a finite number, got {weight!r}")
+    wanted = {name: float(weights.get(name, usual)) for name, usual in zip(names, policy.platform.weights, strict=True)}
+    vectors, action = _given(policy, len(enc), policy.best(enc, weights=wanted), "what_if")
+    parts = policy.parts(enc, vectors[:, None])[:, 0] * np.array(list(wanted.values()))[:, None]
+    return WhatIf({name: float(weight) for name, weight in weights.items()}, action, parts.sum((1, 2)), parts)
+
+
+# ---- reasons --------------------------------------------------------------------------------------------------------------
+def decisive_reasons(differences: np.ndarray, objectives: Sequence[str]) -> list[list[tuple[str, str]]]:
+    """Per player the minimal sufficient explanation of a preference (Juozapaitis et al. 2019, section 4.2), from differences [B, M, 2].
+
+    The fewest positive differences, largest first, whose sum is more than all negative ones take away; equal ones in the order of the
+    platform file, immediate first. Empty where the differences add up to nothing or less.
+    """
+    flat = differences.reshape(len(differences), -1)
+    gains, loss = np.maximum(flat, 0), np.maximum(-flat, 0).sum(1)
+    order = np.argsort(-gains, 1, kind="stable")
+    reached = np.cumsum(np.take_along_axis(gains, order, 1), 1)
+    enough = reached > (loss * (1 + 1e-12))[:, None]  # the margin keeps "more" true in whichever order somebody adds them up again
+    count = np.where(enough.any(1), enough.argmax(1) + 1, (gains > 0).sum(1))
+    count = np.where(flat.sum(1) > 0, count, 0)
+    names = [(objective, horizon) for objective in objectives for horizon in HORIZONS]
+    return [[names[j] for j in row[:k]] for row, k in zip(order, count, strict=True)]
+
+
+# ---- attributions ------------------------------------------------------------------------------------------------------
+def _attributions(policy: Policy, enc: Encoded, actions: np.ndarray) -> Attributions:
+    """Integrated gradients (arXiv 1703.01365) from "nothing is known of this history", with the attributes and the last policy kept."""
+    cells, change = integrated_gradients(policy, enc, actions)
+    f = cells.shape[2] // 2
+    known = cells[:, :, :f] + cells[:, :, f:]  # a value and its presence mark are one cell
+    platform, d = policy.platform, len(policy.units.centre)
+    previous = [f"previous {name}" for name in platform.dimension_names or ["item"] * d] + [f"previous {name}" for name in platform.objectives]
+    measures = {name: np.zeros(len(enc)) for name in [*platform.state.measures, *previous]}
+    for j, name in enumerate([*platform.state.measures, *previous]):
+        measures[name] += known[:, :, j].sum(1)
+    return Attributions(measures, known.sum(2), change - known.sum((1, 2)))
+
+
+def integrated_gradients(policy: Policy, enc: Encoded, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Attribution of the value to every number of `enc.x`, [B, W, 2F], and the movement [B] that they should add up to.
+
+    The encoder averages over what is present, so most of the value appears within the first thousandth of the straight path from zero,
+    where evenly spread points never look: with 256 of them 5 to 20 % was missing. Integrals over pieces of one path add up; so each piece
+    is integrated by itself, and cut in two until what its ends differ by is accounted for to 1 % of the movement.
+    """
+    from captum.attr import IntegratedGradients
+
+    def value(x: Tensor, v: Tensor, branch: Tensor, action: Tensor) -> Tensor:
+        return policy.value(Encoded(x, v, branch), action)
+
+    method, given = IntegratedGradients(value), torch.from_numpy(np.ascontiguousarray(actions))
+    n, size = len(enc), ROWS // POINTS
+
+    def along(row: np.ndarray, share: np.ndarray) -> Tensor:
+        """States a share of the way from nothing known."""
+        return enc.x[torch.from_numpy(row)] * torch.from_numpy(share).to(enc.x.dtype)[:, None, None]
+
+    def values_along(row: np.ndarray, share: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            pieces = [(row[at : at + ROWS], share[at : at + ROWS]) for at in range(0, len(row), ROWS)]
+            return np.concatenate([value(along(r, s), enc.v[r], enc.branch[r], given[r]).cpu().numpy() for r, s in pieces])
+
+    everyone = np.arange(n)
+    grid = np.stack([values_along(everyone, np.full(n, share)) for share in EDGES], 1)
+    change = grid[:, -1] - grid[:, 0]
+    tolerance = (0.01 * np.abs(change) + 0.001 * np.abs(grid[:, -1])) / 4
+    row, low, high = np.repeat(everyone, len(EDGES) - 1), np.tile(EDGES[:-1], n), np.tile(EDGES[1:], n)
+    rise = np.diff(grid, axis=1).ravel()
+    total = np.zeros(enc.x.shape)
+    for rounds_left in reversed(range(ROUNDS)):
+        unfinished = []
+        for start in range(0, len(row), size):
+            r, a, b = (array[start : start + size] for array in (row, low, high))
+            cells = method.attribute(
+                along(r, b).requires_grad_(), baselines=along(r, a), additional_forward_args=(enc.v[r], enc.branch[r], given[r]),
+                n_steps=POINTS, method="gausslegendre",
+            )  # fmt: skip
+            cells = cells.detach().cpu().numpy().astype(float)
+            done = (np.abs(rise[start : start + size] - cells.sum((1, 2))) <= tolerance[r]) | (rounds_left == 0)
+            np.add.at(total, r[done], cells[done])
+            unfinished.append(np.flatnonzero(~done) + start)
+        again = np.concatenate(unfinished)
+        if len(again) == 0:
+            break
+        row, low, high, rise = row[again], low[again], high[again], rise[again]
+        middle = np.where(low > 0, np.sqrt(low * high), high / 10)  # what bends the path lies at scales, not at distances
+        first = values_along(row, middle) - values_along(row, low)
+        row, low, high, rise = np.tile(row, 2), np.concatenate([low, middle]), np.concatenate([middle, high]), np.concatenate([first, rise - first])
+    return total, change
+
+
+# ---- evidence ----------------------------------------------------------------------------------------------------------
+def _nearest(policy: Policy, embedding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[B, N] positions of the nearest logged decisions and their distances, in units of the usual distance between such neighbours."""
+    logged = policy.reference.embedding
+    if len(logged) < 2:
+        return np.zeros((len(embedding), len(logged)), np.int64), np.full((len(embedding), len(logged)), np.nan)
+    centre, width = logged.mean(0), np.maximum(logged.std(0), 1e-6)
+    standard = torch.from_numpy((logged - centre) / width)
+    k = min(NEAREST, len(logged) - 1)
+    sample = standard[torch.linspace(0, len(standard) - 1, min(SAMPLED, len(standard))).round().long()]
+    among = torch.cdist(sample, standard).topk(k + 1, largest=False).values[:, 1:]  # the nearest of all is the decision itself
+    usual = max(float(among.mean(1).median()), 1e-9)
+    asked = torch.from_numpy((embedding - centre) / width)
+    found = [torch.cdist(piece, standard).topk(k, largest=False) for piece in asked.split(1024)]
+    return torch.cat([f.indices for f in found]).numpy(), torch.cat([f.values for f in found]).double().numpy() / usual
+
+
+def _spreads_away(policy: Policy, actions: np.ndarray, expected: np.ndarray, acts: np.ndarray) -> np.ndarray:
+    """[B, C] how far actions [B, C, D] are from what the nearest acting policy does on average (expected [B, K, D], acts [B, K]).
+
+    In standard deviations of that policy's own noise: the dimension that is furthest away; for an item the root mean square, since single
+    directions of an embedding mean nothing.
+    """
+    spread = policy.spread * policy.units.width
+    least = LEAST_SPREAD * (np.diff(policy.platform.bounds, axis=1)[:, 0] if policy.catalogue is None else 1.0)
+    away = np.abs(actions[:, :, None] - expected[:, None]) / np.maximum(spread, least)
+    by_policy = away.max(3) if policy.catalogue is None else np.sqrt((away**2).mean(3))
+    nearest: np.ndarray = np.where(acts[:, None], by_policy, np.inf).min(2)
+    return nearest
+
+
+def _evidence(policy: Policy, enc: Encoded, actions: np.ndarray, parts: np.ndarray, contrast: Contrast | None) -> Evidence:
+    probability, disagreement = policy.policy_probability(enc), policy.disagreement(enc)
+    nearest, distance = _nearest(policy, policy.embedding(enc))
+    acts = probability >= np.minimum(probability.max(1, keepdims=True), RARE)  # among very many policies none may reach the share
+    away = _spreads_away(policy, actions, policy.expert_actions(enc), acts)
+    policies = [[name for name, does in zip(policy.policies, row, strict=True) if does] for row in acts]
+    size = np.abs(parts).sum((1, 2))
+    verdicts = []
+    for i in range(len(enc)):
+        why = []
+        if distance.shape[1] == 0 or np.isnan(distance[i]).any():
+            why.append("too few logged decisions were kept to say how unusual this state is")
+        elif distance[i].mean() > FAR_STATE:
+            why.append(f"the nearest logged decisions are {distance[i].mean():.1f} times as far from this state as they usually are from each other")
+        doer = " and ".join(policies[i]) if len(policies[i]) < 3 else "the policies that act"
+        if away[i, 0] > FAR_ACTION:
+            why.append(f"the action is {_number(away[i, 0])} spreads of their own noise away from what {doer} would do here")
+        if contrast is not None:
+            if away[i, 1] > FAR_ACTION:
+                why.append(f"what it is compared with is {_number(away[i, 1])} spreads of their own noise away from what {doer} would do here")
+            half = contrast.high[i] - contrast.difference[i]
+            if abs(contrast.difference[i]) < half:
+                why.append(f"the difference of {_number(contrast.difference[i])} is smaller than its doubt, {_number(half)} either way")
+        if disagreement[i] > DISAGREEING * size[i]:
+            why.append(f"the two critics differ by {_number(disagreement[i])} about the value")
+        verdicts.append(f"thin: {'; '.join(why)}" if why else "well supported")
+    return Evidence(nearest, distance, disagreement, policies, verdicts)
+
+
+# ---- as people and programs read it ------------------------------------------------------------------------------------
+def as_dict(
+    explanation: Explanation, i: int = 0, *, decision_id: str | None = None, player_id: str | None = None, model_version: str | None = None, against: Any = None
+) -> dict[str, Any]:
+    """Player i's part as `POST /v1/explanations` answers it: strict JSON.
+
+    Beside the contract's keys: `units` of the action, `weights` in `what_if`. `model_version` is the policy's own unless given; `against`
+    names the alternative where the explanation was made with a bare array. A nearest decision's `distance` is 1 where it is as near as logged
+    decisions usually are to each other.
+    """
+    policy, platform = explanation.policy, explanation.policy.platform
+
+    def shown(action: np.ndarray) -> dict[str, Any]:
+        return action_dicts(platform, action[i : i + 1])[0]
+
+    def listed(parts: np.ndarray) -> list[dict[str, Any]]:
+        names = [(objective, horizon) for objective in platform.objectives for horizon in HORIZONS]
+        return [{"objective": name, "horizon": horizon, "value": value} for (name, horizon), value in zip(names, parts[i].ravel().tolist(), strict=True)]
+
+    answer: dict[str, Any] = {
+        "decision_id": decision_id, "player_id": player_id, "model_version": model_version if model_version is not None else policy.version,
+        "action": shown(explanation.action),
+        "units": {name: dimension.unit for name, dimension in platform.action.dimensions.items()} if platform.action.kind == "continuous" else {},
+        "value": float(explanation.value[i]), "low": float(explanation.low[i]), "high": float(explanation.high[i]),
+        "score": {name: float(score[i]) for name, score in explanation.score.items()}, "parts": listed(explanation.parts),
+        "contrast": None, "what_if": None, "attributions": None,
+    }  # fmt: skip
+    if (contrast := explanation.contrast) is not None:
+        named = against if against is not None else contrast.against
+        answer["contrast"] = {
+            "against": named if named is not None else shown(contrast.action), "action": shown(contrast.action),
+            "difference": float(contrast.difference[i]), "low": float(contrast.low[i]), "high": float(contrast.high[i]),
+            "parts": listed(contrast.parts), "decisive": [list(reason) for reason in contrast.decisive[i]],
+        }  # fmt: skip
+    if (what_if := explanation.what_if) is not None:
+        answer["what_if"] = {"action": shown(what_if.action), "value": float(what_if.value[i]), "parts": listed(what_if.parts), "weights": what_if.weights}
+    if (moved := explanation.attributions) is not None:
+        answer["attributions"] = {
+            "measures": {name: float(amount[i]) for name, amount in moved.measures.items()}, "periods": moved.periods[i].tolist(),
+            "completeness_gap": float(moved.completeness_gap[i]),
+        }  # fmt: skip
+    evidence, reference = explanation.evidence, policy.reference
+    logged = reference.action[evidence.nearest[i]]
+    actions = action_dicts(platform, logged if policy.catalogue is None else _items(policy.catalogue, np.nan_to_num(logged)))
+    answer["evidence"] = {
+        "nearest": [
+            {"decision_id": reference.decision_id[at], "policy": reference.policy[at], "action": done, "distance": far if math.isfinite(far) else None}
+            for at, done, far in zip(evidence.nearest[i], actions, evidence.distance[i].tolist(), strict=True)
+        ],
+        "disagreement": float(evidence.disagreement[i]), "policies": evidence.policies[i], "verdict": evidence.verdict[i],
+    }  # fmt: skip
+    return answer
+
+
+def _number(x: float) -> str:
+    """Three significant digits, so that what is not zero never reads as zero and no sign is lost; large numbers in full."""
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}"
+
+
+def action_words(action: Mapping[str, Any], units: Mapping[str, str]) -> str:
+    """An action as a phrase: `goal 7.2 rounds and gift 6 INR`, `item a17`."""
+    if set(action) == {"item_id"}:
+        return f"item {action['item_id']}"
+    return _joined([f"{name} {_number(value)} {units.get(name, '')}".rstrip() for name, value in action.items()])
+
+
+def _joined(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
+
+
+def part_words(part: Mapping[str, Any]) -> str:
+    """One part's name as a phrase: `returns now`, `returns later`."""
+    return f"{part['objective']} {'now' if part['horizon'] == 'immediate' else 'later'}"
+
+
+def _signed(part: Mapping[str, Any]) -> str:
+    return f"{part_words(part)} ({'+' if part['value'] > 0 else ''}{_number(part['value'])})"
+
+
+def sentences(answer: Mapping[str, Any]) -> list[str]:
+    """An explanation (as `as_dict` or the endpoint gives it) in three or four plain sentences; each number in them is one of its own."""
+    units, contrast, evidence = answer.get("units") or {}, answer.get("contrast"), answer["evidence"]
+    what = action_words(answer["action"], units)
+    if contrast is None:
+        said = [f"With {what} the weighted objectives are expected to add up to {_number(answer['value'])} from now on ({_interval(answer)})."]
+        said.append(_largest_parts(answer["parts"]))
+    else:
+        said = [_difference(what, contrast, units), _decision(contrast)]
+    thin = evidence["verdict"] != "well supported"
+    said.append(f"The evidence is {evidence['verdict']}." if thin else f"It is well supported: {_joined(evidence['policies'])} acted in such states.")
+    if what_if := answer.get("what_if"):
+        weighed = _joined([f"{name} weighed {_number(weight)}" for name, weight in what_if.get("weights", {}).items()]) or "the objectives weighed otherwise"
+        best = action_words(what_if["action"], units)
+        said.append(f"If {weighed}, {best} would be best, worth {_number(what_if['value'])} under those weights.")
+    return said
+
+
+def _interval(estimate: Mapping[str, Any]) -> str:
+    return f"90 % interval {_number(estimate['low'])} to {_number(estimate['high'])}"
+
+
+def _difference(what: str, contrast: Mapping[str, Any], units: Mapping[str, str]) -> str:
+    against, difference, instead = contrast["against"], contrast["difference"], action_words(contrast["action"], units)
+    if against == "logged":
+        instead = f"what was logged, {instead}"
+    elif isinstance(against, str):
+        instead = f"what {against.replace('model:', 'model ', 1)} would give, {instead}"
+    if difference == 0:
+        return f"{what} instead of {instead}: no difference is expected."
+    more, less = ("more", "less") if difference > 0 else ("less", "more")
+    unclear = f", so it may also bring {less}" if contrast["low"] < 0 < contrast["high"] else ""
+    return f"{what} instead of {instead}: expected to bring {_number(abs(difference))} {more} in weighted objectives ({_interval(contrast)}{unclear})."
+
+
+def _decision(contrast: Mapping[str, Any]) -> str:
+    by_name = {(part["objective"], part["horizon"]): part for part in contrast["parts"]}
+    drawbacks = sorted((part for part in contrast["parts"] if part["value"] < 0), key=lambda part: part["value"])
+    reasons = [by_name[objective, horizon] for objective, horizon in contrast["decisive"]]
+    if not reasons:
+        return f"What speaks against it weighs as much or more, most of all {_signed(drawbacks[0])}." if drawbacks else "Nothing tells the two apart."
+    if not drawbacks:
+        return f"Nothing speaks against it; the largest gain is {_signed(reasons[0])}."
+    outweigh = "alone outweighs" if len(reasons) == 1 else "together outweigh"
+    return f"{_joined([_signed(part) for part in reasons])} {outweigh} every drawback, of which {_signed(drawbacks[0])} is the largest."
+
+
+def _largest_parts(parts: Sequence[Mapping[str, Any]]) -> str:
+    gain, drawback = max(parts, key=lambda part: part["value"]), min(parts, key=lambda part: part["value"])
+    said = [f"{_signed(gain)} brings the most"] if gain["value"] > 0 else []
+    said += [f"{_signed(drawback)} takes the most"] if drawback["value"] < 0 else []
+    return f"Of this, {_joined(said)}." if said else "No objective moves."

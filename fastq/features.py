@@ -1,0 +1,574 @@
+"""The one definition of every feature: events to player-period rows, point in time, the same for training and for serving.
+
+A *row* describes one player in one period: the measures (aggregated events), the action taken, the objective values that followed.
+It is `F = measures + action dimensions + objectives` float32 numbers in raw units; NaN says "nothing is known", never zero.
+A *state* is the `window` rows that end with the period under way if anything of it is known already, else with the one before.
+What was not known strictly before a decision is not in its state: late events by their `known_at`, objective values by `known_after`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import polars as pl
+
+from fastq.errors import RequestError
+from fastq.platform import OWN_POLICY, CatalogueAction, Measure, Platform
+from fastq.records import Records
+
+EMBEDDING_RANK = 16  # directions kept of a catalogue's one-hot and numeric item features
+CLIP = 8.0  # standard deviations; beyond them a heavy-tailed measure would drown the rest of the state
+UNSEEN = ""  # slot 0 of every vocabulary: values that training never saw, and nulls
+
+
+@dataclass(frozen=True)
+class PlayerStates:
+    """A batch of player states in raw units, oldest period first; NaN marks what is not known.
+
+    history [B, window, measures]; attributes: one row per player, a frame or [B, G] in the platform file's order;
+    actions [B, window, D] and objectives [B, window, M]: what was done and what followed; policies [B]: who acted last.
+    """
+
+    history: np.ndarray
+    attributes: pl.DataFrame | np.ndarray | None = None
+    actions: np.ndarray | None = None
+    objectives: np.ndarray | None = None
+    policies: Sequence[str | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.history)
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Items as vectors: `embedding` [I, E] are the leading principal directions of the encoded item features."""
+
+    ids: list[str]
+    embedding: np.ndarray
+
+    def positions(self, ids: Sequence[str | None]) -> np.ndarray:
+        """[N] int64 position of each id, -1 where the catalogue does not hold it."""
+        where = {item: position for position, item in enumerate(self.ids)}
+        return np.array([where.get(item, -1) if item is not None else -1 for item in ids], np.int64)
+
+
+def build_catalogue(platform: Platform, items: pl.DataFrame) -> Catalogue:
+    """Encode the items of a catalogue: numbers standardised, categories one-hot (ids too, where no features are named)."""
+    assert isinstance(platform.action, CatalogueAction)
+    items = items.sort("item_id")
+    columns = []
+    for name, feature in platform.action.features.items():
+        if feature.kind == "numeric":
+            values = items[name].cast(pl.Float64).to_numpy().astype(float)
+            known = values[np.isfinite(values)]
+            standard = (values - known.mean()) / max(float(known.std()), 1e-9) if len(known) else values
+            columns.append(np.nan_to_num(standard)[:, None])
+        else:
+            columns.append(items.select(pl.col(name).cast(pl.String).fill_null(UNSEEN)).to_dummies().to_numpy().astype(float))
+    encoded = np.concatenate(columns, 1) if columns else np.eye(len(items))
+    centred = encoded - encoded.mean(0)
+    _, size, directions = np.linalg.svd(centred, full_matrices=False)
+    rank = max(1, min(EMBEDDING_RANK, int((size > 1e-9 * max(float(size[0]), 1.0)).sum())))
+    signs = np.sign(directions[np.arange(rank), np.abs(directions[:rank]).argmax(1)])  # an SVD's signs are arbitrary; fix them
+    embedding = centred @ (directions[:rank] * signs[:, None]).T
+    return Catalogue(items["item_id"].to_list(), (embedding / max(float(embedding.std()), 1e-9)).astype(np.float32))
+
+
+def action_width(platform: Platform, catalogue: Catalogue | None) -> int:
+    """Numbers that describe one action: its dimensions, or the item embedding's width."""
+    return catalogue.embedding.shape[1] if catalogue else len(platform.dimension_names)
+
+
+def row_width(platform: Platform, catalogue: Catalogue | None) -> int:
+    """F, the numbers in one player-period row."""
+    return len(platform.state.measures) + action_width(platform, catalogue) + len(platform.objectives)
+
+
+def fingerprint(platform: Platform) -> str:
+    """sha256 over everything that decides what a feature row means; a model is served only where it is the same."""
+    meaning = {
+        "period": platform.state.period.total_seconds(),
+        "window": platform.state.window,
+        "measures": {name: measure.aggregate for name, measure in platform.state.measures.items()},
+        "attributes": {name: attribute.kind for name, attribute in platform.state.attributes.items()},
+        "action": platform.action.model_dump(mode="json", exclude={"default"}),
+        "objectives": dict(zip(platform.objectives, platform.known_after.tolist(), strict=True)),
+        "policies": platform.policies,
+    }
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+def microseconds(platform: Platform) -> int:
+    """The length of a period in microseconds."""
+    return round(platform.state.period.total_seconds() * 1e6)
+
+
+def known_delay(platform: Platform) -> np.ndarray:
+    """[M] microseconds from a decision to the moment each objective's value is known."""
+    return np.round(platform.known_after * microseconds(platform)).astype(np.int64)
+
+
+def epoch_microseconds(at: datetime) -> int:
+    """Microseconds since 1970 of a moment; a naive one is UTC."""
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    return round((at - datetime(1970, 1, 1, tzinfo=UTC)).total_seconds() * 1e6)
+
+
+def _moment(platform: Platform, column: str) -> pl.Expr:
+    return pl.col(column).dt.epoch("us").floordiv(microseconds(platform)).alias("period")
+
+
+def _seen(platform: Platform) -> pl.Expr:
+    """When a decision shows that its player is there. Our own do not, made for whoever is asked for, unless no activity is logged at all."""
+    others = pl.lit(value=True) if platform.logs.activity is None else pl.col("policy") != OWN_POLICY
+    return pl.when(others).then("decided_at").alias("seen_at")
+
+
+# ---- offline: the table of rows ----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class PlayerRows:
+    """The offline feature table.
+
+    matrix [rows, F] float32, raw units; row 0 is empty and stands for every period before a player's first.
+    decided [rows] int64, microseconds since 1970 of the decision whose action and objectives the row holds, 0 for none.
+    counts [rows, measures] float32, events behind each cell.
+    frame: player_id, period, event_timestamp (when the row is complete), created_timestamp, row, policy, attributes.
+    """
+
+    matrix: np.ndarray
+    decided: np.ndarray
+    counts: np.ndarray
+    frame: pl.DataFrame
+    catalogue: Catalogue | None
+
+
+def _aggregates(measures: dict[str, Measure]) -> list[pl.Expr]:
+    """One expression per measure and one for the number of events behind it; a period without a value is null."""
+    expressions = []
+    for name, measure in measures.items():
+        column = pl.col(name)
+        values = {
+            "sum": column.sum(),
+            "mean": column.mean(),
+            "min": column.min(),
+            "max": column.max(),
+            "last": column.drop_nulls().last(),
+            "count": column.count().cast(pl.Float64),
+        }
+        expressions += [pl.when(column.count() > 0).then(values[measure.aggregate]).alias(name), column.count().alias(f"{name}#")]
+    return expressions
+
+
+def aggregate_events(platform: Platform, events: pl.LazyFrame, keys: Sequence[str] = ("player_id", "period")) -> pl.LazyFrame:
+    """Events to one row per key: every measure, and `measure#`, the number of events behind it."""
+    return (
+        events.with_columns(_moment(platform, "occurred_at")).sort("occurred_at", maintain_order=True).group_by(keys).agg(_aggregates(platform.state.measures))
+    )
+
+
+def action_matrix(platform: Platform, frame: pl.DataFrame, catalogue: Catalogue | None) -> np.ndarray:
+    """[N, D] the actions of a frame as numbers: raw units, or item embeddings (NaN for an unknown item)."""
+    if catalogue is None:
+        return frame.select(pl.col(platform.dimension_names).cast(pl.Float64)).to_numpy().astype(float).reshape(len(frame), len(platform.dimension_names))
+    positions = catalogue.positions(frame["item_id"].to_list())
+    return np.where(positions[:, None] >= 0, catalogue.embedding[positions], np.nan).astype(float)
+
+
+def build_rows(platform: Platform, records: Records) -> PlayerRows:
+    """Lay every player's history on the grid of periods, from the first thing seen of them to the last."""
+    catalogue = build_catalogue(platform, records.items) if records.items is not None and isinstance(platform.action, CatalogueAction) else None
+    measures = list(platform.state.measures)
+    decisions = records.decisions.with_columns(_moment(platform, "decided_at"), decided=pl.col("decided_at").dt.epoch("us"))
+    last = decisions.group_by("player_id", "period", maintain_order=True).last()
+    seen = last.select("player_id", "period")
+    cells = None
+    if measures and records.activity is not None:
+        cells = aggregate_events(platform, records.activity.lazy()).collect(engine="streaming")
+        seen = pl.concat([seen, cells.select("player_id", "period")])
+    spans = seen.group_by("player_id").agg(pl.col("period").min().alias("first"), pl.col("period").max().alias("last")).sort("player_id")
+    grid = (
+        spans.select("player_id", pl.int_ranges("first", pl.col("last") + 1).alias("period"))
+        .explode("period", empty_as_null=False)
+        .with_columns(row=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
+    )
+
+    width, n_measures = row_width(platform, catalogue), len(measures)
+    matrix = np.full((len(grid) + 1, width), np.nan, np.float32)
+    counts = np.zeros((len(grid) + 1, n_measures), np.float32)
+    decided = np.zeros(len(grid) + 1, np.int64)
+    if cells is not None:
+        cells = cells.join(grid, on=["player_id", "period"])
+        at = cells["row"].to_numpy()
+        for j, name in enumerate(measures):
+            matrix[at, j], counts[at, j] = cells[name].cast(pl.Float64).to_numpy(), cells[f"{name}#"].to_numpy()
+    last = last.join(grid, on=["player_id", "period"])
+    at = last["row"].to_numpy()
+    matrix[at, n_measures : width - len(platform.objectives)] = action_matrix(platform, last, catalogue)
+    matrix[at, width - len(platform.objectives) :] = last.select(pl.col(list(platform.objectives)).cast(pl.Float64)).to_numpy()
+    decided[at] = last["decided"].to_numpy()
+
+    complete = pl.from_epoch((pl.col("period") + 1) * microseconds(platform), time_unit="us").dt.replace_time_zone("UTC")
+    frame = grid.with_columns(event_timestamp=complete, created_timestamp=complete).join(
+        last.select("row", "policy"), on="row", how="left", maintain_order="left"
+    )
+    return PlayerRows(matrix, decided, counts, frame.hstack(attributes_at(platform, records.players, frame["player_id"], frame["event_timestamp"])), catalogue)
+
+
+def attributes_at(platform: Platform, players: pl.DataFrame | None, player_ids: pl.Series, at: pl.Series) -> pl.DataFrame:
+    """The attributes of each player as they were known strictly before each moment, in the platform file's order, null where unknown."""
+    names = list(platform.state.attributes)
+    types = {name: pl.Float64 if a.kind == "numeric" else pl.String for name, a in platform.state.attributes.items()}
+    wanted = pl.DataFrame({"player_id": player_ids, "at": at}).with_row_index("order")
+    if not names:
+        return pl.DataFrame(height=len(wanted))
+    if players is None:
+        return pl.DataFrame({name: pl.Series([None] * len(wanted), dtype=types[name]) for name in names})
+    always = pl.datetime(1, 1, 1, time_unit="us", time_zone="UTC")
+    versions = players.with_columns(pl.col("valid_from").fill_null(always) if "valid_from" in players.columns else always.alias("valid_from"))
+    joined = wanted.sort("at").join_asof(
+        versions.sort("valid_from"), left_on="at", right_on="valid_from", by="player_id", allow_exact_matches=False, check_sortedness=False
+    )
+    return joined.sort("order").select(pl.col(name).cast(types[name]) for name in names)
+
+
+# ---- online: one row per player, rolled to the moment it is read -------------------------------------------------------------
+def online_frame(platform: Platform, records: Records, at: datetime, rows: PlayerRows | None = None) -> pl.DataFrame:
+    """What the online store keeps of every player at `at`; `states_at` turns it into states. Columns: see `online_schema`."""
+    now = epoch_microseconds(at)
+    moment = pl.lit(now).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    known = Records(
+        decisions=records.decisions.filter(pl.col("decided_at") < moment),
+        activity=records.activity.filter(pl.col("known_at") < moment) if records.activity is not None else None,
+        players=records.players,
+        proposals=None,
+        items=records.items,
+        quarantine=records.quarantine,
+        counts=records.counts,
+        metrics=records.metrics,
+        warnings=records.warnings,
+    )
+    rows = rows or build_rows(platform, known)
+    newest = rows.frame.group_by("player_id", maintain_order=True).agg(pl.col("row").first().alias("first"), pl.col("row").last(), pl.col("period").last())
+    idx = newest["row"].to_numpy()[:, None] + np.arange(-platform.state.window + 1, 1)
+    idx = np.where(idx < newest["first"].to_numpy()[:, None], 0, idx)
+    ids = newest["player_id"]
+    if records.players is not None:
+        ids = pl.concat([ids, records.players["player_id"].unique(maintain_order=True)]).unique(maintain_order=True)
+    strangers = len(ids) - len(newest)  # players of whom only attributes are known
+    idx = np.concatenate([idx, np.zeros((strangers, idx.shape[1]), idx.dtype)])
+    seen = [known.decisions.select("player_id", _seen(platform))]
+    if known.activity is not None:
+        seen.append(known.activity.select("player_id", pl.col("occurred_at").alias("seen_at")))
+    seen_at = pl.concat(seen).group_by("player_id").agg(pl.col("seen_at").max())
+    acted = known.decisions.group_by("player_id", maintain_order=True).agg(pl.col("policy").last())
+    frame = pl.DataFrame(
+        {
+            "player_id": ids,
+            "window": pl.Series(rows.matrix[idx].reshape(len(ids), idx.shape[1] * rows.matrix.shape[1])),
+            "counts": pl.Series(rows.counts[idx].reshape(len(ids), idx.shape[1] * rows.counts.shape[1]))
+            if rows.counts.shape[1]
+            else pl.Series([[0.0]] * len(ids), dtype=pl.Array(pl.Float32, 1)),
+            "decided": pl.Series(rows.decided[idx].astype(float)),
+            "period": pl.concat([newest["period"], pl.Series([now // microseconds(platform) - 1] * strangers, dtype=pl.Int64)]),
+        }
+    )
+    frame = frame.join(acted, on="player_id", how="left", maintain_order="left").join(seen_at, on="player_id", how="left", maintain_order="left")
+    moments = pl.Series("at", [at if at.tzinfo else at.replace(tzinfo=UTC)], dtype=pl.Datetime("us", "UTC")).new_from_index(0, len(frame))
+    frame = frame.hstack(attributes_at(platform, records.players, frame["player_id"], moments))
+    return frame.with_columns(event_timestamp=moments).select(list(online_schema(platform)))
+
+
+def online_schema(platform: Platform) -> dict[str, pl.DataType | type[pl.DataType]]:
+    """Names and types of the online frame, in order; `window`, `counts` and `decided` are flattened, oldest period first."""
+    return {
+        "player_id": pl.String,
+        "event_timestamp": pl.Datetime("us", "UTC"),
+        "window": pl.List(pl.Float32),
+        "counts": pl.List(pl.Float32),
+        "decided": pl.List(pl.Float64),
+        "period": pl.Int64,
+        "policy": pl.String,
+        "seen_at": pl.Datetime("us", "UTC"),
+        **{name: pl.Float64 if a.kind == "numeric" else pl.String for name, a in platform.state.attributes.items()},
+    }
+
+
+def _unpack(platform: Platform, frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """window [B, W, F], counts [B, W, measures], decided [B, W] of an online frame, writable copies."""
+    n, window, n_measures = len(frame), platform.state.window, len(platform.state.measures)
+
+    def stacked(column: str, dtype: type) -> np.ndarray:
+        if not n:
+            return np.empty((0, 0), dtype)
+        rows = frame[column]
+        return np.array((rows.list.to_array(len(rows[0])) if rows.dtype == pl.List else rows).to_numpy(), dtype)
+
+    values = stacked("window", np.float32).reshape(n, window, -1) if n else np.empty((0, window, row_width(platform, None)), np.float32)
+    counts = stacked("counts", np.float32)[:, : window * n_measures].reshape(n, window, n_measures)
+    return values, counts, stacked("decided", np.float64).reshape(n, window)
+
+
+def _rolled(values: np.ndarray, shift: np.ndarray, fill: float) -> np.ndarray:
+    """Each player's rows moved `shift` periods into the past; the new periods hold `fill`."""
+    window = values.shape[1]
+    source = np.arange(window)[None, :] + shift[:, None]
+    inside = source < window
+    moved = np.take_along_axis(values, np.minimum(source, window - 1).reshape(source.shape + (1,) * (values.ndim - 2)), 1)
+    return np.where(inside.reshape(inside.shape + (1,) * (values.ndim - 2)), moved, fill).astype(values.dtype)
+
+
+def states_at(platform: Platform, frame: pl.DataFrame, at: datetime) -> PlayerStates:
+    """The states of the players of an online frame as they are at `at`: rolled to the period under way, without what is not yet known."""
+    now = epoch_microseconds(at)
+    values, _, decided = _unpack(platform, frame)
+    shift = np.maximum(now // microseconds(platform) - 1 - frame["period"].to_numpy(), 0)
+    values, decided = _rolled(values, shift, np.nan), _rolled(decided, shift, 0.0)
+    split_at = [len(platform.state.measures), values.shape[2] - len(platform.objectives)]
+    history, actions, objectives = np.split(values, split_at, axis=2)
+    unknown = decided[:, :, None] + known_delay(platform) >= now
+    return PlayerStates(
+        history, frame.select(list(platform.state.attributes)), actions, np.where(unknown, np.nan, objectives).astype(np.float32), frame["policy"].to_list()
+    )
+
+
+def with_events(platform: Platform, frame: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
+    """The online frame after new activity (`player_id`, `occurred_at`, measures): the same cells that the offline table would hold.
+
+    Events older than the window change nothing; players who are not in the frame get a row of their own.
+    """
+    frame = _including(platform, frame, events["player_id"])
+    if events.is_empty():
+        return frame
+    values, counts, decided = _unpack(platform, frame)
+    cells = (
+        aggregate_events(platform, events.lazy())
+        .join(frame.lazy().select("player_id", pl.int_range(pl.len()).alias("at")), on="player_id")
+        .sort("player_id", "period")
+        .collect()
+    )
+    period, newest = frame["period"].to_numpy().copy(), frame["period"].to_numpy().copy()
+    if platform.state.measures:  # without any, events have no place in a row
+        np.maximum.at(newest, cells["at"].to_numpy(), cells["period"].to_numpy())
+    values, counts, decided, period = _advanced(values, counts, decided, period, newest)
+    row, slot = cells["at"].to_numpy(), cells["period"].to_numpy() - period[cells["at"].to_numpy()] + platform.state.window - 1
+    for j, (name, measure) in enumerate(platform.state.measures.items()):
+        inside = (slot >= 0) & (cells[f"{name}#"].to_numpy() > 0)
+        r, s = row[inside], slot[inside]
+        new, extra = cells[name].cast(pl.Float64).to_numpy()[inside], cells[f"{name}#"].to_numpy()[inside]
+        values[r, s, j] = _combined(measure, values[r, s, j].astype(float), counts[r, s, j], new, extra)
+        counts[r, s, j] += extra
+    seen = events.group_by("player_id").agg(pl.col("occurred_at").max().alias("?newly"))
+    frame = frame.join(seen, on="player_id", how="left", maintain_order="left").with_columns(seen_at=pl.max_horizontal("seen_at", "?newly"))
+    return _packed(platform, frame, values, counts, decided, period)
+
+
+def with_decisions(platform: Platform, frame: pl.DataFrame, decisions: pl.DataFrame, catalogue: Catalogue | None = None) -> pl.DataFrame:
+    """The online frame after served decisions (canonical columns, sorted by time): their actions and outcomes become lagged features."""
+    frame = _including(platform, frame, decisions["player_id"])
+    if decisions.is_empty():
+        return frame
+    values, counts, decided = _unpack(platform, frame)
+    decisions = decisions.sort("decided_at", "decision_id")
+    last = decisions.with_columns(_moment(platform, "decided_at"), decided=pl.col("decided_at").dt.epoch("us"))
+    last = (
+        last.group_by("player_id", "period", maintain_order=True)
+        .last()
+        .join(frame.select("player_id", pl.int_range(pl.len()).alias("at")), on="player_id", maintain_order="left")
+    )
+    row, when = last["at"].to_numpy(), last["period"].to_numpy()
+    period, newest = frame["period"].to_numpy().copy(), frame["period"].to_numpy().copy()
+    np.maximum.at(newest, row, when)
+    values, counts, decided, period = _advanced(values, counts, decided, period, newest)
+    slot = when - period[row] + platform.state.window - 1
+    moment = last["decided"].to_numpy()
+    inside = slot >= 0
+    inside[inside] = decided[row[inside], slot[inside]] <= moment[inside]  # a later decision of the same period stands
+    r, s, n_measures = row[inside], slot[inside], len(platform.state.measures)
+    values[r, s, n_measures : values.shape[2] - len(platform.objectives)] = action_matrix(platform, last, catalogue)[inside]
+    values[r, s, values.shape[2] - len(platform.objectives) :] = last.select(pl.col(list(platform.objectives)).cast(pl.Float64)).to_numpy()[inside]
+    decided[r, s] = moment[inside]
+    acted = decisions.group_by("player_id", maintain_order=True).agg(
+        pl.col("policy").last().alias("?acted"), pl.col("decided_at").last().alias("?newly"), _seen(platform).max().alias("?seen")
+    )
+    frame = frame.join(acted, on="player_id", how="left", maintain_order="left")
+    newer = pl.col("?newly").dt.epoch("us") >= pl.Series(decided.max(1))  # an outcome may be told of a decision that others have followed
+    frame = frame.with_columns(policy=pl.when(newer).then("?acted").otherwise("policy"), seen_at=pl.max_horizontal("seen_at", "?seen"))
+    return _packed(platform, frame, values, counts, decided, period)
+
+
+def empty_frame(platform: Platform, player_ids: pl.Series, width: int, period: int = 0) -> pl.DataFrame:
+    """Online rows of players of whom nothing is known; `width` is F."""
+    n, window = len(player_ids), platform.state.window
+    blank: dict[str, np.ndarray] = {
+        "window": np.full((n, window * width), np.nan, np.float32),
+        "counts": np.zeros((n, max(window * len(platform.state.measures), 1)), np.float32),
+        "decided": np.zeros((n, window)),
+    }
+    schema = online_schema(platform)
+    columns = {name: pl.Series([None] * n, dtype=kind) for name, kind in schema.items()}
+    columns |= {name: pl.Series(values).cast(schema[name]) for name, values in blank.items()}
+    columns |= {"player_id": player_ids, "period": pl.Series([period] * n, dtype=pl.Int64)}
+    return pl.DataFrame(columns)
+
+
+def _including(platform: Platform, frame: pl.DataFrame, player_ids: pl.Series) -> pl.DataFrame:
+    missing = player_ids.unique(maintain_order=True).filter(~player_ids.unique(maintain_order=True).is_in(frame["player_id"].implode()))
+    if missing.is_empty():
+        return frame
+    if frame.is_empty():
+        raise RequestError("expected at least one known player beside the new ones: the width of a row is read from the frame")
+    width = len(frame["window"][0]) // platform.state.window
+    return pl.concat([frame, empty_frame(platform, missing, width).select(frame.columns).cast(frame.schema)])
+
+
+def _advanced(
+    values: np.ndarray, counts: np.ndarray, decided: np.ndarray, period: np.ndarray, newest: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Rolled forward where something newer than the newest row has happened."""
+    shift = np.maximum(newest - period, 0)
+    return _rolled(values, shift, np.nan), _rolled(counts, shift, 0.0), _rolled(decided, shift, 0.0), np.maximum(period, newest)
+
+
+def _combined(measure: Measure, old: np.ndarray, n_old: np.ndarray, new: np.ndarray, n_new: np.ndarray) -> np.ndarray:
+    """A cell that held `old` from `n_old` events after `n_new` further ones whose own aggregate is `new`."""
+    before = np.where(n_old > 0, old, 0.0)
+    if measure.aggregate in ("sum", "count"):
+        return before + new
+    if measure.aggregate == "mean":
+        return (before * n_old + new * n_new) / (n_old + n_new)
+    if measure.aggregate == "last":
+        return new
+    both = np.minimum(old, new) if measure.aggregate == "min" else np.maximum(old, new)
+    return np.where(n_old > 0, both, new)
+
+
+def _packed(platform: Platform, frame: pl.DataFrame, values: np.ndarray, counts: np.ndarray, decided: np.ndarray, period: np.ndarray) -> pl.DataFrame:
+    flat = counts.reshape(len(frame), -1) if counts.shape[2] else np.zeros((len(frame), 1), np.float32)
+    columns = {"window": values.reshape(len(frame), -1), "counts": flat, "decided": decided, "period": period}
+    schema = online_schema(platform)
+    return frame.with_columns(pl.Series(name, array).cast(schema[name]) for name, array in columns.items()).select(list(schema))
+
+
+# ---- states as the networks' inputs --------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Encoding:
+    """Standardisation and vocabularies, fitted on training players only; plain data that a bundle keeps as JSON.
+
+    mean, scale [F]; numeric: attribute -> (mean, scale); vocabularies: attribute -> known values, slot 0 for unseen ones.
+    """
+
+    mean: np.ndarray
+    scale: np.ndarray
+    numeric: dict[str, tuple[float, float]]
+    vocabularies: dict[str, list[str]]
+
+    @property
+    def attribute_width(self) -> int:
+        return 2 * len(self.numeric) + sum(1 + len(values) for values in self.vocabularies.values())
+
+    def rows(self, raw: np.ndarray) -> np.ndarray:
+        """[..., F] raw units to [..., 2F] float32: standardised values (0 where unknown), then presence marks."""
+        raw = raw.astype(np.float32)
+        known = np.isfinite(raw)
+        standard = np.where(known, np.clip((raw - self.mean) / self.scale, -CLIP, CLIP), np.float32(0))
+        return np.concatenate([standard, known.astype(np.float32)], -1)
+
+    def attributes(self, attributes: pl.DataFrame | np.ndarray | None, n: int) -> np.ndarray:
+        """[n, attribute_width] float32: numbers standardised with a presence mark, categories one-hot with an unseen slot."""
+        names = [*self.numeric, *self.vocabularies]
+        if isinstance(attributes, pl.DataFrame):
+            if missing := [name for name in names if name not in attributes.columns]:
+                raise RequestError(f"attributes: expected the columns {', '.join(names)}; missing: {', '.join(missing)}")
+            columns = {name: attributes[name].to_numpy() for name in self.numeric} | {
+                name: attributes[name].cast(pl.String).to_list() for name in self.vocabularies
+            }
+        elif attributes is None:
+            columns = {name: np.full(n, np.nan) for name in self.numeric} | {name: [None] * n for name in self.vocabularies}
+        else:
+            raise RequestError("attributes: expected a frame here; arrays are named first")
+        encoded = np.zeros((n, self.attribute_width), np.float32)
+        at = 0
+        for name, (mean, scale) in self.numeric.items():
+            values = np.asarray(columns[name], float)
+            known = np.isfinite(values)
+            encoded[:, at] = np.where(known, np.clip((values - mean) / scale, -CLIP, CLIP), 0)
+            encoded[:, at + 1] = known
+            at += 2
+        for name, known_values in self.vocabularies.items():
+            slots = {value: slot for slot, value in enumerate(known_values, 1)}
+            encoded[np.arange(n), at + np.array([slots.get(value, 0) for value in columns[name]], int).reshape(n)] = 1
+            at += 1 + len(known_values)
+        return encoded
+
+
+def fit_encoding(platform: Platform, matrix: np.ndarray, attributes: pl.DataFrame) -> Encoding:
+    """Standardisation from the rows [rows, F] and attributes of training players."""
+    present = np.isfinite(matrix)
+    count = np.maximum(present.sum(0), 1)
+    mean = np.where(present, matrix, 0).sum(0, dtype=float) / count
+    scale = np.sqrt(np.where(present, (matrix - mean) ** 2, 0).sum(0, dtype=float) / count)
+    numeric, vocabularies = {}, {}
+    for name, attribute in platform.state.attributes.items():
+        if attribute.kind == "numeric":
+            values = attributes[name].drop_nulls().drop_nans()
+            spread = values.std() if len(values) > 1 else None
+            numeric[name] = (float(values.mean() or 0.0), float(spread or 1.0))  # type: ignore[arg-type]  # polars types a mean as any Python literal
+        else:
+            vocabularies[name] = sorted(attributes[name].cast(pl.String).drop_nulls().unique().to_list())
+    return Encoding(mean.astype(np.float32), np.where(scale > 1e-6, scale, 1.0).astype(np.float32), numeric, vocabularies)
+
+
+def raw_windows(platform: Platform, states: PlayerStates, width: int) -> np.ndarray:
+    """[B, window, F] float32 of a batch of states; raises `RequestError` that names the part whose shape is wrong."""
+    n, window = len(states.history), platform.state.window
+    n_measures, n_objectives = len(platform.state.measures), len(platform.objectives)
+    d = width - n_measures - n_objectives
+    parts = []
+    for name, given, columns, meaning in (
+        ("history", states.history, n_measures, "measures"),
+        ("actions", states.actions, d, "action dimensions"),
+        ("objectives", states.objectives, n_objectives, "objectives"),
+    ):
+        if given is None:
+            parts.append(np.full((n, window, columns), np.nan, np.float32))
+            continue
+        array = np.asarray(given)
+        if array.shape != (n, window, columns):
+            raise RequestError(f"{name}: expected the shape [players, window {window}, {columns} {meaning}], got {list(array.shape)}")
+        parts.append(array.astype(np.float32))
+    return np.concatenate(parts, 2)
+
+
+def attribute_frame(platform: Platform, states: PlayerStates) -> pl.DataFrame | None:
+    """The attributes of a batch as a frame; an array's columns are taken in the platform file's order."""
+    names, n = list(platform.state.attributes), len(states.history)
+    given = states.attributes
+    if given is None or not names:
+        return None if names else pl.DataFrame()
+    if not isinstance(given, pl.DataFrame):
+        array = np.asarray(given)
+        if array.shape != (n, len(names)):
+            raise RequestError(f"attributes: expected the shape [{n} players, {len(names)} attributes: {', '.join(names)}], got {list(array.shape)}")
+        given = pl.DataFrame(
+            {
+                name: pl.Series(array[:, j].tolist(), strict=False)
+                if platform.state.attributes[name].kind == "numeric"
+                else [None if v is None else str(v) for v in array[:, j]]
+                for j, name in enumerate(names)
+            }
+        )
+    if missing := [name for name in names if name not in given.columns]:
+        raise RequestError(f"attributes: expected the columns {', '.join(names)}; missing: {', '.join(missing)}")
+    if len(given) != n:
+        raise RequestError(f"attributes: expected {n} rows, one per player of history, got {len(given)}")
+    numeric = [name for name, a in platform.state.attributes.items() if a.kind == "numeric"]
+    try:
+        return given.select(names).with_columns(pl.col(numeric).cast(pl.Float64))
+    except pl.exceptions.PolarsError as error:
+        raise RequestError(f"attributes: expected numbers in {', '.join(numeric)} ({error})") from None

@@ -1,0 +1,502 @@
+"""Stage 2: the orthogonal critic, the level of the values, the actor. The whole algorithm, top to bottom.
+
+1. represent    every decision once, with the frozen stage 1
+2. critic       per objective, the effect of what policies did at random, regressed on the residual outcome; shrunk to what players
+                it has not seen confirm; its doubt kept jointly over objectives, clustered by player
+3. bound        candidates are ranked by value - caution * doubt - guardrail; the guardrails' prices are found by bisection
+4. level        the value of the policy itself, by temporal differences on twin heads
+5. actor        proposes candidates: exploits logged states and explores counterfactual ones, up to the bound
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as lightning
+import torch
+from torch import Tensor
+
+from fastq import equations
+from fastq.errors import TrainingError
+from fastq.features import fit_encoding
+from fastq.networks import Actor, Represented, Values
+from fastq.platform import Platform
+from fastq.policy import Policy, Reference, Situation
+from fastq.representation import EachEpoch, Progress, Units, fit, outcome_targets, represent, train_representation
+from fastq.windows import Windows, held_out_players
+
+FOLDS = 4  # of players, for nuisances and for what unseen players confirm
+NUISANCE_RIDGE = 30.0  # rows' worth of prior on standardised features
+RIDGES = np.geomspace(3.0, 30_000.0, 13)  # prior precisions tried for the effects, per standard deviation of the outcome
+INTERACTIONS = (0.0, 0.1, 0.3, 1.0)  # prior scales tried for effects that depend on the state, relative to those that do not
+DOUBT_RIDGE = 1.0  # weak, pooled: the doubt must not shrink with the mean
+LARGEST_PRICE = 64.0  # of a guardrail, in largest objective weights
+GUARDRAIL_SAMPLE = 1_024  # states on which the guardrails' prices are found
+REFERENCE_ROWS = 20_000  # logged decisions kept in the bundle as evidence
+TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
+
+
+@dataclass(frozen=True)
+class Critic:
+    """What the orthogonal critic learned: effects, covariance and spread (see `Policy`) and, per objective, what unseen players confirmed.
+
+    confirmed [M, 2]: slope of the held-out residual on the predicted effect, of the value and of the immediate value; gain [M, 2]: share of
+    the residual's variance that the prediction explained there.
+    """
+
+    effects: np.ndarray
+    covariance: np.ndarray
+    spread: np.ndarray
+    confirmed: np.ndarray
+    gain: np.ndarray
+
+
+def player_folds(player: np.ndarray, seed: int) -> np.ndarray:
+    """[N] fold of each row, the same for all rows of a player."""
+    return np.random.default_rng(seed).permutation(int(player.max()) + 1)[player] % FOLDS
+
+
+def out_of_fold(x: np.ndarray, y: np.ndarray, policy: np.ndarray, fold: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
+    """[N, T] ridge predictions of `y` under each row's own policy, from the rows `fit_on` of other players; NaN targets are left out."""
+    predicted = np.zeros_like(y)
+    for p in np.unique(policy):
+        for k in range(FOLDS):
+            here, others = (policy == p) & (fold == k), (policy == p) & (fold != k) & fit_on
+            patterns, which = np.unique(np.isfinite(y[others]).T, axis=0, return_inverse=True)
+            for pattern, rows in enumerate(patterns):  # targets that are known in the same rows share one factorisation
+                columns = np.flatnonzero(which.reshape(-1) == pattern)
+                known = np.flatnonzero(others)[rows]
+                if len(known):
+                    mean = y[np.ix_(known, columns)].mean(0)
+                    predicted[np.ix_(here, columns)] = mean + x[here] @ equations.ridge(x[known], y[np.ix_(known, columns)] - mean, NUISANCE_RIDGE)
+    return predicted
+
+
+def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray, rows: np.ndarray, seed: int) -> Critic:
+    """Step 2 on the decisions `rows`: what the acting policies' own noise did to each objective, now and over the horizon."""
+    immediate, summed = outcome_targets(windows, windows.platform.training.horizon)
+    targets = np.stack([summed, immediate], -1)[rows].reshape(len(rows), -1)  # [n, M * 2]
+    scale = np.nan_to_num(np.nanstd(targets, 0), nan=1.0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
+    policy, player = windows.policy[rows], windows.player[rows]
+    fold = player_folds(player, seed)
+    b, psi = seen.b.numpy()[rows].astype(float), seen.psi.numpy()[rows].astype(float)
+    expected = seen.expected.numpy()[rows, policy].astype(float)
+    usable = np.isfinite(features[rows]).all(1)
+    phi = np.nan_to_num(features[rows])
+
+    state = np.concatenate([b - b.mean(0), psi[:, 1:]], 1)
+    with_experts = np.concatenate([state, expected - expected.mean(0)], 1)
+    centred = phi - expected - out_of_fold(with_experts, phi - expected, policy, fold, usable)
+    residual = targets / scale - out_of_fold(with_experts, targets / scale, policy, fold, usable)
+    design = equations.orthogonal_design(psi, centred)
+
+    n_targets, s, p = targets.shape[1], psi.shape[1], phi.shape[1]
+    effects, confirmed, gain = np.zeros((n_targets, s * p)), np.zeros(n_targets), np.zeros(n_targets)
+    for t in range(n_targets):
+        known = usable & np.isfinite(residual[:, t])
+        if known.sum() > FOLDS * 10:
+            effects[t], confirmed[t], gain[t] = confirmed_effects(design[known], residual[known, t], fold[known], s, p)
+    complete = usable & np.isfinite(residual[:, 0::2]).all(1)
+    errors = (residual[:, 0::2] - design @ effects[0::2].T)[complete]
+    if complete.sum() < 2:
+        raise TrainingError("no decision has all its objectives known; nothing can be learned yet")
+    covariance = (
+        equations.clustered_covariance(design[complete], errors, player[complete], DOUBT_RIDGE) * np.multiply.outer(scale[0::2], scale[0::2])[:, :, None, None]
+    )
+    m, d = len(windows.platform.objectives), windows.action.shape[1]
+    spread = np.stack([centred[usable & (policy == k), :d].std(0) if (usable & (policy == k)).sum() > 1 else np.zeros(d) for k in range(len(windows.policies))])
+    return Critic((effects * scale[:, None]).reshape(m, 2, s, p), covariance, spread, confirmed.reshape(m, 2), gain.reshape(m, 2))
+
+
+def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, float, float]:
+    """Effects [S * P] whose prior is the one that players left out confirm best, shrunk by the slope they confirm; 0 if they confirm nothing."""
+    grams = np.stack([design[fold == k].T @ design[fold == k] for k in range(FOLDS)])
+    moments = np.stack([design[fold == k].T @ residual[fold == k] for k in range(FOLDS)])
+    best, chosen = -math.inf, (0.0, RIDGES[-1], 0.0)
+    for interaction in INTERACTIONS:
+        d = np.where(np.arange(s * p) < p, 1.0, interaction)  # the first P columns belong to the constant modifier
+        for_each = []
+        for k in range(FOLDS):
+            rest = d[:, None] * (grams.sum(0) - grams[k]) * d
+            value, vector = np.linalg.eigh(rest)
+            for_each.append((np.maximum(value, 0), vector, vector.T @ (d * (moments.sum(0) - moments[k]))))
+        for strength in RIDGES:
+            fitted = np.stack([d * (vector @ (projected / (value + strength))) for value, vector, projected in for_each])
+            cross, square = np.einsum("kd,kd->", fitted, moments), np.einsum("kd,kde,ke->", fitted, grams, fitted)
+            if 2 * cross - square > best:
+                best, chosen = 2 * cross - square, (interaction, strength, cross / max(square, 1e-12))
+    interaction, strength, slope = chosen
+    gain = best / max(float(residual @ residual), 1e-12)
+    if gain <= 0:
+        return np.zeros(s * p), 0.0, 0.0
+    d = np.where(np.arange(s * p) < p, 1.0, interaction)
+    return d * equations.ridge(design * d, residual[:, None], strength)[:, 0] * min(slope, 1.0), float(slope), float(gain)
+
+
+class ValueAndActor(lightning.LightningModule):
+    """Steps 4 and 5. One update: twin levels by temporal differences under the actor, then the actor up to the bound.
+
+    Everything a step does is in `training_step`; `state_dict` holds networks and targets, the record adds optimisers and the epoch.
+    """
+
+    def __init__(self, policy: Policy, data: dict[str, Tensor], validation: Tensor, *, seed: int, epochs: int, learning_rate: float) -> None:
+        super().__init__()
+        sizes = policy.network.sizes
+        self.values, self.actor, self.target = policy.values, policy.actor, Values(sizes)
+        self.target.load_state_dict(self.values.state_dict())
+        self.target.requires_grad_(False)
+        self.data, self.validation, self.polynomial = data, validation, policy.polynomial
+        self.seed, self.epochs, self.lr, self.caution = seed, epochs, learning_rate, policy.platform.training.caution
+        self.epochs_done, self.best, self.stale = 0, math.inf, 0
+        self.best_weights: dict[str, Tensor] = {name: value.clone() for name, value in self.state_dict().items()}
+        self.history: list[dict[str, float]] = []
+        self.each_epoch: Callable[[Any], None] = lambda _: None
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        self.optimizers_: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(net.parameters(), lr=self.lr / 3, weight_decay=1e-5, fused=True) for net in (self.values, self.actor)
+        ]
+        return self.optimizers_
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(1_000_003 * self.seed + self.epochs_done + 500_009)
+
+    def advantage(self, phi: Tensor, index: Tensor) -> Tensor:
+        """[B, M, 2] effect of action features, of the value and of the immediate value, against the reference; networks' units."""
+        return torch.einsum("bmtp,bp->bmt", self.data["slope"][index], phi - self.data["reference"][index])
+
+    def training_step(self, index: Tensor) -> None:
+        data = self.data
+        # level: r + discount * (level + effect of the policy's action) there, less the effect of the logged action here
+        after = data["after"][index]
+        with torch.no_grad():
+            next_phi = equations.action_features(self.actor(data["b"][after], data["reach"][after]), self.polynomial)
+            next_q = self.target(data["b"][after])[..., 0] + self.advantage(next_phi, after)[..., 0]
+            target = equations.td_target(data["reward"][index], data["discount"][index], next_q, data["weight"])
+            here = self.advantage(data["phi"][index], index)
+            targets = torch.stack([target - here[..., 0], data["reward"][index] - here[..., 1]], -1)
+            targets = torch.where(data["usable"][index][:, :, None], targets, torch.nan)
+        level = self.values(data["b"][index])
+        loss = sum(equations.masked_squared_error(twin, targets) for twin in level)
+        self.optimizers_[0].zero_grad()
+        loss.backward()  # type: ignore[union-attr]  # sum() of tensors is a tensor
+        self.optimizers_[0].step()
+        equations.soft_update([*self.target.parameters()], [*self.values.parameters()], TAU)
+
+        # actor: exploit in the logged state, explore in the state another policy's branch gives it, never past the bound
+        share = equations.exploration_share(self.epochs_done / self.epochs)
+        explore = torch.rand(len(index), device=self.device) < share
+        other = torch.randint(data["counterfactual"].shape[1], (len(index),), device=self.device)
+        state = torch.where(explore[:, None], data["counterfactual"][index, other], data["b"][index])
+        cloned = torch.where(explore[:, None], data["expert"][index, other], data["action"][index])
+        u = self.actor(state, data["reach"][index])
+        difference = equations.action_features(u, self.polynomial) - data["reference"][index]
+        value = (data["priced"][index] * difference).sum(-1)
+        variance = torch.einsum("bp,bpq,bq->b", difference, data["doubt"][index], difference)
+        bound = equations.lower_bound(value, variance, self.caution)
+        cloning = equations.masked_squared_error(u, cloned)
+        actor_loss = -equations.behaviour_weight(bound, 2.5) * bound.mean() + cloning * 0.1
+        self.optimizers_[1].zero_grad()
+        actor_loss.backward()
+        self.optimizers_[1].step()
+
+    @torch.no_grad()
+    def on_train_epoch_end(self) -> None:
+        index, data = self.validation, self.data
+        after = data["after"][index]
+        next_q = (
+            self.values(data["b"][after])[..., 0].mean(0)
+            + self.advantage(equations.action_features(self.actor(data["b"][after], data["reach"][after]), self.polynomial), after)[..., 0]
+        )
+        level = self.values(data["b"][index]).mean(0)[..., 0] + self.advantage(data["phi"][index], index)[..., 0]
+        error = torch.where(data["usable"][index], data["reward"][index] + data["discount"][index] * next_q - level, 0.0)
+        difference = equations.action_features(self.actor(data["b"][index], data["reach"][index]), self.polynomial) - data["reference"][index]
+        variance = torch.einsum("bp,bpq,bq->b", difference, data["doubt"][index], difference)
+        bound = equations.lower_bound((data["priced"][index] * difference).sum(-1), variance, self.caution).mean()
+        self.epochs_done += 1
+        self.history.append({"td_error": float(error.square().mean()), "bound": float(bound), "level": float(level.mean())})
+        if not all(map(math.isfinite, self.history[-1].values())):
+            raise TrainingError(f"stage 2 diverged in epoch {self.epochs_done}: {self.history[-1]}; lower training.learning_rate")
+        self.best_weights = {name: value.clone() for name, value in self.state_dict().items()}  # last step, not best: no choice by luck
+        self.each_epoch(self)
+
+
+def guardrail_prices(policy: Policy, at: Situation) -> np.ndarray:
+    """Step 3: [M] the smallest prices at which the mean immediate value keeps each ceiling and floor, under the policy as served.
+
+    The Lagrangian's multipliers by bisection, one guardrail after the other, twice round if there are several. One that no price can keep gets the largest
+    one; the gate will refuse the model and say so.
+    """
+    platform = policy.platform
+    prices = np.zeros(len(platform.objectives))
+    guarded = [(j, bound, side) for j, o in enumerate(platform.objectives.values()) for bound, side in ((o.ceiling, 1), (o.floor, -1)) if bound is not None]
+
+    def immediate(prices: np.ndarray) -> np.ndarray:
+        priced = replace(policy, multipliers=prices)
+        if policy.catalogue is not None:
+            total, items = priced.item_scores(at, platform.weights, None)
+            law = priced.item_law(total, at, platform.serving.exploration)
+            vectors = torch.from_numpy(policy.catalogue.embedding[items]).double()
+            return torch.einsum("bcm,bc->bm", priced.totals(at, vectors)[..., 1], law).mean(0).numpy()
+        phi = priced.served_features(priced.best_units(at, platform.weights, *platform.bounds.T))
+        return priced.totals(at, phi[:, None])[:, 0, :, 1].mean(0).numpy()
+
+    for _ in range(min(2, len(guarded))):
+        for j, bound, side in guarded:
+
+            def kept(price: float, j: int = j, bound: float = bound, side: int = side) -> bool:
+                prices[j] = side * price
+                return bool(side * immediate(prices)[j] <= side * bound)
+
+            prices[j] = side * smallest_price(kept, LARGEST_PRICE * float(np.abs(platform.weights).max()))
+    return prices
+
+
+def smallest_price(kept: Callable[[float], bool], largest: float) -> float:
+    """The smallest price that keeps a guardrail, to a thousandth of the largest one; the largest where none does."""
+    if kept(0.0):
+        return 0.0
+    lower, upper = 0.0, largest / 64
+    while upper < largest and not kept(upper):
+        lower, upper = upper, 2 * upper
+    while upper - lower > largest / 1000:
+        middle = (lower + upper) / 2
+        lower, upper = (lower, middle) if kept(middle) else (middle, upper)
+    return upper
+
+
+def linear_level(policy: Policy, windows: Windows, b: np.ndarray, reward: np.ndarray, target: np.ndarray, rows: np.ndarray) -> None:
+    """Start the values' linear part at the fixed point of linear temporal differences (LSTD, Bradtke & Barto 1996), in place.
+
+    target [N, M]: reward less the effect of the logged action plus the discounted effect of the policy's next action.
+    """
+    x = np.concatenate([np.ones((len(b), 1)), b], 1)
+    following = np.maximum(windows.following, 0)
+    weight, bias = policy.values.linear.weight.detach().view(-1, 2, b.shape[1]), policy.values.linear.bias.detach().view(-1, 2)
+    for j in range(reward.shape[1]):
+        known = rows[np.isfinite(target[rows, j])]
+        if len(known) == 0:
+            continue
+        a = x[known].T @ (x[known] - windows.discount[known, j, None] * x[following[known]])
+        a[np.diag_indices_from(a)] += NUISANCE_RIDGE * 0.1
+        value = np.linalg.solve(a, x[known].T @ target[known, j])
+        now = equations.ridge(x[known], reward[known, j, None], NUISANCE_RIDGE * 0.1)[:, 0]
+        for head, solution in enumerate((value, now)):
+            weight[j, head].copy_(torch.from_numpy(solution[1:]))
+            bias[j, head].copy_(torch.tensor(solution[0]))
+
+
+def train(
+    platform: Platform,
+    windows: Windows,
+    directory: Path | None = None,
+    *,
+    resume: bool = False,
+    on_progress: Progress | None = None,
+) -> Policy:
+    """Learn a policy from the players who are not held out for evaluation.
+
+    `directory` keeps the record after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
+    Raises `TrainingError` where the logs hold nothing to learn from or a loss diverges.
+    """
+    training = platform.training
+    held_out = held_out_players(windows.player_ids, training.holdout, training.seed)
+    learning = ~held_out[windows.player]
+    checking = held_out_players(windows.player_ids, 0.15, training.seed + 1)[windows.player] & learning
+    if not (learning & ~checking).any():
+        raise TrainingError(
+            f"{len(windows.player_ids)} players and {len(windows)} decisions are too few to learn from; expected some players on each side of training.holdout"
+        )
+    if not checking.any():
+        checking = learning
+    rows, checked = np.flatnonzero(learning & ~checking), np.flatnonzero(checking)
+    if not np.isfinite(windows.reward[rows]).any():
+        raise TrainingError("there is nothing to learn from: no objective of any decision is known yet; outcomes have to arrive first")
+    records = [directory / f"{stage}.safetensors" if directory else None for stage in ("representation", "learner")]
+
+    units = Units.of(windows.action[learning], windows.catalogue is not None)
+    encoding = fit_encoding(platform, windows.matrix[np.unique(windows.rows_of(np.flatnonzero(learning)))], windows.attributes.filter(learning))
+    network, states, history = train_representation(windows, encoding, units, rows, checked, record=records[0], resume=resume, on_progress=on_progress)
+    seen = represent(network, states)
+
+    learned = np.flatnonzero(learning)
+    features = equations.action_features(torch.from_numpy(units.standard(windows.action)), windows.catalogue is None).numpy()
+    critic = orthogonal_critic(windows, seen, features, learned, training.seed)
+
+    scale = np.nan_to_num(np.nanstd(windows.reward[learned], 0), nan=1.0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
+    torch.manual_seed(training.seed)
+    sizes = network.sizes
+    policy = Policy(
+        platform=platform,
+        encoding=encoding,
+        catalogue=windows.catalogue,
+        policies=windows.policies,
+        units=units,
+        network=network,
+        values=Values(sizes),
+        actor=Actor(sizes),
+        effects=critic.effects,
+        covariance=critic.covariance,
+        spread=critic.spread,
+        multipliers=np.zeros(len(platform.objectives)),
+        scale=scale,
+        reference=reference_rows(windows, seen, learned, training.seed),
+    )
+    at = situation_of(policy, seen)
+    sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
+    if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
+        linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, at, windows, features, scale), learned)
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
+    targets = level_targets(policy, at, windows, features, scale)
+    linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, targets, learned)
+
+    module = ValueAndActor(
+        policy,
+        stage_two_data(policy, at, network, states, windows, features, scale),
+        torch.from_numpy(checked),
+        seed=training.seed,
+        epochs=min(training.epochs, LEVEL_EPOCHS),
+        learning_rate=training.learning_rate,
+    )
+    fit(module, torch.from_numpy(rows), training.batch_size, EachEpoch("value and actor", records[1], PATIENCE, on_progress), resume=resume)
+    module.load_state_dict(module.best_weights)
+    for part in (policy.values, policy.actor):
+        part.eval().requires_grad_(False)
+    if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
+    names = list(platform.objectives)
+    details = {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": windows.fingerprint(),
+        "git": git_commit(),
+        "decisions": len(windows),
+        "players": len(windows.player_ids),
+        "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
+        "confirmed": {
+            name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
+            for j, name in enumerate(names)
+        },
+        "multipliers": dict(zip(names, policy.multipliers.tolist(), strict=True)),
+        "history": {"representation": history, "value_and_actor": module.history},
+        "balance": balance_probe(windows, seen, learned, training.seed),
+    }
+    return replace(policy, details=details)
+
+
+@torch.no_grad()
+def situation_of(policy: Policy, seen: Represented) -> Situation:
+    """The critic's view of every decision, without gradients."""
+    return policy.situation_of(seen)
+
+
+def best_features(policy: Policy, at: Situation) -> Tensor:
+    """[N, P] expected action features of the policy as it would be served in every state."""
+    w = policy.platform.weights
+    if policy.catalogue is None:
+        return policy.served_features(policy.best_units(at, w, *policy.platform.bounds.T))
+    parts = []
+    for start in range(0, len(at), 2048):
+        piece = at[start : start + 2048]
+        total, items = policy.item_scores(piece, w, None)
+        law = policy.item_law(total, piece, policy.platform.serving.exploration)
+        parts.append(torch.einsum("bc,bcp->bp", law, torch.from_numpy(policy.catalogue.embedding[items]).double()))
+    return torch.cat(parts)
+
+
+def level_targets(policy: Policy, at: Situation, windows: Windows, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """[N, M] reward less the effect of the logged action plus the discounted effect of the policy's next one, in networks' units."""
+    there = best_features(policy, at)
+    effect = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], there - at.reference).numpy()
+    logged = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], torch.from_numpy(np.nan_to_num(features)) - at.reference).numpy()
+    following = np.maximum(windows.following, 0)
+    open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
+    return np.where(open_ended, np.nan, (windows.reward - logged + windows.discount * effect[following]) / scale)
+
+
+def stage_two_data(policy: Policy, at: Situation, network: Any, states: Any, windows: Windows, features: np.ndarray, scale: np.ndarray) -> dict[str, Tensor]:
+    """Everything a stage-2 step gathers from, computed once: states, counterfactual states, effects, doubts, rewards."""
+    open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
+    usable = np.isfinite(windows.reward) & ~open_ended & np.isfinite(features).all(1)[:, None]
+    weights = policy.platform.weights
+    priced = torch.einsum("m,bmp->bp", torch.from_numpy(weights), at.slope[:, :, 0]) - torch.einsum(
+        "m,bmp->bp", torch.from_numpy(policy.multipliers), at.slope[:, :, 1]
+    )
+    unit = max(float((at.slope[:, :, 0].transpose(1, 2) @ torch.from_numpy(weights)).abs().mean()), 1e-9)
+    counterfactual = torch.stack([network.balance(network.experts(e)[0][:, k]) for e in [encoded(network, states)] for k in range(len(windows.policies))], 1)
+
+    def tensor(array: Any) -> Tensor:
+        return torch.as_tensor(array).float()
+
+    return {
+        "b": at.b,
+        "counterfactual": counterfactual,
+        "phi": tensor(np.nan_to_num(features)),
+        "action": tensor(policy.units.standard(windows.action)),
+        "expert": tensor(at.expected[..., : windows.action.shape[1]]),
+        "reference": tensor(at.reference),
+        "reach": tensor(at.reach),
+        "slope": tensor(at.slope) / tensor(scale)[:, None, None],
+        "priced": tensor(priced / unit),
+        "doubt": tensor(policy.shape_of_doubt(at, weights) / unit**2),
+        "reward": torch.nan_to_num(tensor(windows.reward / scale)),
+        "discount": tensor(windows.discount),
+        "usable": torch.from_numpy(usable),
+        "after": torch.from_numpy(np.maximum(windows.following, 0)),
+        "weight": tensor(weights * scale),
+    }
+
+
+@torch.no_grad()
+def encoded(network: Any, states: Any, chunk: int = 4096) -> Tensor:
+    """[N, E] the encoder's output for every decision, from which every policy's branch follows."""
+    pieces = torch.arange(len(states.windows)).split(chunk)
+    return torch.cat([network.encoder(*states.gather(piece)[:2]) for piece in pieces])
+
+
+def level_variance(policy: Policy, seen: Represented, windows: Windows, targets: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> float:
+    """Variance of the weighted level's estimate: the Bellman residuals' mean over players, as a cluster-robust standard error squared."""
+    with torch.no_grad():
+        level = policy.values(seen.b).mean(0)[..., 0].double().numpy()
+    following = np.maximum(windows.following, 0)
+    residual = ((targets + windows.discount * level[following] - level) * scale) @ policy.platform.weights
+    known = rows[np.isfinite(residual[rows])]
+    sums = np.bincount(windows.player[known], residual[known])
+    return float((sums**2).sum() / max(len(known), 1) ** 2 / (1 - policy.platform.discounts.max()) ** 2)
+
+
+def balance_probe(windows: Windows, seen: Represented, rows: np.ndarray, seed: int) -> dict[str, float]:
+    """How much of the acting policy a fresh probe still reads from the balanced state of players it was not trained on, against chance."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import balanced_accuracy_score
+
+    if len(windows.policies) < 2:
+        return {"probe": 1.0, "chance": 1.0}
+    sample = np.random.default_rng(seed).permutation(rows)[:20_000]
+    train_on = player_folds(windows.player, seed)[sample] > 0
+    b, label = seen.b.numpy()[sample], windows.policy[sample]
+    if len(np.unique(label[train_on])) < 2 or train_on.all():
+        return {"probe": 1.0, "chance": 1.0 / len(windows.policies)}
+    probe = LogisticRegression(max_iter=300, class_weight="balanced").fit(b[train_on], label[train_on])
+    return {"probe": float(balanced_accuracy_score(label[~train_on], probe.predict(b[~train_on]))), "chance": 1.0 / len(windows.policies)}
+
+
+def reference_rows(windows: Windows, seen: Represented, rows: np.ndarray, seed: int) -> Reference:
+    """A sample of logged decisions that explanations may name as nearest."""
+    kept = np.sort(np.random.default_rng(seed).permutation(rows)[:REFERENCE_ROWS])
+    return Reference(seen.b.numpy()[kept], [windows.decision_id[i] for i in kept], [windows.policies[windows.policy[i]] for i in kept], windows.action[kept])
+
+
+def git_commit() -> str | None:
+    """The commit this code runs from, if it runs from a checkout."""
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None

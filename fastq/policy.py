@@ -1,0 +1,627 @@
+"""`Policy`: recommend with a propensity, in raw units; all that serving needs, and what a bundle holds.
+
+The critic of an action is exact arithmetic on what the networks say of the state: per objective a level (the value of what the
+behaviour policies would do here on average) plus an effect that is linear in the action's features. Hundreds of candidates are
+scored for the price of one, parts add up by construction, and the doubt of a difference is a quadratic form.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+from safetensors.numpy import load_file, save_file
+from scipy.special import ndtr, ndtri
+from scipy.stats import qmc
+from torch import Tensor
+
+from fastq import features
+from fastq.equations import action_features, expected_features
+from fastq.errors import BundleError, RequestError
+from fastq.features import Catalogue, Encoding, PlayerStates
+from fastq.networks import Actor, Representation, Represented, Sizes, Values
+from fastq.platform import Platform, platform_from_tree
+from fastq.representation import Units, branch_weights
+
+if TYPE_CHECKING:
+    from fastq.explanation import Explanation
+
+ROUNDS = ((64, 1.0), (32, 0.15), (16, 0.04))  # candidates per round, and the share of the evidence's reach over which they are spread
+CHUNKS = (64, 4096)  # states per forward pass: a row's floats depend on its batch's size, so sizes are fixed and batches are padded
+NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
+REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts; measured in infra/log.md
+OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
+RARE = 0.05  # a policy that acts in less than this share of such states is no evidence there
+UNIFORM_SHARE = 0.05  # floor of a catalogue's law, spread over the eligible items
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What is recommended to B players; NaN marks a propensity that does not exist.
+
+    action [B, D] raw units, or [B] item ids; value [B] and by_objective [B, M] of that action; propensity [B] density per raw units, or
+    probability; mean [B, D] the noise-free action (item ids for a catalogue); seeds [B] uint64, from which the noise is drawn again;
+    ranking: per player the `top_k` items, first the recommended one.
+    """
+
+    action: np.ndarray
+    value: np.ndarray
+    by_objective: np.ndarray
+    propensity: np.ndarray
+    mean: np.ndarray
+    seeds: np.ndarray
+    ranking: list[list[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Logged decisions kept in the bundle, so that an explanation can name the nearest ones."""
+
+    embedding: np.ndarray  # [R, Z] float32
+    decision_id: list[str]
+    policy: list[str]
+    action: np.ndarray  # [R, D] raw units or item embeddings
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """States as the networks' inputs: x [B, W, 2F] standardised values then presence marks, v [B, G], branch [B, K]."""
+
+    x: Tensor
+    v: Tensor
+    branch: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Encoded:
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        return Encoded(self.x[index], self.v[index], self.branch[index])
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the critic needs of B states, float64: everything about an action follows by small matrix products."""
+
+    b: Tensor  # [B, Z] balanced state
+    level: Tensor  # [B, M, 2] value and immediate value of the reference action
+    disagreement: Tensor  # [B, M] between the twins
+    slope: Tensor  # [B, M, 2, P] of the value and of the immediate value, per action feature
+    psi: Tensor  # [B, S]
+    reference: Tensor  # [B, P] what the behaviour policies do here on average, as action features
+    expected: Tensor  # [B, K, P] what each of them does
+    assignment: Tensor  # [B, K] probability that each of them acts in such a state
+    proposal: Tensor  # [B, D] the actor's
+    reach: Tensor  # [B, 2, D] lowest and highest action that the evidence reaches, standard units
+
+    def __len__(self) -> int:
+        return len(self.b)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> Situation:
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        return Situation(**{name: getattr(self, name)[index] for name in self.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A trained policy. Made by `fastq.learner`, loaded by `fastq.load_policy`; immutable."""
+
+    platform: Platform
+    encoding: Encoding
+    catalogue: Catalogue | None
+    policies: list[str]  # the behaviour policies that were learned from, in the order of the expert branches
+    units: Units
+    network: Representation
+    values: Values
+    actor: Actor
+    effects: np.ndarray  # [M, 2, S, P] of the value and of the immediate value, in the objectives' units
+    covariance: np.ndarray  # [M, M, S * P, S * P] of the value's effects, objectives jointly
+    spread: np.ndarray  # [K, D] standard deviation of each behaviour policy's own noise, standard units
+    multipliers: np.ndarray  # [M] price of the guardrails, per unit of each objective's immediate value
+    scale: np.ndarray  # [M] unit in which the networks work
+    reference: Reference
+    details: dict[str, Any] = field(default_factory=dict)  # created_at, git commit, data fingerprint, diagnostics: plain JSON
+    version: str | None = None
+
+    # ---- states --------------------------------------------------------------------------------------------------------
+    @property
+    def fingerprint(self) -> str:
+        """Of the features it was made for; serving refuses a bundle whose fingerprint is not its own."""
+        return features.fingerprint(self.platform)
+
+    @property
+    def polynomial(self) -> bool:
+        return self.catalogue is None
+
+    def encode(self, states: PlayerStates) -> Encoded:
+        """States in raw units to the networks' inputs; raises `RequestError` that names what has the wrong shape."""
+        raw = features.raw_windows(self.platform, states, len(self.encoding.mean))
+        attributes = self.encoding.attributes(features.attribute_frame(self.platform, states), len(raw))
+        names = list(states.policies) if states.policies is not None else [None] * len(raw)
+        if len(names) != len(raw):
+            raise RequestError(f"policies: expected {len(raw)} names, one per player of history, got {len(names)}")
+        last = torch.tensor([self.policies.index(name) if name in self.policies else -1 for name in names], dtype=torch.int64)
+        return Encoded(torch.from_numpy(self.encoding.rows(raw)), torch.from_numpy(attributes), branch_weights(last, len(self.policies)))
+
+    def situation(self, enc: Encoded) -> Situation:
+        """What the critic needs of these states; differentiable with respect to `enc.x`."""
+        return self.situation_of(self.network(enc.x, enc.v, enc.branch))
+
+    def situation_of(self, seen: Represented) -> Situation:
+        """The critic's view of states that stage 1 has represented already."""
+        heads = self.values(seen.b).double() * torch.from_numpy(self.scale)[:, None]
+        psi, expected = seen.psi.double(), seen.expected.double()
+        assignment = torch.softmax(seen.assignment.double(), -1)
+        slope = torch.einsum("bs,mtsp->bmtp", psi, torch.from_numpy(self.effects))
+        reach = self.reach(expected, assignment)
+        return Situation(
+            b=seen.b,
+            level=heads.mean(0),
+            disagreement=(heads[0] - heads[1])[..., 0].abs(),
+            slope=slope,
+            psi=psi,
+            reference=torch.einsum("bk,bkp->bp", assignment, expected),
+            expected=expected,
+            assignment=assignment,
+            proposal=self.actor(seen.b, reach.float()).double(),
+            reach=reach,
+        )
+
+    def reach(self, expected: Tensor, assignment: Tensor) -> Tensor:
+        """[B, 2, D] how far evidence reaches: REACH standard deviations of their own noise past what the policies that act in such a state do,
+        inside the platform's bounds.
+
+        A local model of the effects is trusted between the policies and a little past them; outside it would extrapolate.
+        """
+        d, spread = self.spread.shape[1], torch.from_numpy(self.spread).to(expected)
+        acts = acting(assignment)[..., None]
+        low = torch.where(acts, expected[..., :d] - REACH * spread, torch.inf).amin(1)
+        high = torch.where(acts, expected[..., :d] + REACH * spread, -torch.inf).amax(1)
+        edges = torch.stack([low, high], 1)
+        if len(self.platform.bounds) == 0:
+            return edges
+        lowest, highest = (torch.from_numpy(self.units.standard(edge)).to(edges) for edge in self.platform.bounds.T)
+        return torch.minimum(torch.maximum(edges, lowest), highest)
+
+    def situations(self, enc: Encoded) -> Situation:
+        """`situation` in padded batches of fixed sizes, without gradients."""
+        if len(enc) == 0:
+            raise RequestError("expected at least one state")
+        size = CHUNKS[0] if len(enc) <= CHUNKS[0] else CHUNKS[1]
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(enc), size):
+                piece = enc[start : start + size]
+                n = len(piece)
+                if n < size:
+                    piece = piece[np.concatenate([np.arange(n), np.zeros(size - n, int)])]
+                whole = self.situation(piece)
+                parts.append(Situation(**{name: getattr(whole, name)[:n].cpu() for name in whole.__dataclass_fields__}))
+        return parts[0] if len(parts) == 1 else Situation(**{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0].__dataclass_fields__})
+
+    # ---- actions as features --------------------------------------------------------------------------------------------
+    def _units(self, action: np.ndarray) -> Tensor:
+        """Actions in raw units, or item embeddings, as tensors in standard units."""
+        return torch.from_numpy(np.ascontiguousarray(self.units.standard(np.asarray(action, float))))
+
+    def as_actions(self, given: Sequence[str] | np.ndarray) -> np.ndarray:
+        """Item ids as embeddings [..., D]; numeric actions pass through. Raises `RequestError` for an item the catalogue does not hold."""
+        array = np.asarray(given)
+        if self.catalogue is None or array.dtype.kind == "f":
+            return array.astype(float)
+        positions = self.catalogue.positions(array.reshape(-1).tolist())
+        if (positions < 0).any():
+            raise RequestError(f"item_id: {array.reshape(-1)[positions < 0][0]!r} is not in the catalogue")
+        return self.catalogue.embedding[positions].reshape(*array.shape, -1).astype(float)
+
+    # ---- the critic -----------------------------------------------------------------------------------------------------
+    def totals(self, at: Situation, phi: Tensor) -> Tensor:
+        """[B, C, M, 2] value and immediate value of candidates given by their features [B, C, P]."""
+        return at.level[:, None] + torch.einsum("bmtp,bcp->bcmt", at.slope, phi - at.reference[:, None])
+
+    def _weights(self, weights: Mapping[str, float] | None) -> np.ndarray:
+        if not weights:
+            return self.platform.weights
+        names = list(self.platform.objectives)
+        if unknown := [name for name in weights if name not in names]:
+            raise RequestError(f"weights: {unknown[0]!r} is no objective; expected {', '.join(names)}")
+        return np.array([weights.get(name, w) for name, w in zip(names, self.platform.weights, strict=True)], float)
+
+    def _joint_covariance(self, w: np.ndarray) -> Tensor:
+        """[S * P, S * P] covariance of the weighted value's effects."""
+        return torch.from_numpy(np.tensordot(np.multiply.outer(w, w), self.covariance, 2))
+
+    @functools.cached_property
+    def _joint(self) -> Tensor:
+        """Of the platform's own weights, which nearly every call asks for."""
+        return self._joint_covariance(self.platform.weights)
+
+    def shape_of_doubt(self, at: Situation, w: np.ndarray) -> Tensor:
+        """[B, P, P] covariance of the weighted value per pair of action features, in these states."""
+        s = at.psi.shape[1]
+        joint = (self._joint if w is self.platform.weights else self._joint_covariance(w)).view(s, -1, s, self.covariance.shape[2] // s)
+        left = torch.einsum("bs,sptq->bptq", at.psi, joint)
+        return torch.einsum("bptq,bt->bpq", left, at.psi)
+
+    def _scores(self, at: Situation, phi: Tensor, w: np.ndarray, doubt: Tensor) -> dict[str, Tensor]:
+        """What ranks candidates [B, C, P]: value - caution - guardrail = total, each [B, C]."""
+        totals = self.totals(at, phi)
+        difference = phi - at.reference[:, None]
+        sd = torch.einsum("bcp,bpq,bcq->bc", difference, doubt, difference).clamp(min=0).sqrt()
+        value = totals[..., 0] @ torch.from_numpy(w)
+        caution = self.platform.training.caution * sd
+        guardrail = totals[..., 1] @ torch.from_numpy(self.multipliers)
+        return {"value": value, "caution": caution, "guardrail": guardrail, "total": value - caution - guardrail}
+
+    def best_units(self, at: Situation, w: np.ndarray, low: np.ndarray, high: np.ndarray) -> Tensor:
+        """[B, D] the candidate with the largest total inside `low`..`high` (raw units) and the evidence's reach, in standard units.
+
+        What the networks propose, then ever finer rounds of fixed directions around the best so far: a function of state and model alone.
+        """
+        if len(at) > CHUNKS[1]:  # so that the candidates of a large batch need not all be in memory at once
+            return torch.cat([self.best_units(at[start : start + CHUNKS[1]], w, low, high) for start in range(0, len(at), CHUNKS[1])])
+        doubt, d = self.shape_of_doubt(at, w), at.proposal.shape[1]
+        allowed = [torch.from_numpy(self.units.standard(edge)) for edge in (low, high)]
+        lowest, highest = (torch.minimum(torch.maximum(edge, allowed[0]), allowed[1]) for edge in at.reach[:, :, None].unbind(1))
+        tried = torch.cat([at.proposal[:, None], at.reference[:, None, :d], at.expected[:, :, :d]], 1)
+        best = (lowest + highest) / 2
+        for n, share in ROUNDS:
+            directions = torch.from_numpy(_directions(d, n)) * share / 2
+            tried = torch.cat([best, tried, best + directions * (highest - lowest)], 1)
+            tried = torch.minimum(torch.maximum(tried, lowest), highest)
+            total = self._scores(at, action_features(tried, True), w, doubt)["total"]
+            total = total - OUTSIDE * (self._distance(at, tried) - REACH).clamp(min=0)
+            best = tried.gather(1, total.argmax(1)[:, None, None].expand(-1, 1, d))
+            tried = best
+        return best.squeeze(1)
+
+    def _distance(self, at: Situation, u: Tensor) -> Tensor:
+        """[B, C] distance of candidates [B, C, D] to the nearest policy that acts in such a state, in standard deviations of its own noise."""
+        d, spread = u.shape[-1], torch.from_numpy(np.maximum(self.spread, 1e-6))
+        apart = ((u[:, :, None] - at.expected[:, None, :, :d]) / spread).square().sum(-1)
+        return torch.where(acting(at.assignment)[:, None], apart, torch.inf).amin(-1).sqrt()
+
+    def served_features(self, mean: Tensor) -> Tensor:
+        """[B, P] expected action features under the law that is served around `mean` [B, D] (standard units)."""
+        sd, left, right = (
+            torch.from_numpy(edge / self.units.width)
+            for edge in self.law(self.platform.bounds[:, 0], self.platform.bounds[:, 1], self.platform.serving.exploration)
+        )
+        if float(sd.max()) == 0:
+            return action_features(mean, self.polynomial)
+        shift = torch.from_numpy(self.units.centre / self.units.width)
+        return expected_features(mean, sd, left - shift, right - shift)
+
+    # ---- what explanations ask -------------------------------------------------------------------------------------------
+    def parts(self, enc: Encoded, actions: np.ndarray) -> np.ndarray:
+        """[B, C, M, 2] immediate and long-term parts of actions [B, C, D], unweighted, in each objective's unit; their sum is the value."""
+        totals = self.totals(self.situations(enc), action_features(self._units(actions), self.polynomial)).numpy()
+        return np.stack([totals[..., 1], totals[..., 0] - totals[..., 1]], -1)
+
+    def value(self, enc: Encoded, actions: Tensor) -> Tensor:
+        """[B] weighted value of actions [B, D] in raw units; differentiable with respect to `enc.x`."""
+        u = self._units(actions.detach().cpu().numpy())
+        totals = self.totals(self.situation(enc), action_features(u, self.polynomial)[:, None])
+        return totals[:, 0, :, 0] @ torch.from_numpy(self.platform.weights)
+
+    def doubt(self, enc: Encoded, actions: np.ndarray, reference: np.ndarray | None = None, weights: Mapping[str, float] | None = None) -> np.ndarray:
+        """[B, C] standard deviation of the weighted value of actions [B, C, D], or of their difference to `reference` [B, C, D].
+
+        Without a reference the doubt about the level (the twins' disagreement) is added to that about the effect.
+        """
+        at, w = self.situations(enc), self._weights(weights)
+        phi = action_features(self._units(actions), self.polynomial)
+        other = at.reference[:, None] if reference is None else action_features(self._units(reference), self.polynomial)
+        variance = torch.einsum("bcp,bpq,bcq->bc", phi - other, self.shape_of_doubt(at, w), phi - other).clamp(min=0)
+        if reference is None:
+            variance = variance + ((at.disagreement @ torch.from_numpy(np.abs(w))) ** 2)[:, None] + self.details.get("level_variance", 0.0)
+        return variance.sqrt().numpy()
+
+    def score(self, enc: Encoded, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
+        """What ranks actions [B, C, D]: `value`, `caution`, `guardrail` and `total` = value - caution - guardrail, each [B, C]."""
+        at, w = self.situations(enc), self._weights(weights)
+        scores = self._scores(at, action_features(self._units(actions), self.polynomial), w, self.shape_of_doubt(at, w))
+        return {name: score.numpy() for name, score in scores.items()}
+
+    def expert_actions(self, enc: Encoded) -> np.ndarray:
+        """[B, K, D] what each behaviour policy would do here on average, in raw units inside the bounds (the nearest item's embedding for a catalogue)."""
+        expected = self.situations(enc).expected
+        if self.catalogue is not None:
+            distance = torch.cdist(expected, torch.from_numpy(self.catalogue.embedding).double())
+            return self.catalogue.embedding[distance.argmin(-1).numpy()].astype(float)
+        return np.clip(self.units.raw(expected[..., : len(self.platform.bounds)].numpy()), *self.platform.bounds.T)
+
+    def policy_probability(self, enc: Encoded) -> np.ndarray:
+        """[B, K] how often each behaviour policy acts in such a state."""
+        return self.situations(enc).assignment.numpy()
+
+    def disagreement(self, enc: Encoded) -> np.ndarray:
+        """[B] weighted disagreement of the twin critics about the level."""
+        return (self.situations(enc).disagreement @ torch.from_numpy(np.abs(self.platform.weights))).numpy()
+
+    def embedding(self, enc: Encoded) -> np.ndarray:
+        """[B, Z] float32 balanced states, in which nearness is measured."""
+        return self.situations(enc).b.numpy()
+
+    def best(self, enc: Encoded, weights: Mapping[str, float] | None = None, limits: Mapping[str, Mapping[str, float]] | None = None) -> np.ndarray:
+        """[B, D] the noise-free best action under other objective weights and limits."""
+        at, w = self.situations(enc), self._weights(weights)
+        if self.catalogue is not None:
+            scores, items = self.item_scores(at, w, None)
+            return self.catalogue.embedding[items[np.arange(len(at)), scores.numpy().argmax(1)]].astype(float)
+        low, high = self.edges(limits)
+        return self.on_grid(self.units.raw(self.best_units(at, w, low, high).numpy()), low, high)
+
+    # ---- recommending ---------------------------------------------------------------------------------------------------
+    def edges(self, limits: Mapping[str, Mapping[str, float]] | None) -> tuple[np.ndarray, np.ndarray]:
+        """[D] low and [D] high in raw units after a request's limits; raises `RequestError` for limits that leave no action."""
+        low, high = self.platform.bounds.T.copy()
+        names = self.platform.dimension_names
+        for name, edges in (limits or {}).items():
+            if name not in names:
+                raise RequestError(f"limits: {name!r} is no action dimension; expected {', '.join(names) or 'none, since actions are items'}")
+            if unknown := set(edges) - {"low", "high"}:
+                raise RequestError(f"limits.{name}: expected low and high, got {', '.join(sorted(unknown))}")
+            i = names.index(name)
+            low[i], high[i] = max(low[i], edges.get("low", low[i])), min(high[i], edges.get("high", high[i]))
+            if step := self.platform.steps[i]:
+                origin = self.platform.bounds[i, 0]
+                low[i], high[i] = origin + np.ceil((low[i] - origin) / step - 1e-9) * step, origin + np.floor((high[i] - origin) / step + 1e-9) * step
+            if not low[i] <= high[i]:
+                raise RequestError(
+                    f"limits.{name}: nothing is left between {low[i]:g} and {high[i]:g}; "
+                    f"the platform allows {self.platform.bounds[i, 0]:g} to {self.platform.bounds[i, 1]:g}"
+                )
+        return low, high
+
+    def on_grid(self, action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Actions moved to the nearest allowed value of each dimension that has a step."""
+        step, origin = self.platform.steps, self.platform.bounds[:, 0]
+        snapped = np.where(step > 0, origin + np.round((action - origin) / np.where(step > 0, step, 1)) * step, action)
+        return np.clip(snapped, low, high)
+
+    def law(self, low: np.ndarray, high: np.ndarray, exploration: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """sd, left and right edges [D] of the served law: per dimension a normal around the mean, truncated and renormalised, never clipped.
+
+        A dimension with a step lives on its grid: the law of a cell is the mass between its edges.
+        """
+        half = self.platform.steps / 2
+        return exploration * (self.platform.bounds[:, 1] - self.platform.bounds[:, 0]), low - half, high + half
+
+    def density(
+        self, action: np.ndarray, mean: np.ndarray, limits: Mapping[str, Mapping[str, float]] | None = None, exploration: float | None = None
+    ) -> np.ndarray:
+        """[B] density, per raw units, with which the law around `mean` [B, D] draws `action` [B, D]; 0 outside, NaN where there is no density."""
+        low, high = self.edges(limits)
+        sd, left, right = self.law(low, high, self._exploration(exploration))
+        if (sd == 0).any() or (low == high).any():
+            return np.full(len(action), np.nan)
+        step = self.platform.steps
+        from_, to = np.where(step > 0, action - step / 2, action), np.where(step > 0, action + step / 2, action)
+        inside = ((action >= low - 1e-9) & (action <= high + 1e-9)).all(1)
+        mass = ndtr((right - mean) / sd) - ndtr((left - mean) / sd)
+        point = np.exp(-0.5 * ((action - mean) / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
+        cell = (ndtr((to - mean) / sd) - ndtr((from_ - mean) / sd)) / np.where(step > 0, step, 1)
+        density: np.ndarray = np.where(step > 0, cell, point) / mass
+        return np.where(inside, density.prod(1), 0.0)
+
+    def _exploration(self, cap: float | None) -> float:
+        if cap is not None and not 0 <= cap <= 1:
+            raise RequestError(f"exploration: expected a share of each dimension's range between 0 and 1, got {cap:g}")
+        return min(self.platform.serving.exploration, cap if cap is not None else 1.0)
+
+    def recommend(
+        self,
+        states: PlayerStates,
+        explore: bool = True,
+        *,
+        seeds: np.ndarray | None = None,
+        limits: Mapping[str, Mapping[str, float]] | None = None,
+        exploration: float | None = None,
+        eligible: Sequence[str] | None = None,
+        top_k: int = 1,
+    ) -> Recommendation:
+        """The best action for every state under the platform's weights, drawn from its law if `explore`.
+
+        `seeds` [B] uint64 make the draw repeatable; `limits` narrow dimensions, `eligible` narrows a catalogue, `exploration` caps the noise.
+        Raises `RequestError` for a wrong shape and for limits that leave no action.
+        """
+        at = self.situations(self.encode(states))
+        seeds = np.random.default_rng().integers(0, 2**63, len(at), dtype=np.uint64) if seeds is None else np.asarray(seeds, np.uint64)
+        if self.catalogue is not None:
+            return self._recommend_items(at, explore, seeds, eligible, top_k, self._exploration(exploration), limits)
+        if eligible is not None or top_k != 1:
+            raise RequestError("eligible, top_k: expected only where actions are items of a catalogue")
+        low, high = self.edges(limits)
+        mean = self.on_grid(self.units.raw(self.best_units(at, self.platform.weights, low, high).numpy()), low, high)
+        action, share = mean, self._exploration(exploration)
+        if explore and share > 0:
+            sd, left, right = self.law(low, high, share)
+            below, above = ndtr((left - mean) / sd), ndtr((right - mean) / sd)
+            drawn = mean + sd * ndtri(below + uniforms(seeds, mean.shape[1]) * (above - below))
+            action = self.on_grid(np.clip(drawn, low, high), low, high)
+        propensity = self.density(action, mean, limits, share) if explore and share > 0 else np.full(len(at), np.nan)
+        by_objective = self.totals(at, action_features(self._units(action), True)[:, None])[:, 0, :, 0].numpy()
+        return Recommendation(action, by_objective @ self.platform.weights, by_objective, propensity, mean, seeds)
+
+    def item_scores(self, at: Situation, w: np.ndarray, eligible: Sequence[str] | None) -> tuple[Tensor, np.ndarray]:
+        """Totals [B, C] and positions [B, C] of the items that are re-ranked: all eligible ones, or the nearest to what is proposed."""
+        assert self.catalogue is not None
+        allowed = np.arange(len(self.catalogue.ids)) if eligible is None else np.unique(self.catalogue.positions(eligible))
+        if (allowed < 0).any() or len(allowed) == 0:
+            raise RequestError(
+                "eligible: expected at least one item, each of the catalogue"
+                if eligible is None or not len(eligible)
+                else "eligible: names an item that is not in the catalogue"
+            )
+        vectors = torch.from_numpy(self.catalogue.embedding[allowed]).double()
+        items = np.broadcast_to(allowed, (len(at), len(allowed)))
+        if len(allowed) > NEAREST_ITEMS:  # the actor proposes, the critic re-ranks (arXiv 1512.07679)
+            centres = torch.cat([at.proposal[:, None], at.expected], 1)
+            nearest = torch.cdist(centres, vectors).amin(1).topk(NEAREST_ITEMS, largest=False).indices
+            items, vectors = allowed[nearest.numpy()], vectors[nearest]
+        else:
+            vectors = vectors.expand(len(at), -1, -1)
+        return self._scores(at, vectors, w, self.shape_of_doubt(at, w))["total"], items
+
+    def item_law(self, total: Tensor, at: Situation, share: float) -> Tensor:
+        """[B, C] probability of each re-ranked item: a softmax whose temperature is the doubt itself, above a uniform floor.
+
+        Items whose totals differ by less than what is not known keep similar chances; clear evidence concentrates the law.
+        """
+        w = self.platform.weights
+        assert self.catalogue is not None
+        spread = torch.from_numpy(self.catalogue.embedding.std(0)).double()
+        temperature = torch.einsum("p,bpq,q->b", spread, self.shape_of_doubt(at, w), spread).clamp(min=1e-12).sqrt()
+        floor = UNIFORM_SHARE if share > 0 else 0.0
+        return (1 - floor) * torch.softmax(total / temperature[:, None], 1) + floor / total.shape[1]
+
+    def _recommend_items(
+        self, at: Situation, explore: bool, seeds: np.ndarray, eligible: Sequence[str] | None, top_k: int, share: float, limits: object
+    ) -> Recommendation:
+        assert self.catalogue is not None
+        if limits:
+            raise RequestError("limits: expected none, since actions are items of a catalogue; use eligible")
+        total, items = self.item_scores(at, self.platform.weights, eligible)
+        if not 1 <= top_k <= items.shape[1]:
+            raise RequestError(f"top_k: expected 1 to {items.shape[1]}, the items there are, got {top_k}")
+        law = self.item_law(total, at, share)
+        best = total.argmax(1).numpy()
+        noise = -np.log(-np.log(uniforms(seeds, items.shape[1])))
+        order = np.argsort(-(law.log().numpy() + noise if explore and share > 0 else total.numpy()), 1, kind="stable")[:, :top_k]  # Gumbel top-k: no repeats
+        rows, first = np.arange(len(at)), order[:, 0]
+        ids = np.array(self.catalogue.ids, object)
+        propensity = law.numpy()[rows, first] if explore and share > 0 else np.full(len(at), np.nan)
+        vectors = torch.from_numpy(self.catalogue.embedding[items[rows, first]]).double()
+        by_objective = self.totals(at, vectors[:, None])[:, 0, :, 0].numpy()
+        ranking = [list(ids[items[row, order[row]]]) for row in rows]
+        return Recommendation(ids[items[rows, first]], by_objective @ self.platform.weights, by_objective, propensity, ids[items[rows, best]], seeds, ranking)
+
+    def explain(
+        self, states: PlayerStates, actions: Any = None, against: Any = None, weights: Mapping[str, float] | None = None, *, attributions: bool = True
+    ) -> Explanation:
+        """Why these actions (default: the noise-free best ones): see `fastq.explanation.explain`."""
+        from fastq.explanation import explain  # explanations are made above policies; only this shortcut looks up
+
+        return explain(self, states, actions=actions, against=against, weights=weights, attributions=attributions)
+
+    # ---- the bundle -----------------------------------------------------------------------------------------------------
+    def save(self, directory: Path) -> None:
+        """Write the bundle: `weights.safetensors` and `bundle.json` with the sha256 of every file. The directory must not exist yet."""
+        directory.mkdir(parents=True)
+        tensors = {
+            f"{name}.{key}": value.detach().cpu().contiguous().numpy()
+            for name in ("network", "values", "actor")
+            for key, value in getattr(self, name).state_dict().items()
+        }
+        tensors |= {name: np.ascontiguousarray(getattr(self, name)) for name in ("effects", "covariance", "spread", "multipliers", "scale")}
+        tensors |= {
+            "encoding.mean": self.encoding.mean,
+            "encoding.scale": self.encoding.scale,
+            "units.centre": self.units.centre,
+            "units.width": self.units.width,
+            "reference.embedding": self.reference.embedding,
+            "reference.action": self.reference.action,
+        }
+        if self.catalogue is not None:
+            tensors["catalogue.embedding"] = self.catalogue.embedding
+        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, directory / "weights.safetensors")
+        tree = {
+            "format": 1,
+            "platform": self.platform.model_dump(mode="json"),
+            "fingerprint": self.platform.fingerprint(),
+            "features": self.fingerprint,
+            "policies": self.policies,
+            "sizes": self.network.sizes.__dict__,
+            "numeric": self.encoding.numeric,
+            "vocabularies": self.encoding.vocabularies,
+            "catalogue": self.catalogue.ids if self.catalogue else None,
+            "reference": {"decision_id": self.reference.decision_id, "policy": self.reference.policy},
+            "details": self.details,
+            "files": {"weights.safetensors": hashlib.sha256((directory / "weights.safetensors").read_bytes()).hexdigest()},
+        }
+        (directory / "bundle.json").write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path, version: str | None = None) -> Policy:
+        """Read a bundle; raises `BundleError` if a file is missing or its checksum differs."""
+        directory = Path(directory)
+        try:
+            tree = json.loads((directory / "bundle.json").read_text(encoding="utf-8"))
+            found = hashlib.sha256((directory / "weights.safetensors").read_bytes()).hexdigest()
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{directory}: not a readable bundle ({error})") from None
+        if tree.get("format") != 1 or tree["files"]["weights.safetensors"] != found:
+            raise BundleError(f"{directory}: weights.safetensors is not the file this bundle was written with; fetch the model again")
+        arrays = load_file(directory / "weights.safetensors")
+        sizes = Sizes(**tree["sizes"])
+        network, values, actor = Representation(sizes), Values(sizes), Actor(sizes)
+        modules: dict[str, torch.nn.Module] = {"network": network, "values": values, "actor": actor}
+        for name, module in modules.items():
+            module.load_state_dict({key.removeprefix(f"{name}."): torch.from_numpy(value) for key, value in arrays.items() if key.startswith(f"{name}.")})
+            module.eval().requires_grad_(False)
+        encoding = Encoding(arrays["encoding.mean"], arrays["encoding.scale"], {k: (v[0], v[1]) for k, v in tree["numeric"].items()}, tree["vocabularies"])
+        return cls(
+            platform=platform_from_tree(tree["platform"], Path(), str(directory / "bundle.json")),
+            encoding=encoding,
+            catalogue=Catalogue(tree["catalogue"], arrays["catalogue.embedding"]) if tree["catalogue"] else None,
+            policies=tree["policies"],
+            units=Units(arrays["units.centre"], arrays["units.width"]),
+            network=network,
+            values=values,
+            actor=actor,
+            effects=arrays["effects"],
+            covariance=arrays["covariance"],
+            spread=arrays["spread"],
+            multipliers=arrays["multipliers"],
+            scale=arrays["scale"],
+            reference=Reference(arrays["reference.embedding"], tree["reference"]["decision_id"], tree["reference"]["policy"], arrays["reference.action"]),
+            details=tree["details"],
+            version=version,
+        )
+
+    def with_version(self, version: str) -> Policy:
+        return replace(self, version=version)
+
+
+def acting(assignment: Tensor) -> Tensor:
+    """[B, K] which policies act in such states often enough to be evidence there; the likeliest always does."""
+    return assignment >= assignment.amax(-1, keepdim=True).clamp(max=RARE)
+
+
+@functools.lru_cache(maxsize=64)
+def _directions(d: int, n: int) -> np.ndarray:
+    """[n, d] the first points of the Sobol sequence, in [-1, 1]."""
+    return np.asarray(qmc.Sobol(d, scramble=False).random(n) * 2 - 1)
+
+
+def uniforms(seeds: np.ndarray, n: int) -> np.ndarray:
+    """[B, n] numbers in (0, 1), a pure function of each row's seed: splitmix64 (Steele et al., OOPSLA 2014), so a draw can be repeated alone."""
+    with np.errstate(over="ignore"):
+        z = seeds[:, None] + (np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z ^= z >> np.uint64(31)
+    return ((z >> np.uint64(11)).astype(float) + 0.5) / 2.0**53
+
+
+def action_dicts(platform: Platform, action: np.ndarray) -> list[dict[str, Any]]:
+    """[B] actions as the mappings that users see: dimension to number, or `item_id`."""
+    if platform.dimension_names:
+        return [dict(zip(platform.dimension_names, map(float, row), strict=True)) for row in action]
+    return [{"item_id": str(item)} for item in action]
+
+
+def action_frame(platform: Platform, action: np.ndarray) -> pl.DataFrame:
+    """[B] actions as the logs' action columns."""
+    if platform.dimension_names:
+        return pl.DataFrame({name: action[:, i] for i, name in enumerate(platform.dimension_names)})
+    return pl.DataFrame({"item_id": [str(item) for item in action]})

@@ -1,0 +1,571 @@
+"""The log tables: good rows in canonical types, refused rows with their reasons, and how often each rule was broken.
+
+Rows in = accepted + quarantined + repeated, for each table. Decisions that fastq served are read beside the platform's own
+logs and merged by `decision_id`; so are the events that its endpoint took. What cannot be read at all raises `LogsError`; a bad row never does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import sqlite3
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Literal, Protocol, get_args
+
+import polars as pl
+
+from fastq.errors import LogsError, WorkspaceError
+from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
+from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, read_rows, unread
+from fastq.workspace import Workspace
+
+Table = Literal["decisions", "activity", "players", "proposals", "items"]
+Severity = Literal["stop", "quarantine", "warn"]
+
+TABLES: tuple[Table, ...] = get_args(Table)
+KEYS: dict[Table, list[str]] = {
+    "decisions": ["decision_id"],
+    "activity": [],
+    "players": ["player_id", "valid_from"],
+    "proposals": ["decision_id", "policy"],
+    "items": ["item_id"],
+}
+CONFLICT, EXECUTED = "?conflict", "?executed"  # columns beside a row's own, as in `sources`
+BOUND_TOLERANCE = 1e-6  # of a dimension's range: actions logged in float32 miss their own bounds by less
+PROBABILITY_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows of one table; their sum is the number of rows that were read."""
+
+    accepted: int
+    quarantined: int
+    repeated: int
+
+
+@dataclass(frozen=True)
+class Records:
+    """Every log table of a platform in canonical types; a table that `fastq.yaml` does not name is None.
+
+    decisions   decision_id, player_id, decided_at, policy, propensity, assignment, model_version, the action columns, the
+                objectives; sorted by player_id, decided_at, decision_id
+    activity    player_id, occurred_at, known_at, the measures; sorted by player_id, occurred_at
+    players     player_id, valid_from (null = always), the attributes
+    proposals   decision_id, policy, the action columns, propensity, assignment
+    items       item_id, the item features
+    quarantine  table, file, row (from 1, in that file), reason, content (the row as it stood there, JSON text), then the rows' own columns
+    counts      by table
+    metrics     number of rows (or of whatever the rule counts) that break each rule, by rule name; 0 where all is well
+    warnings    sentences
+    """
+
+    decisions: pl.DataFrame
+    activity: pl.DataFrame | None
+    players: pl.DataFrame | None
+    proposals: pl.DataFrame | None
+    items: pl.DataFrame | None
+    quarantine: pl.DataFrame
+    counts: dict[str, Counts]
+    metrics: dict[str, int]
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """A rule for each row: `broken` is true where it fails, `reason` then says what is wrong and names the column."""
+
+    name: str
+    broken: pl.Expr
+    reason: pl.Expr
+    severity: Severity
+
+
+@dataclass(frozen=True)
+class Finding:
+    """How a table as a whole stands to a rule: how often it failed, and the sentence to show then."""
+
+    rule: str
+    failed: int
+    sentence: str
+
+
+# ---- what the tables hold -------------------------------------------------------------------------------------------
+
+
+def columns_of(platform: Platform, table: Table) -> dict[str, Column]:
+    """The columns that `table` has on this platform, in canonical order."""
+    key, name, time = Column("id", nullable=False), Column("name", nullable=False), Column("time", nullable=False)
+    probability, later = Column("number", optional=True), Column("time", optional=True)
+    action = {d: Column("number", nullable=False, key=f"action.dimensions.{d}") for d in platform.dimension_names} or {"item_id": key}
+    match table:
+        case "decisions":
+            given = {"decision_id": key, "player_id": key, "decided_at": time, "policy": name, "propensity": probability, "assignment": probability}
+            objectives = {o: Column("number", key=f"objectives.{o}") for o in platform.objectives}
+            return {**given, "model_version": Column("id", optional=True), **action, **objectives}
+        case "activity":
+            # a count needs no column of its own: each event is one
+            measures = {m: Column("number", optional=measure.aggregate == "count", key=f"state.measures.{m}") for m, measure in platform.state.measures.items()}
+            return {"player_id": key, "occurred_at": time, "recorded_at": later, **measures}
+        case "players":
+            attributes = {a: Column("number" if v.kind == "numeric" else "name", key=f"state.attributes.{a}") for a, v in platform.state.attributes.items()}
+            return {"player_id": key, "valid_from": later, **attributes}
+        case "proposals":
+            return {"decision_id": key, "policy": name, **action, "propensity": probability, "assignment": probability}
+        case "items":
+            features = platform.action.features if isinstance(platform.action, CatalogueAction) else {}
+            return {"item_id": key, **{f: Column("number" if v.kind == "numeric" else "name", key=f"action.features.{f}") for f, v in features.items()}}
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the rules of a row need to know beyond the row; None leaves a rule without effect."""
+
+    unread: frozenset[str] = frozenset()  # columns with values of the wrong type
+    decisions: pl.Series | None = None  # ids that a proposal may name
+    items: pl.Series | None = None  # ids that an action may name
+    now: datetime | None = None
+
+
+def row_rules(platform: Platform, table: Table, around: Surroundings | None = None) -> list[RowRule]:
+    """The rules that each row of `table` is held to."""
+    around = around or Surroundings()
+    columns = columns_of(platform, table)
+    rules: list[RowRule] = []
+
+    def rule(column: str, name: str, broken: pl.Expr, complaint: str, value: pl.Expr | None = None, severity: Severity = "quarantine") -> None:
+        value = pl.col(column) if value is None else value
+        reason = pl.concat_str(pl.lit(f"{column} "), value.cast(pl.String) + " ", pl.lit(complaint), ignore_nulls=True)
+        rules.append(RowRule(f"{table}.{column}.{name}", broken.fill_null(value=False), reason, severity))
+
+    for column, what in columns.items():
+        value = pl.col(column)
+        text = pl.col(unread(column)) if column in around.unread else pl.lit(None, pl.String)
+        if what.kind != "name":
+            rule(column, "readable", text.is_not_null(), f"is not {EXPECTED[what.kind][0]}", text)
+        if not what.nullable:
+            rule(column, "present", value.is_null() & text.is_null(), "is missing")
+        if what.kind == "number" and column not in ("propensity", "assignment"):
+            rule(column, "finite", ~value.is_finite(), "is not a finite number")
+    if key := KEYS[table]:
+        rule(key[0], "unique", pl.col(CONFLICT), f"has an earlier row with the same {' and '.join(key)} and other content; the first one stays")
+    if "policy" in columns:
+        _add_policy_rules(rule, platform)
+        _add_action_rules(rule, platform, around)
+    if table == "proposals":
+        rule("decision_id", "known", _stranger("decision_id", around.decisions), "is not among the accepted decisions")
+    if table == "activity":
+        for name, measure in platform.state.measures.items():
+            value = pl.col(name)
+            if measure.min is not None:
+                rule(name, "min", value.is_finite() & (value < measure.min), f"is below its min {measure.min:g}")
+            if measure.max is not None:
+                rule(name, "max", value.is_finite() & (value > measure.max), f"is above its max {measure.max:g}")
+        rule("recorded_at", "order", pl.col("recorded_at") < pl.col("occurred_at"), "is before occurred_at", severity="warn")
+    for column in {"decided_at", "occurred_at"}.intersection(columns):
+        # a day of slack, for clocks differ and a local time may pass for UTC
+        future = pl.lit(value=False) if around.now is None else pl.col(column) > around.now + timedelta(days=1)
+        rule(column, "past", future, "is in the future", severity="warn")
+    return rules
+
+
+class _Add(Protocol):
+    def __call__(self, column: str, name: str, broken: pl.Expr, complaint: str, value: pl.Expr | None = None, severity: Severity = "quarantine") -> None: ...
+
+
+def _add_policy_rules(rule: _Add, platform: Platform) -> None:
+    known = [*platform.policies, OWN_POLICY]
+    rule("policy", "known", ~pl.col("policy").is_in(known), f"is not one of {', '.join(known)}")
+    propensity, assignment = pl.col("propensity"), pl.col("assignment")
+    rule("propensity", "positive", ~(propensity.is_finite() & (propensity > 0)), "is not a positive, finite number; leave it empty where it is not known")
+    if isinstance(platform.action, CatalogueAction):
+        above = propensity.is_finite() & (propensity > 1 + PROBABILITY_TOLERANCE)
+        rule("propensity", "probability", above, "is above 1, and a catalogue's propensities are probabilities")
+    share = assignment.is_finite() & (assignment > 0) & (assignment <= 1 + PROBABILITY_TOLERANCE)
+    rule("assignment", "probability", ~share, "is not a probability above 0 and up to 1")
+
+
+def _add_action_rules(rule: _Add, platform: Platform, around: Surroundings) -> None:
+    if isinstance(platform.action, CatalogueAction):
+        rule("item_id", "known", _stranger("item_id", around.items), "is not in the items log")
+        return
+    for name, d in platform.action.dimensions.items():
+        value, slack = pl.col(name), BOUND_TOLERANCE * (d.high - d.low)
+        outside = value.is_finite() & ~value.is_between(d.low - slack, d.high + slack)
+        rule(name, "bounds", outside, f"is outside its bounds {d.low:g} to {d.high:g} {d.unit}".rstrip())
+        if d.step:
+            nearest = d.low + ((value - d.low) / d.step).round() * d.step
+            rule(name, "grid", value.is_finite() & ~outside & ((nearest - value).abs() > slack), f"is not on its grid of {d.step:g}", severity="warn")
+
+
+def _stranger(column: str, known: pl.Series | None) -> pl.Expr:
+    return pl.lit(value=False) if known is None else ~pl.col(column).is_in(known.implode())
+
+
+def table_rules(platform: Platform) -> list[str]:
+    """Names of the rules that look at a table as a whole; where they fail, they warn."""
+    logged = [table for table in TABLES if getattr(platform.logs, table) is not None]
+    names = ["rows.several", "player_id.several", "policy.several", "policy.acts", "propensity.given", "decided_at.fresh", "served.same"]
+    names += [f"{objective}.known" for objective in platform.objectives]
+    names += ["player_id.described"] * ("players" in logged) + ["activity.earlier"] * ("activity" in logged)
+    return [f"{table}.columns.used" for table in logged] + [f"decisions.{name}" for name in names]
+
+
+# ---- reading and judging --------------------------------------------------------------------------------------------
+
+
+def read_records(platform: Platform, since: datetime | None = None) -> Records:
+    """Read all logs that `fastq.yaml` names, the decisions that fastq served and the events that came over HTTP.
+
+    With `since` (UTC): decisions and their proposals from then on, and the activity that their windows reach back to.
+    Raises `LogsError` that names file and column if a table cannot be read at all.
+    """
+    now = datetime.now(UTC)
+    if since is not None and since.tzinfo is None:
+        since = since.replace(tzinfo=UTC)
+    accepted: dict[Table, pl.DataFrame] = {}
+    refused: dict[Table, pl.DataFrame] = {}
+    counts: dict[str, Counts] = {}
+    findings: list[Finding] = []
+    served, heard = _served(platform), _heard(platform)
+    earlier = pl.Series(dtype=pl.String)  # ids of decisions before `since`
+
+    for table in ("items", "players", "activity", "decisions", "proposals"):  # decisions name items, and proposals decisions
+        if (source := getattr(platform.logs, table)) is None:
+            continue
+        rows = read_rows(platform.root, f"{FILE_NAME}: logs.{table}", source, columns_of(platform, table))
+        frame = rows.frame
+        if frame.is_empty() and {"decisions": served, "activity": heard}.get(table, frame).is_empty():
+            mend = "export it again" if table == "decisions" else f"export it again, or leave logs.{table} out"
+            raise LogsError(f"{FILE_NAME}: logs.{table}: {', '.join(rows.files[:3])}{', …' * (len(rows.files) > 3)}: no rows; {mend}")
+        if table == "activity":
+            counted = [m for m, measure in platform.state.measures.items() if measure.aggregate == "count" and m not in rows.found]
+            frame, heard = (events.with_columns(pl.lit(1.0).alias(m) for m in counted) for events in (frame, heard))
+        if since is not None:
+            if table == "decisions":
+                earlier = frame.filter(pl.col("decided_at") < since)["decision_id"].drop_nulls()
+                served = served.filter(pl.col("decided_at") >= since)
+            frame = frame.filter(_from(platform, table, since, earlier))
+            heard = heard.filter(_from(platform, "activity", since, earlier))
+        frame, repeated = _without_repeats(frame, table)
+        if table == "activity":
+            frame = _with_heard(platform, frame, heard)
+        if table == "decisions":
+            frame, differing = _with_served(platform, frame, served)
+            said = f"decisions: {_rows(differing)} of served decisions name another action than was served; what was served stands"
+            findings.append(Finding("decisions.served.same", differing, said))
+        around = Surroundings(
+            unread=frozenset(c for c in columns_of(platform, table) if unread(c) in frame.columns),
+            decisions=accepted["decisions"]["decision_id"] if table == "proposals" else None,
+            items=accepted["items"]["item_id"] if "items" in accepted else None,
+            now=now,
+        )
+        rules = row_rules(platform, table, around)
+        flags = frame.select(rule.broken.alias(rule.name) for rule in rules)
+        for rule in rules:
+            failed = int(flags[rule.name].sum())
+            said = f"{table}: {_rows(failed)} break the rule {rule.name} and are kept" if rule.severity == "warn" else ""
+            findings.append(Finding(rule.name, failed, said))
+        bad = flags.select(pl.any_horizontal(rule.name for rule in rules if rule.severity == "quarantine")).to_series()
+        refused[table] = _quarantine(frame.filter(bad), table, rules, rows.files)
+        accepted[table] = _canonical(platform, table, frame.filter(~bad))
+        counts[table] = Counts(frame.height - int(bad.sum()), int(bad.sum()), repeated)
+        others = f"{table}: ignored columns that fastq.yaml does not name: {', '.join(rows.ignored)}"
+        findings.append(Finding(f"{table}.columns.used", len(rows.ignored), others))
+    findings += _look_at_decisions(platform, accepted, now)
+    return Records(
+        decisions=accepted["decisions"],
+        activity=accepted.get("activity"),
+        players=accepted.get("players"),
+        proposals=accepted.get("proposals"),
+        items=accepted.get("items"),
+        quarantine=pl.concat([refused[table] for table in TABLES if table in refused], how="diagonal_relaxed"),
+        counts={table: counts[table] for table in TABLES if table in counts},
+        metrics={finding.rule: finding.failed for finding in findings},
+        warnings=[finding.sentence for finding in findings if finding.failed and finding.sentence],
+    )
+
+
+def _from(platform: Platform, table: Table, since: datetime, earlier: pl.Series) -> pl.Expr:
+    """Which rows of a table belong to decisions from `since` on; rows without a time do, so that they are refused by name."""
+    match table:
+        case "decisions":
+            return (pl.col("decided_at") >= since).fill_null(value=True)
+        case "proposals":
+            return ~pl.col("decision_id").is_in(earlier.implode()).fill_null(value=False)
+        case "activity":
+            reach = platform.state.period * max(platform.state.window, platform.state.churn)
+            return (pl.col("occurred_at") >= since - reach).fill_null(value=True)
+        case _:
+            return pl.lit(value=True)
+
+
+def _without_repeats(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, int]:
+    """Rows that equal no earlier one in every column, marked where an earlier one has the same key; and how many were repeats.
+
+    Of a table with a key, ignored columns are ignored here too; events have no key, and all that tells two apart may be ignored.
+    """
+    key = KEYS[table]
+    content = [c for c in frame.columns if c not in (FILE, ROW) and (c != OTHERS or not key)]
+    suspects = pl.col(key[0]) if len(key) == 1 else pl.struct(key or content).hash()
+    twins = frame.with_row_index("?index").filter(suspects.is_duplicated())  # few, so whole rows are compared among these only
+    conflict = ~pl.struct(key).is_first_distinct() & pl.col(key[0]).is_not_null() if key else pl.lit(value=False)
+    twins = twins.select("?index", repeated=~pl.struct(content).is_first_distinct(), conflict=conflict)
+    index = pl.int_range(pl.len(), dtype=pl.get_index_type())
+    marked = frame.with_columns(index.is_in(twins.filter("conflict")["?index"].implode()).alias(CONFLICT))
+    repeats = twins.filter("repeated")["?index"]
+    return marked.filter(~index.is_in(repeats.implode())), repeats.len()
+
+
+def _quarantine(rows: pl.DataFrame, table: Table, rules: list[RowRule], files: list[str]) -> pl.DataFrame:
+    """Refused rows with their reasons, in the columns of `Records.quarantine`."""
+    columns = [c for c in rows.columns if c not in (FILE, ROW, OTHERS, CONFLICT) and not (c.endswith("?") and c[:-1] in rows.columns)]
+    # as it stood in the file, also where it is not of the column's type; and numbers as text, for JSON has no NaN
+    as_read = [pl.coalesce(*([unread(c)] if unread(c) in rows.columns else []), pl.col(c).cast(pl.String)).alias(c) for c in columns]
+    reasons = [pl.when(rule.broken).then(rule.reason) for rule in rules if rule.severity == "quarantine"]
+    names = pl.Series(files, dtype=pl.String)
+    return rows.select(
+        pl.lit(table).alias("table"),
+        pl.lit(names).gather(FILE).fill_null("served").alias("file"),
+        pl.col(ROW).cast(pl.Int64).alias("row"),
+        pl.concat_str(reasons, separator="; ", ignore_nulls=True).alias("reason"),
+        pl.struct(as_read).struct.json_encode().alias("content"),
+        *(pl.lit(None, pl.String).alias(c) for c in ("decision_id", "player_id") if c not in columns),
+        *(c for c in columns if c not in ("table", "file", "row", "reason", "content")),
+    )
+
+
+def _canonical(platform: Platform, table: Table, rows: pl.DataFrame) -> pl.DataFrame:
+    """Accepted rows in exactly the columns and the order that `Records` promises."""
+    columns = list(columns_of(platform, table))
+    match table:
+        case "decisions" | "proposals":
+            inside = [pl.col(name).clip(low, high) for name, (low, high) in zip(platform.dimension_names, platform.bounds.tolist(), strict=True)]
+            probabilities = pl.col("assignment" if platform.dimension_names else ["assignment", "propensity"]).clip(upper_bound=1.0)
+            rows = rows.with_columns(*inside, probabilities).select(columns)
+            return rows.sort("player_id", "decided_at", "decision_id") if table == "decisions" else rows
+        case "activity":
+            # nothing is known before it happens, whatever a clock wrote
+            known_at = pl.max_horizontal("recorded_at", "occurred_at").alias("known_at")
+            return rows.select("player_id", "occurred_at", known_at, *platform.state.measures).sort("player_id", "occurred_at", maintain_order=True)
+        case "players" | "items":
+            return rows.select(columns).sort(KEYS[table])
+
+
+def _look_at_decisions(platform: Platform, accepted: Mapping[Table, pl.DataFrame], now: datetime) -> list[Finding]:
+    """What is worth a warning about the decisions as a whole."""
+    decisions = accepted["decisions"]
+    rows, state = decisions.height, platform.state
+    acted = decisions["policy"].unique().sort().to_list()
+    idle = [policy for policy in platform.policies if policy not in acted] if rows else []
+    newest = decisions["decided_at"].max()
+    findings: list[Finding] = []
+
+    def found(rule: str, failed: int, sentence: str) -> None:
+        findings.append(Finding(f"decisions.{rule}", failed, f"decisions: {sentence}"))
+
+    found("rows.several", int(rows == 1), "there is one only; nothing can be learned from one")
+    found("player_id.several", int(rows > 1 and decisions["player_id"].n_unique() == 1), "all are of one player; nobody is left to evaluate on")
+    found("policy.several", int(rows > 1 and len(acted) == 1), f"one policy only has acted, {', '.join(acted)}; there is none to compare it with")
+    found("policy.acts", len(idle), f"named in policies of fastq.yaml, but never acted: {', '.join(idle)}")
+    found("propensity.given", int(rows > 0 and decisions["propensity"].count() == 0), "no row has a propensity; all will be estimated")
+    stale = isinstance(newest, datetime) and now - newest > state.period * state.churn
+    found("decided_at.fresh", int(stale), f"the newest was made at {newest!s:.16} UTC, more than {state.churn} periods ago")
+    for objective in platform.objectives:
+        found(f"{objective}.known", int(rows > 0 and decisions[objective].count() == 0), f"{objective} is never known; nothing can be learned about it")
+    if (players := accepted.get("players")) is not None:
+        strangers = int(decisions.select(_stranger("player_id", players["player_id"]).sum()).item() or 0)
+        found("player_id.described", strangers, f"{_rows(strangers)} of players who are not in the players log; their attributes are unknown")
+    if (activity := accepted.get("activity")) is not None:
+        first = activity.group_by("player_id").agg(pl.col("known_at").min().alias("?first"))
+        unseen = (pl.col("?first") < pl.col("decided_at")).fill_null(value=False).not_().sum()
+        early = int(decisions.join(first, on="player_id", how="left").select(unseen).item() or 0)
+        found("activity.earlier", early, f"{_rows(early)} before any activity of their player; their history is empty")
+    return findings
+
+
+def _rows(number: int) -> str:
+    return f"{number:,} row{'s' * (number != 1)}"
+
+
+# ---- served decisions, and events that came over HTTP -----------------------------------------------------------------
+
+
+def read_served(platform: Platform) -> pl.DataFrame:
+    """The decisions that fastq served, with the outcomes that came in, in the columns of `Records.decisions`.
+
+    An action that was executed instead replaces the served one, whose propensity then says nothing. A decision that was not
+    executed keeps its row but teaches nothing: its objectives are null.
+    """
+    return _served(platform).drop(EXECUTED)
+
+
+def _served(platform: Platform) -> pl.DataFrame:
+    """As `read_served`, with `?executed`: false where the platform said that a decision was not carried out."""
+    directory = Workspace(platform.root).served
+    columns = {name: DTYPES[column.kind] for name, column in columns_of(platform, "decisions").items()}
+    decisions, outcomes, instead = (_logged(platform, table) for table in ("decisions", "outcomes", "executed"))
+    action = [pl.col("action").str.json_path_match(f"$['{a}']").cast(columns[a], strict=False).alias(a) for a in platform.action_columns]
+    bodies = [pl.DataFrame(schema=columns), decisions.with_columns(pl.col("decided_at").cast(TIME), *action).drop("action")]
+    for path in sorted(directory.glob("[!.]*.parquet")):
+        with naming(str(path)):
+            batch = pl.read_parquet(path)
+            bodies.append(batch.select(pl.col(name).cast(dtype) for name, dtype in columns.items() if name in batch.columns))
+    served = pl.concat(bodies, how="diagonal").unique("decision_id", keep="first", maintain_order=True)
+
+    return _as_executed(platform, _with_outcomes(platform, served, outcomes), instead.with_columns(action))
+
+
+def _with_outcomes(platform: Platform, served: pl.DataFrame, outcomes: pl.DataFrame) -> pl.DataFrame:
+    known = outcomes.sort("recorded_at").unique(["decision_id", "objective"], keep="last")
+    for objective in set(platform.objectives).intersection(known["objective"]):
+        arrived = known.filter(pl.col("objective") == objective).select("decision_id", pl.col("value").alias("?value"))
+        served = served.join(arrived, on="decision_id", how="left", maintain_order="left")
+        served = served.with_columns(pl.coalesce("?value", objective).alias(objective)).drop("?value")
+    return served
+
+
+def _as_executed(platform: Platform, served: pl.DataFrame, instead: pl.DataFrame) -> pl.DataFrame:
+    names, objectives = platform.action_columns, list(platform.objectives)
+    done = instead.sort("recorded_at").unique("decision_id", keep="last")
+    done = done.select("decision_id", *(pl.col(a).alias(f"{a} done") for a in names), pl.col("action").is_not_null().alias(EXECUTED))
+    served = served.join(done, on="decision_id", how="left", maintain_order="left").with_columns(pl.col(EXECUTED).fill_null(value=True))
+    same = pl.all_horizontal((pl.col(f"{a} done") == pl.col(a)).fill_null(value=True) for a in names)
+    facts = [pl.when(pl.col(EXECUTED) & same).then("propensity").alias("propensity"), *(pl.coalesce(f"{a} done", a).alias(a) for a in names)]
+    taught = [pl.when(EXECUTED).then(o).alias(o) for o in objectives]
+    return served.with_columns(*facts, *taught).drop(f"{a} done" for a in names)
+
+
+_SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log; `executed` says what was done instead, null: nothing was
+    "decisions": {
+        "decision_id": pl.String(),
+        "player_id": pl.String(),
+        "decided_at": pl.Int64(),
+        "policy": pl.String(),
+        "propensity": pl.Float64(),
+        "model_version": pl.String(),
+        "action": pl.String(),
+    },
+    "outcomes": {"decision_id": pl.String(), "objective": pl.String(), "value": pl.Float64(), "recorded_at": pl.Int64()},
+    "executed": {"decision_id": pl.String(), "action": pl.String(), "recorded_at": pl.Int64()},
+    "activity": {"player_id": pl.String(), "occurred_at": pl.Int64(), "recorded_at": pl.Int64(), "body": pl.String()},
+}
+
+
+def _logged(platform: Platform, table: str) -> pl.DataFrame:
+    """One table of all servers' logs; a log of an earlier version may lack it."""
+    paths = sorted(Workspace(platform.root).served.glob("[!.]*.db"))
+    return pl.concat([pl.DataFrame(schema=_SERVED[table]), *(_read_decision_log(path, table) for path in paths)])
+
+
+def _read_decision_log(path: Path, table: str) -> pl.DataFrame:
+    """One table of one server's log, which may be written to meanwhile."""
+    types = _SERVED[table]
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as database:
+            if not database.execute("select 1 from sqlite_master where type = 'table' and name = ?", (table,)).fetchone():
+                return pl.DataFrame(schema=types)
+            query = f"select {', '.join(types)} from {table}"  # noqa: S608 - constants only
+            return pl.read_database(query, database, schema_overrides=types, infer_schema_length=None)
+    except (sqlite3.Error, pl.exceptions.PolarsError) as error:
+        raise WorkspaceError(f"{path}: the log of served decisions cannot be read ({error}); restore it from a backup, or move it away") from None
+
+
+def _heard(platform: Platform) -> pl.DataFrame:
+    """Events that the endpoint took, in the columns of the activity log: known from when they came."""
+    events = _logged(platform, "activity")
+    values = [pl.col("body").str.json_path_match(f"$['{m}']").cast(pl.Float64, strict=False).alias(m) for m in platform.state.measures]
+    return events.select("player_id", pl.col("occurred_at", "recorded_at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"), *values)
+
+
+def _with_heard(platform: Platform, frame: pl.DataFrame, heard: pl.DataFrame) -> pl.DataFrame:
+    """Events that came over HTTP beside the platform's own; one that was exported again is one row, known from when either says that it was."""
+    if heard.is_empty():
+        return frame
+    key = {"?player": pl.col("player_id"), "?moment": pl.col("occurred_at")}
+    for i, (name, measure) in enumerate(platform.state.measures.items()):
+        # exports are often float32; and of what is counted the value says nothing
+        key[f"?{i}"] = pl.col(name).is_not_null() if measure.aggregate == "count" else pl.col(name).fill_nan(None).cast(pl.Float32)
+    ours = heard.with_columns(**key).sort("recorded_at").unique(list(key), keep="first", maintain_order=True)  # replicas may each have taken it
+    theirs = frame.with_columns(**key)
+    first = ours.select(*key, pl.col("recorded_at").alias("?first"))
+    merged = theirs.join(first, on=list(key), how="left", nulls_equal=True, maintain_order="left")
+    merged = merged.with_columns(recorded_at=pl.min_horizontal("recorded_at", "?first")).select(frame.columns)
+    alone = ours.join(theirs, on=list(key), how="anti", nulls_equal=True, maintain_order="left").select(heard.columns)
+    return pl.concat([merged, alone], how="diagonal").with_columns(pl.col(CONFLICT).fill_null(value=False))
+
+
+def _with_served(platform: Platform, frame: pl.DataFrame, served: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+    """Served decisions beside the platform's own rows; one that was exported again is one row: as served, objectives of both.
+
+    Returns the rows, and how many exported ones name another action than was served.
+    """
+    if served.is_empty():
+        return frame, 0
+    beside = frame.join(served.rename(lambda c: c if c == "decision_id" else f"{c} served"), on="decision_id", how="left", maintain_order="left")
+    ours = pl.col(f"{EXECUTED} served").is_not_null() & ~pl.col(CONFLICT)
+    facts = ["player_id", "decided_at", "policy", "propensity", "model_version", *platform.action_columns]
+    other = [pl.col(a) != pl.col(f"{a} served") for a in platform.action_columns]
+    if platform.dimension_names:
+        slack = (BOUND_TOLERANCE * (platform.bounds[:, 1] - platform.bounds[:, 0])).tolist()
+        other = [(pl.col(a) - pl.col(f"{a} served")).abs() > s for a, s in zip(platform.dimension_names, slack, strict=True)]
+    differing = int(beside.select((ours & pl.any_horizontal(other)).sum()).item() or 0)
+    merged = {fact: pl.col(f"{fact} served") for fact in facts}
+    merged |= {o: pl.when(f"{EXECUTED} served").then(pl.coalesce(f"{o} served", o)) for o in platform.objectives}
+    rows = beside.with_columns(pl.when(ours).then(value).otherwise(name).alias(name) for name, value in merged.items()).select(frame.columns)
+    alone = served.join(frame, on="decision_id", how="anti", maintain_order="left").drop(EXECUTED)
+    return pl.concat([rows, alone], how="diagonal").with_columns(pl.col(CONFLICT).fill_null(value=False)), differing
+
+
+# ---- the accepted tables on disk ------------------------------------------------------------------------------------
+
+
+def write_tables(records: Records, workspace: Workspace) -> None:
+    """Keep the accepted tables, the quarantine and the counts under `workspace.tables`, all of them or nothing."""
+    with workspace.lock("tables", wait_seconds=60):
+        partial = Path(tempfile.mkdtemp(prefix=".tables.", dir=workspace.state))
+        replaced = Path(f"{partial}.old")
+        try:
+            for table in (*TABLES, "quarantine"):
+                if (frame := getattr(records, table)) is not None:
+                    frame.write_parquet(partial / f"{table}.parquet")
+            counts = {table: [c.accepted, c.quarantined, c.repeated] for table, c in records.counts.items()}
+            summary = json.dumps({"counts": counts, "metrics": records.metrics, "warnings": records.warnings})
+            (partial / "summary.json").write_text(summary, encoding="utf-8")
+            if workspace.tables.exists():
+                workspace.tables.rename(replaced)
+            partial.rename(workspace.tables)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_tables(platform: Platform) -> Records:
+    """The tables that `write_tables` kept.
+
+    Raises `WorkspaceError` if there are none, or if they were written for another `fastq.yaml`.
+    """
+    directory = Workspace(platform.root).tables
+    try:
+        summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
+        frames = {path.stem: pl.read_parquet(path) for path in directory.glob("*.parquet")}
+        counts = {table: Counts(*numbers) for table, numbers in summary["counts"].items()}
+        metrics, warnings = summary["metrics"], summary["warnings"]
+        decisions, quarantine = frames["decisions"], frames["quarantine"]
+    except FileNotFoundError:
+        raise WorkspaceError(f"{directory}: no accepted logs here yet; run `fastq validate`") from None
+    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
+        raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq validate` again") from None
+    for table in TABLES:
+        empty = pl.DataFrame(schema={name: DTYPES[column.kind] for name, column in columns_of(platform, table).items()})
+        wanted = None if getattr(platform.logs, table) is None else _canonical(platform, table, empty).schema
+        if (frames[table].schema if table in frames else None) != wanted:
+            raise WorkspaceError(f"{directory}: {table} was written for another fastq.yaml; run `fastq validate` again")
+    return Records(
+        decisions, frames.get("activity"), frames.get("players"), frames.get("proposals"), frames.get("items"), quarantine, counts, metrics, warnings
+    )

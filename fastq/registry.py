@@ -1,0 +1,459 @@
+"""The seam to MLflow: runs, write-once bundles, aliases. Nothing else imports it, and nothing of it is imported before it is needed.
+
+A model is a bundle, a directory of safetensors and JSON (`Policy.save`); no pickle is written or read. The registered model carries the
+platform's name. Its versions carry the gate's verdict and the bundle's checksum as tags; its aliases say what each is for:
+
+    champion    what serving serves          previous    the champion before it, for `rollback`
+    challenger  registered last, not (yet) promoted
+
+By default runs and versions stand in SQLite in the workspace and files beside it; `services.mlflow` names a tracking server instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from fastq import environment
+from fastq.errors import BundleError, ConfigurationError, FastqError, GateRefused, RequestError, UnknownPlayerError, WorkspaceError
+from fastq.platform import FILE_NAME, Platform, load_platform
+from fastq.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fastq.policy import Policy
+
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
+FLUSH_SECONDS = 2.0  # one metric costs MLflow 15 ms alone and 0.08 ms in a batch
+_DIGEST_TAG = "bundle_sha256"
+
+
+# ---- the connection ----------------------------------------------------------------------------------------------------
+@functools.cache
+def _connected(store: str, root: Path) -> Any:
+    """A client of a store that exists: two processes that create one SQLite store at once would break it, so the first comes alone."""
+    for name in ("DO_NOT_TRACK", "MLFLOW_DISABLE_TELEMETRY", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"):
+        os.environ.setdefault(name, environment.DEFAULTS[name])
+    if not store.startswith("sqlite:"):  # by default MLflow asks a server that is gone for four minutes
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    workspace = Workspace(root)
+    workspace.make(workspace.mlflow)
+    with workspace.lock("mlflow", wait_seconds=120):
+        from mlflow import MlflowClient
+
+        client = MlflowClient(tracking_uri=store, registry_uri=store)
+        client.search_experiments(max_results=1)  # creates or upgrades the tables, and says now whether a server answers
+        return client
+
+
+def _client(platform: Platform) -> Any:
+    """MLflow's client; raises `ConfigurationError` where the store does not answer."""
+    service = platform.services.mlflow
+    root = platform.root.resolve()
+    store = f"sqlite:///{Workspace(root).mlflow / 'mlflow.db'}" if service == "sqlite" else service
+    if service == "sqlite" and not (Workspace(root).mlflow / "mlflow.db").exists():
+        _connected.cache_clear()  # the workspace was deleted under us
+    try:
+        return _connected(store, root)
+    except FastqError:
+        raise
+    except Exception as error:
+        shown = "MLflow's store in the workspace" if service == "sqlite" else service.rsplit("@", 1)[-1]
+        raise ConfigurationError(f"services.mlflow: {shown} does not answer ({type(error).__name__}: {_first_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _translated(doing: str) -> Iterator[None]:
+    """MLflow's errors as one sentence of ours."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise WorkspaceError(f"MLflow: {doing} failed ({_first_line(error)}); check services.mlflow and the disk's free space") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return re.sub(r"//[^/@\s]+@", "//", (str(error).strip().splitlines() or [""])[0])[:300]  # without the password of a URL
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """One MLflow run that is under way. Metrics are gathered and sent in batches; what is not yet sent goes when the run ends."""
+
+    id: str
+    client: Any
+    _waiting: list[Any] = field(default_factory=list)
+    _sent_at: float = field(default_factory=time.monotonic)
+
+    def log(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Keep metrics of one step; NaN and infinity are kept as they are."""
+        from mlflow.entities import Metric
+
+        now = time.time_ns() // 1_000_000
+        self._waiting += [Metric(_metric_name(name), float(value), now, step) for name, value in metrics.items()]
+        if time.monotonic() - self._sent_at > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        waiting, self._waiting, self._sent_at = self._waiting, [], time.monotonic()
+        if waiting:
+            with _translated("logging metrics"):
+                self.client.log_batch(self.id, metrics=waiting)
+
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """Every metric of the run so far, those from before it was resumed too: (step, value), one per step, the last one logged."""
+        self.flush()
+        with _translated("reading metrics"):
+            names = self.client.get_run(self.id).data.metrics
+            found = {name: {m.step: m.value for m in sorted(self.client.get_metric_history(self.id, name), key=lambda m: m.timestamp)} for name in names}
+        return {name: sorted(points.items()) for name, points in found.items()}
+
+    def picture(self, name: str, figure: Any) -> None:
+        """Keep a Matplotlib figure as `pictures/NAME.png`."""
+        with _translated("keeping a picture"):
+            self.client.log_figure(self.id, figure, f"pictures/{name}.png")
+
+    def document(self, name: str, content: Mapping[str, Any]) -> None:
+        """Keep a JSON document as an artifact."""
+        with _translated("keeping a document"):
+            self.client.log_dict(self.id, dict(content), name)
+
+
+def _metric_name(name: str) -> str:
+    """MLflow's metric names hold letters, digits and _-. :/ only."""
+    return "".join(c if c.isalnum() or c in "_-. :/" else "_" for c in name)
+
+
+@contextlib.contextmanager
+def start_run(platform: Platform, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, resume: str | None = None) -> Iterator[Run]:
+    """A run in the platform's experiment, ended as FINISHED, FAILED or (on Ctrl-C) KILLED; `resume` goes on with the run of that id."""
+    client = _client(platform)
+    from mlflow.entities import Param, RunTag
+    from mlflow.exceptions import MlflowException
+
+    run_id = None
+    if resume is not None:
+        with contextlib.suppress(MlflowException):  # gone with its store: then it is a new one
+            run_id = client.get_run(resume).info.run_id
+            client.update_run(run_id, status="RUNNING")
+    if run_id is None:
+        with _translated("starting a run"):
+            run_id = client.create_run(_experiment(platform, client), run_name=name).info.run_id
+            said, labels = [Param(key, str(value)[:6000]) for key, value in params.items()], [RunTag(key, value) for key, value in (tags or {}).items()]
+            client.log_batch(run_id, params=said, tags=labels)
+    run = Run(run_id, client)
+    ended = "FAILED"
+    try:
+        yield run
+        ended = "FINISHED"
+    except (KeyboardInterrupt, SystemExit):
+        ended = "KILLED"
+        raise
+    finally:
+        # a store that is gone must not hide why the run ended
+        with contextlib.suppress(WorkspaceError) if ended != "FINISHED" else contextlib.nullcontext():
+            run.flush()
+            with _translated("ending a run"):
+                client.set_terminated(run_id, status=ended)
+
+
+def _experiment(platform: Platform, client: Any) -> str:
+    """The id of the platform's experiment; without a place of its own its artifacts would go to the current directory."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(platform.platform)
+    if found is None:
+        embedded = platform.services.mlflow == "sqlite"
+        place = str(Workspace(platform.root.resolve()).mlflow / "artifacts") if embedded else None
+        try:
+            return str(client.create_experiment(platform.platform, artifact_location=place))
+        except MlflowException:
+            found = client.get_experiment_by_name(platform.platform)  # another process was faster
+            if found is None:
+                raise
+    return str(found.experiment_id)
+
+
+# ---- versions ------------------------------------------------------------------------------------------------------------
+def register(platform: Platform, run_id: str, bundle: Path, tags: Mapping[str, str] | None = None) -> str:
+    """Keep a bundle with its run and make it the next version of the platform's model, the challenger. Returns the version.
+
+    A run has one bundle: registering it again, after a crash, gives the version that is there.
+    """
+    verify(bundle)
+    client = _client(platform)
+    from mlflow.exceptions import MlflowException
+
+    with Workspace(platform.root).lock("registry", wait_seconds=120), _translated("registering a model"):
+        for known in _versions(platform, client):
+            if known.run_id == run_id:
+                return str(known.version)
+        client.log_artifacts(run_id, str(bundle), "bundle")
+        try:
+            client.create_registered_model(platform.platform)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        # register_model("runs:/…") would look for a pickled model; a version may point at any directory of its run
+        labels = dict(tags or {}) | {_DIGEST_TAG: _sha256(bundle / "bundle.json")}
+        version = str(client.create_model_version(platform.platform, source=f"runs:/{run_id}/bundle", run_id=run_id, tags=labels).version)
+        client.set_registered_model_alias(platform.platform, CHALLENGER, version)
+    return version
+
+
+def record_verdict(platform: Platform, version: str, *, passed: bool, reasons: Sequence[str]) -> None:
+    """What the gate said of a version, kept with it; `promote` goes by it."""
+    client = _client(platform)
+    found = _version(platform, client, version)
+    with _translated("keeping the verdict"):
+        client.set_model_version_tag(platform.platform, found.version, "verdict", "promoted" if passed else "refused")
+        client.set_model_version_tag(platform.platform, found.version, "reasons", json.dumps(list(reasons)))
+
+
+def models(platform: Platform) -> list[dict[str, Any]]:
+    """All versions, newest first: version, aliases, created_at (RFC 3339), verdict (a sentence), none if there is no model yet."""
+    client = _client(platform)
+    with _translated("listing models"):
+        aliases = _aliases(platform, client)
+        return [
+            {
+                "version": str(v.version),
+                "aliases": sorted(alias for alias, version in aliases.items() if version == str(v.version)),
+                "created_at": datetime.fromtimestamp(v.creation_timestamp / 1000, UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+                "verdict": _sentence(v.tags),
+            }
+            for v in _versions(platform, client)
+        ]
+
+
+def champion(platform: Platform) -> str | None:
+    """The version that is to be served, None if no model was promoted yet."""
+    client = _client(platform)
+    with _translated("asking for the champion"):
+        return _aliases(platform, client).get(CHAMPION)
+
+
+def resolve(platform: Platform, reference: str) -> str:
+    """The version that an alias or a version number names; raises `UnknownPlayerError` that lists what there is."""
+    return str(_version(platform, _client(platform), reference).version)
+
+
+def promote(platform: Platform, version: str, *, reason: str = "", forced: bool = False, who: str = "fastq") -> str:
+    """Make a version the champion and the champion before it `previous`; returns the version.
+
+    Raises `GateRefused` where the gate refused the version or never judged it; `forced` overrules that and needs a reason.
+    """
+    if forced and not reason.strip():
+        raise RequestError("promote: a forced promotion needs a reason, which is kept in the audit log")
+    client = _client(platform)
+    workspace = Workspace(platform.root)
+    with workspace.lock("registry", wait_seconds=60):
+        found = _version(platform, client, version)
+        verdict = found.tags.get("verdict")
+        if verdict != "promoted" and not forced:
+            reasons = json.loads(found.tags.get("reasons", "[]")) or ["the gate never judged it; run `fastq retrain`"]
+            raise GateRefused(f"{platform.platform} version {found.version} is not promoted", reasons)
+        chosen = str(found.version)
+        with _translated("promoting"):
+            aliases = _aliases(platform, client)
+            before = aliases.get(CHAMPION)
+            if before == chosen:
+                return chosen
+            _audit(workspace, who, "promote", version=chosen, previous=before, reason=reason, forced=forced)
+            if forced and verdict != "promoted":
+                client.set_model_version_tag(platform.platform, chosen, "forced", reason)
+            if before is not None:
+                client.set_registered_model_alias(platform.platform, PREVIOUS, before)
+            client.set_registered_model_alias(platform.platform, CHAMPION, chosen)
+            if aliases.get(CHALLENGER) == chosen:
+                client.delete_registered_model_alias(platform.platform, CHALLENGER)
+    return chosen
+
+
+def rollback(platform: Platform, *, who: str = "fastq", reason: str = "") -> str:
+    """Make `previous` the champion again, and the champion `previous`; returns the version that is champion now."""
+    client = _client(platform)
+    workspace = Workspace(platform.root)
+    with workspace.lock("registry", wait_seconds=60), _translated("rolling back"):
+        aliases = _aliases(platform, client)
+        back, now = aliases.get(PREVIOUS), aliases.get(CHAMPION)
+        if back is None or back == now:
+            raise UnknownPlayerError(f"{platform.platform}: there is no champion before this one; see `fastq models`, and `fastq promote VERSION`")
+        _audit(workspace, who, "rollback", version=back, previous=now, reason=reason, forced=False)
+        client.set_registered_model_alias(platform.platform, CHAMPION, back)
+        if now is not None:
+            client.set_registered_model_alias(platform.platform, PREVIOUS, now)
+    return back
+
+
+def _aliases(platform: Platform, client: Any) -> dict[str, str]:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return {alias: str(version) for alias, version in client.get_registered_model(platform.platform).aliases.items()}
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
+
+
+def _versions(platform: Platform, client: Any) -> list[Any]:
+    name = platform.platform  # letters, digits, - _ . only: no quoting needed
+    found, token = [], None
+    while True:
+        page = client.search_model_versions(f"name = '{name}'", page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            return sorted(found, key=lambda v: -int(v.version))
+
+
+def _version(platform: Platform, client: Any, reference: str) -> Any:
+    reference = str(reference).removeprefix("@")
+    with _translated("asking for a model"):
+        aliases = _aliases(platform, client)
+        wanted = aliases.get(reference, reference)
+        versions = _versions(platform, client)
+    for version in versions:
+        if str(version.version) == wanted:
+            return version
+    if not versions:
+        raise UnknownPlayerError(f"{platform.platform}: no model {reference!r}; none was trained yet, run `fastq retrain`")
+    numbers = ", ".join(str(v.version) for v in versions[:20])
+    named = ", ".join(sorted(aliases)) or "none"
+    raise UnknownPlayerError(f"{platform.platform}: no model {reference!r}; there are the versions {numbers} and the aliases {named}")
+
+
+def _sentence(tags: Mapping[str, str]) -> str:
+    reasons = "; ".join(json.loads(tags.get("reasons", "[]")))
+    verdict = {"promoted": "passed", "refused": "refused"}.get(tags.get("verdict", ""), "not judged")
+    said = f"{verdict}: {reasons}" if reasons else verdict
+    return f"{said}; forced: {tags['forced']}" if "forced" in tags else said
+
+
+def _audit(workspace: Workspace, who: str, action: str, **said: Any) -> None:
+    """Append one JSON line, durably, before what it tells is done: a line too many can be read, a promotion without one cannot."""
+    workspace.make()
+    line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"), "who": who, "action": action, **said})
+    with workspace.audit.open("a", encoding="utf-8") as log:
+        log.write(line + "\n")
+        log.flush()
+        os.fsync(log.fileno())
+
+
+# ---- bundles -------------------------------------------------------------------------------------------------------------
+def _sha256(path: Path) -> str:
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def verify(directory: Path) -> dict[str, Any]:
+    """Check a bundle's files against the checksums in its `bundle.json`, which is returned; raises `BundleError` that names the file."""
+    try:
+        tree = json.loads((directory / "bundle.json").read_text(encoding="utf-8"))
+        listed = dict(tree["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{directory}: not a readable bundle, bundle.json is missing or damaged ({type(error).__name__})") from None
+    for name, expected in listed.items():
+        parts = PurePosixPath(name)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise BundleError(f"{directory}: bundle.json names {name!r}, which is outside the bundle")
+        try:
+            found = _sha256(directory / name)
+        except OSError:
+            raise BundleError(f"{directory}: {name} is missing from the bundle") from None
+        if found != expected:
+            raise BundleError(f"{directory}: {name} is not the file this bundle was written with (sha256 {found[:12]}…, expected {str(expected)[:12]}…)")
+    return dict(tree)
+
+
+def fetch(platform: Platform, reference: str = CHAMPION) -> Path:
+    """A verified copy of a version's bundle under `workspace.models/VERSION`: downloaded once, never changed, checked at every call.
+
+    Raises `BundleError` where a file is not the one that was registered.
+    """
+    client = _client(platform)
+    version = _version(platform, client, reference)
+    workspace = Workspace(platform.root)
+    target = workspace.models / str(version.version)
+    if not target.exists():
+        workspace.make(workspace.models)
+        with workspace.lock("models", wait_seconds=300):
+            for partial in workspace.models.glob(".fetch-*"):
+                shutil.rmtree(partial, ignore_errors=True)  # under the lock nobody else is at work: left by a process that was killed
+            if not target.exists():
+                _download(client, version, target)
+    _same(version, target)
+    return target
+
+
+def _download(client: Any, version: Any, target: Path) -> None:
+    partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=target.parent))
+    try:
+        with _translated(f"fetching version {version.version}"):
+            got = Path(client.download_artifacts(version.run_id, "bundle", str(partial)))
+        _same(version, got)
+        for path in got.rglob("*"):
+            if path.is_file():
+                path.chmod(0o400)
+                with path.open("rb") as content:
+                    os.fsync(content.fileno())
+        got.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _same(version: Any, directory: Path) -> None:
+    """The bundle is whole, and the one that was registered under this version."""
+    verify(directory)
+    if version.tags.get(_DIGEST_TAG) not in (None, _sha256(directory / "bundle.json")):
+        raise BundleError(f"{directory}: not the bundle that was registered as version {version.version}; remove this directory to fetch it again")
+
+
+def load_policy(uri: str | Path, workspace: Path | None = None) -> Policy:
+    """The policy of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a bundle's directory.
+
+    Names are resolved in the workspace: the directory `workspace`, else the current one, where `fastq.yaml` stands. Raises `UnknownPlayerError`
+    where there is no such model, `BundleError` where it is damaged or was made for other features than `fastq.yaml` describes now.
+    """
+    from fastq.policy import Policy
+
+    text = str(uri)
+    if not text.startswith("models:"):
+        verify(Path(uri))
+        return Policy.load(Path(uri))
+    platform = load_platform((workspace or Path()) / FILE_NAME)
+    name, reference = _parsed(text)
+    if name != platform.platform:
+        raise UnknownPlayerError(f"{text}: the model of this workspace is called {platform.platform!r}; expected models:/{platform.platform}@champion")
+    version = resolve(platform, reference)
+    directory = fetch(platform, version)
+    from fastq import features
+
+    if verify(directory).get("features") != features.fingerprint(platform):
+        raise BundleError(f"{text}: was made for other features than {platform.root / FILE_NAME} describes now; run `fastq retrain`")
+    return Policy.load(directory, version=version)
+
+
+def _parsed(uri: str) -> tuple[str, str]:
+    """Name and alias or version of a `models:` URI."""
+    rest = uri.removeprefix("models:").lstrip("/")
+    for separator in ("@", "/"):
+        name, found, reference = rest.partition(separator)
+        if found and name and reference and "/" not in name + reference:
+            return name, reference
+    raise RequestError(f"{uri}: expected models:/NAME@ALIAS, models:/NAME/VERSION or a directory")

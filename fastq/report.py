@@ -1,0 +1,199 @@
+"""Plots and HTML: what people look at. Every page is one file that loads nothing from anywhere."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
+
+from fastq.platform import Platform
+from fastq.records import Records
+from fastq.validation import Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SHOWN_ROWS = 100  # quarantined rows on the page; all of them are in the Parquet file
+
+_VALIDATION_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ platform }}: {{ "logs accepted" if verdict.passed else "logs refused" }}</title>
+<style>
+  :root { --ink: #1c2024; --soft: #60666d; --paper: #fcfcfa; --card: #ffffff; --line: #dfe2e5; --good: #1b7f4b; --bad: #b3261e; --warn: #8a5a00; }
+  @media (prefers-color-scheme: dark) {
+    :root { --ink: #e8eaed; --soft: #a2a9b0; --paper: #15181b; --card: #1c2024; --line: #343a40; --good: #5fcf94; --bad: #ff8f85; --warn: #e5b567; }
+  }
+  * { box-sizing: border-box; }
+  body { margin: 0 auto; max-width: 72rem; padding: 2rem 1.25rem 4rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+  h1 { margin: 0; font-size: 1.5rem; } h2 { margin: 2.5rem 0 .5rem; font-size: 1.1rem; }
+  p, ul { max-width: 48rem; margin: .4rem 0; } small, .soft { color: var(--soft); }
+  .good { color: var(--good); } .bad { color: var(--bad); } .warn { color: var(--warn); }
+  .verdict { border-left: 5px solid currentColor; padding: .25rem 0 .25rem 1rem; margin: 1.25rem 0; }
+  .verdict > * { color: var(--ink); } .verdict > strong { font-size: 1.15rem; color: inherit; }
+  .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 8px; background: var(--card); }
+  table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+  th, td { padding: .45rem .75rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+  tbody tr:last-child > * { border-bottom: 0; } th { font-weight: 600; color: var(--soft); }
+  td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere; }
+  details { margin-top: .75rem; } summary { cursor: pointer; } td.reason { min-width: 20rem; } td.content { min-width: 22rem; }
+</style>
+</head>
+<body>
+<header>
+  <h1>Logs of {{ platform }}</h1>
+  <small>{{ at }} UTC{% if first %} · decisions from {{ first }} to {{ last }}{% endif %}</small>
+</header>
+<main>
+<section class="verdict {{ 'good' if verdict.passed else 'bad' }}">
+  <strong>{{ "Accepted" if verdict.passed else "Refused" }}</strong>
+  <p>{{ sentence }}</p>
+  {% if verdict.reasons %}<ul>{% for reason in verdict.reasons %}<li>{{ reason }}</li>{% endfor %}</ul>{% endif %}
+</section>
+
+<h2>Rows</h2>
+<div class="wide"><table>
+  <thead><tr><th>Table</th><th class="n">Read</th><th class="n">Accepted</th><th class="n">Quarantined</th><th class="n">Repeated</th></tr></thead>
+  <tbody>{% for table, c in counts.items() %}
+  <tr><td>{{ table }}</td><td class="n">{{ "{:,}".format(c.accepted + c.quarantined + c.repeated) }}</td><td class="n">{{ "{:,}".format(c.accepted) }}</td>
+    <td class="n{{ ' bad' if c.quarantined }}">{{ "{:,}".format(c.quarantined) }}</td><td class="n">{{ "{:,}".format(c.repeated) }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>
+
+{% macro rules_table(rules) %}
+<div class="wide"><table>
+  <thead><tr><th>Rule</th><th>When broken</th><th class="n">Failed</th><th>Verdict</th></tr></thead>
+  <tbody>{% for rule in rules %}
+  <tr><td><code>{{ rule.rule }}</code></td><td>{{ does[rule.severity] }}</td><td class="n">{{ "{:,}".format(rule.failed) }}</td>
+    <td class="{{ 'good' if rule.passed else 'warn' if rule.severity == 'warn' else 'bad' }}">{{ "kept" if rule.passed else "broken" }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>
+{% endmacro %}
+<h2>Rules</h2>
+{% if broken %}<p>{{ broken | length }} of {{ verdict.rules | length }} rules are broken.</p>{{ rules_table(broken) }}
+{% else %}<p>All {{ verdict.rules | length }} rules are kept.</p>{% endif %}
+<details><summary>{{ kept | length }} rules that are kept</summary>{{ rules_table(kept) }}</details>
+
+{% if warnings %}<h2>Worth knowing</h2>
+<ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul>{% endif %}
+
+<h2>Quarantined rows</h2>
+{% if rows %}
+<p>{% if total > rows | length %}The first {{ rows | length }} of {{ "{:,}".format(total) }}; all{% else %}All{% endif %}
+  are in the quarantine's Parquet file, with their reasons.</p>
+<div class="wide"><table>
+  <thead><tr><th>Table</th><th>File and row</th><th>Reason</th><th>Content</th></tr></thead>
+  <tbody>{% for row in rows %}
+  <tr><td>{{ row.table }}</td><td>{{ row.file }}{% if row.row %}<br><span class="soft">row {{ "{:,}".format(row.row) }}</span>{% endif %}</td>
+    <td class="reason">{{ row.reason }}</td><td class="content"><code>{{ row.content }}</code></td></tr>{% endfor %}
+  </tbody>
+</table></div>
+{% else %}<p>None.</p>{% endif %}
+</main>
+</body>
+</html>
+"""
+
+
+def validation_page(platform: Platform, records: Records, verdict: Verdict) -> str:
+    """The validation report as one HTML page: verdict, rows, rules, warnings, and the first quarantined rows with their reasons."""
+    from jinja2 import Environment, StrictUndefined
+
+    decisions = records.counts["decisions"]
+    sentence = f"{decisions.accepted:,} decisions are good, {decisions.quarantined:,} are quarantined and {decisions.repeated:,} are repeats."
+    times = records.decisions["decided_at"]
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(_VALIDATION_PAGE)
+    return page.render(
+        platform=platform.platform,
+        at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        first=f"{times.min()!s:.10}" if len(times) else None,
+        last=f"{times.max()!s:.10}" if len(times) else None,
+        verdict=verdict,
+        sentence=sentence,
+        counts=records.counts,
+        broken=[rule for rule in verdict.rules if not rule.passed],
+        kept=[rule for rule in verdict.rules if rule.passed],
+        does={"stop": "stops", "quarantine": "quarantines the row", "warn": "warns"},
+        warnings=records.warnings,
+        rows=records.quarantine.head(SHOWN_ROWS).select("table", "file", "row", "reason", "content").to_dicts(),
+        total=records.quarantine.height,
+    )
+
+
+# ---- one explanation as a picture -----------------------------------------------------------------------------------------
+INK, SOFT, GAIN, LOSS, TOTAL = "#1c2024", "#60666d", "#1b7f8c", "#c8553d", "#3b4252"  # gain and loss differ in lightness too, for every kind of sight
+
+
+def explanation_figure(answer: Mapping[str, Any], path: Path | None = None) -> Figure:
+    """One explanation (as the endpoint answers it) as a figure: parts that start where the last one ended and end at the total.
+
+    Beside them, where there is an alternative, what it differs by. `path` also writes it, in the format of its suffix (.png, .svg, .pdf).
+    """
+    from matplotlib.figure import Figure
+
+    from fastq.explanation import action_words, part_words, sentences
+
+    contrast, units = answer.get("contrast"), answer.get("units") or {}
+    rows = len(answer["parts"]) + 1
+    figure = Figure(figsize=(12.5 if contrast else 8.0, 2.7 + 0.36 * rows), layout="constrained", facecolor="white")
+    axes = figure.subplots(1, 2 if contrast else 1, squeeze=False)[0]
+    names = [part_words(part) for part in answer["parts"]]
+    _add_up(axes[0], names, [part["value"] for part in answer["parts"]], answer, "value")
+    axes[0].set_title(_literal(f"Value of {action_words(answer['action'], units)}"), loc="left", fontsize=11, color=INK, wrap=True)
+    if contrast:
+        decisive = {tuple(reason) for reason in contrast["decisive"]}
+        marked = [(part["objective"], part["horizon"]) in decisive for part in contrast["parts"]]
+        _add_up(axes[1], names, [part["value"] for part in contrast["parts"]], contrast, "difference", marked)
+        alternative = f"{contrast['against']}: " if isinstance(contrast["against"], str) else ""
+        axes[1].set_title(_literal(f"Difference from {alternative}{action_words(contrast['action'], units)}"), loc="left", fontsize=11, color=INK, wrap=True)
+    said = "\n".join(line for sentence in sentences(answer) for line in wrap(sentence, 150 if contrast else 95))
+    figure.supxlabel(_literal(said), x=0.01, ha="left", fontsize=9, color=SOFT, linespacing=1.5)
+    who = answer.get("player_id") or answer.get("decision_id") or "one player"
+    version = f" (model version {answer['model_version']})" if answer.get("model_version") else ""
+    figure.suptitle(_literal(f"Why {who} gets {action_words(answer['action'], units)}{version}"), x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    if path is not None:
+        figure.savefig(path, dpi=150)
+    return figure
+
+
+def _add_up(axes: Axes, names: list[str], values: list[float], estimate: Mapping[str, Any], total: str, marked: list[bool] | None = None) -> None:
+    """Bars from top to bottom, each from where the last one ended, then their sum with its 90 % interval."""
+    ends = [sum(values[: i + 1]) for i in range(len(values))]
+    starts, last = [0.0, *ends[:-1]], len(values)
+    axes.barh(range(last), values, left=starts, height=0.62, color=[GAIN if value >= 0 else LOSS for value in values])
+    axes.barh(last, estimate[total], height=0.62, color=TOTAL)
+    axes.errorbar(estimate[total], last, xerr=[[estimate[total] - estimate["low"]], [estimate["high"] - estimate[total]]], color="black", capsize=4, lw=1.3)
+    for i, end in enumerate(ends):
+        axes.plot([end, end], [i + 0.31, i + 0.69], color=SOFT, lw=0.8)  # hands the running sum to the next bar
+    shown = [0.0, *ends, estimate["low"], estimate["high"]]
+    room = (max(shown) - min(shown)) or 1.0
+    digits = max(0, 3 - math.floor(math.log10(room)))  # one precision in a column, so that what is read adds up too
+    for i, (start, value) in enumerate(zip([*starts, 0.0], [*values, estimate[total]], strict=True)):
+        right = max(start, start + value) if i < last else max(estimate["high"], 0.0)
+        axes.text(right + 0.015 * room, i, f"{value:+z.{digits}f}", va="center", fontsize=9, color=INK, fontweight="bold" if i == last else "normal")
+    axes.set_yticks(range(last + 1), [_literal(name) for name in names] + [f"{total}, 90 % interval"], fontsize=9)
+    for label, bold in zip(axes.get_yticklabels(), [*(marked or [False] * last), True], strict=True):
+        label.set_fontweight("bold" if bold else "normal")
+    axes.axvline(0, color=INK, lw=0.9)
+    axes.axhline(last - 0.5, color=SOFT, lw=0.6)
+    axes.set_xlim(min(shown) - 0.05 * room, max(shown) + 0.2 * room)
+    axes.set_ylim(last + 0.6, -0.6)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="x", color="#e5e8eb", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    meaning = "\nbold: enough to outweigh every drawback" if marked and any(marked) else ""
+    axes.set_xlabel(f"objective × weight; now: from this decision, later: from all that follow{meaning}", fontsize=8, color=SOFT)
+
+
+def _literal(text: str) -> str:
+    """Text of somebody else's, which must not be read as a formula."""
+    return text.replace("$", r"\$")

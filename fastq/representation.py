@@ -1,0 +1,325 @@
+"""Stage 1: policy experts and the balanced state, trained in Lightning, then frozen.
+
+Departures from the paper, each with its reason beside the line: the branch is the policy that acted *last* (known when serving asks),
+the adversary names the policy that acts (the confounding that has to go), outcomes are predicted from the balanced state, a decay
+encoder stands for the LSTM. Sizes and strengths: `networks.Sizes`, `platform.Training`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as lightning
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+
+from fastq import equations
+from fastq.errors import TrainingError
+from fastq.features import Encoding
+from fastq.networks import Representation, Represented, Sizes
+from fastq.windows import Windows
+from fastq.workspace import replacing
+
+HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
+Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
+
+
+@dataclass(frozen=True)
+class Units:
+    """Standard units of actions: `(raw - centre) / width` with the logged actions' mean and standard deviation, [D] each."""
+
+    centre: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def of(cls, action: np.ndarray, catalogue: bool) -> Units:
+        """From logged actions [N, D]; a catalogue's embeddings are standard already."""
+        if catalogue or not len(action):
+            return cls(np.zeros(action.shape[1]), np.ones(action.shape[1]))
+        width = np.nanstd(action, 0)
+        return cls(np.nanmean(action, 0), np.where(width > 1e-9, width, 1.0))
+
+    def standard(self, raw: np.ndarray) -> np.ndarray:
+        return (raw - self.centre) / self.width
+
+    def raw(self, standard: np.ndarray) -> np.ndarray:
+        return self.centre + self.width * standard
+
+
+class Batches:
+    """Gathered batches of row numbers for Lightning: one permutation an epoch, decided by (seed, epoch) alone."""
+
+    def __init__(self, rows: Tensor, batch_size: int, seed: int, epochs_done: int) -> None:
+        self.rows, self.batch_size, self.seed, self.epoch = rows, min(batch_size, len(rows)), seed, epochs_done
+
+    def __len__(self) -> int:
+        return max(len(self.rows) // self.batch_size, 1)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self.rows[torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch))]
+        self.epoch += 1
+        for start in range(len(self)):
+            yield order[start * self.batch_size : (start + 1) * self.batch_size]
+
+
+@dataclass(frozen=True)
+class StateTensors:
+    """The windows of all decisions as tensors: standardised rows once, gathered by index on the device."""
+
+    windows: Windows
+    rows: Tensor  # [rows, 2F]
+    attributes: Tensor  # [N, G]
+    lagged: Tensor  # [2F] bool: columns that hold lagged actions and outcomes
+    k: int
+
+    @classmethod
+    def of(cls, windows: Windows, encoding: Encoding, device: torch.device) -> StateTensors:
+        f, n_measures = windows.matrix.shape[1], len(windows.platform.state.measures)
+        lagged = torch.arange(2 * f) % f >= n_measures
+        attributes = torch.from_numpy(encoding.attributes(windows.attributes, len(windows)))
+        return cls(windows, torch.from_numpy(encoding.rows(windows.matrix)).to(device), attributes.to(device), lagged.to(device), len(windows.policies))
+
+    def gather(self, index: Tensor, hide: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, W, 2F], v [B, G], branch [B, K] of these decisions; `hide` [B] bool leaves out what a caller may not have."""
+        at = index.cpu().numpy()
+        rows = self.windows.rows_of(at)
+        x = self.rows[torch.from_numpy(rows).to(self.rows.device)]
+        m, f = len(self.windows.platform.objectives), self.rows.shape[1] // 2
+        known = torch.from_numpy(self.windows.known(at, rows)).to(x)
+        x[:, :, f - m : f] *= known
+        x[:, :, 2 * f - m :] *= known
+        last = torch.from_numpy(self.windows.last_policy[at]).to(x.device)
+        if hide is not None:
+            x = torch.where(hide[:, None, None] & self.lagged, 0.0, x)
+            last = torch.where(hide, -1, last)
+        return x, self.attributes[index], branch_weights(last, self.k)
+
+
+def branch_weights(last: Tensor, k: int) -> Tensor:
+    """[B, K] one-hot for the policy that acted last; the mean of the branches where none did."""
+    return torch.where((last >= 0)[:, None], functional.one_hot(last.clamp(min=0), k).float(), 1.0 / k)
+
+
+class RepresentationModule(lightning.LightningModule):
+    """One update: experts' regression, outcomes, assignment, and the adversary behind a reversed gradient, in one loss."""
+
+    def __init__(
+        self,
+        network: Representation,
+        states: StateTensors,
+        targets: dict[str, Tensor],
+        validation: Tensor,
+        *,
+        seed: int,
+        epochs: int,
+        learning_rate: float,
+        balance: float,
+    ) -> None:
+        super().__init__()
+        self.network, self.states, self.targets, self.validation = network, states, targets, validation
+        self.seed, self.epochs, self.lr, self.final_balance = seed, epochs, learning_rate, balance
+        self.epochs_done, self.best, self.stale = 0, math.inf, 0
+        self.best_weights = {name: value.clone() for name, value in network.state_dict().items()}
+        self.history: list[dict[str, float]] = []
+        self.each_epoch: Callable[[Any], None] = lambda _: None
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        self.optimizers_: list[torch.optim.Optimizer] = [torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=1e-3, fused=True)]
+        return self.optimizers_
+
+    def on_train_epoch_start(self) -> None:
+        torch.manual_seed(1_000_003 * self.seed + self.epochs_done)  # so that a resumed epoch draws what the stopped one drew
+
+    def losses(self, index: Tensor, hide: Tensor | None, lam: float) -> tuple[Represented, dict[str, Tensor]]:
+        seen: Represented = self.network(*self.states.gather(index, hide))
+        policy = self.targets["policy"][index]
+        acting = seen.expected.detach().gather(1, policy[:, None, None].expand(-1, 1, seen.expected.shape[2])).squeeze(1)
+        centred = self.targets["features"][index] - acting
+        return seen, {
+            "experts": equations.masked_squared_error(seen.expected / self.network.experts.scale, self.targets["proposed"][index] / self.network.experts.scale),
+            "outcomes": equations.masked_squared_error(self.network.outcomes(seen, policy, centred), self.targets["outcomes"][index]),
+            "assignment": functional.cross_entropy(seen.assignment, policy),
+            "adversary": functional.cross_entropy(self.network.adversary(equations.reverse_gradient(seen.b, lam)), policy),
+        }
+
+    def training_step(self, index: Tensor) -> Tensor:
+        hide = torch.rand(len(index), device=self.device) < HIDDEN_LAGS
+        # the reversal's strength is in the gradient, so the adversary itself always learns at full speed
+        _, losses = self.losses(index, hide, equations.reversal_strength(self.epochs_done / self.epochs, self.final_balance))
+        return losses["experts"] + losses["outcomes"] + 0.2 * losses["assignment"] + losses["adversary"]
+
+    @torch.no_grad()
+    def on_train_epoch_end(self) -> None:
+        self.network.eval()
+        totals: dict[str, float] = {}
+        chunks = self.validation.split(8192)
+        for chunk in chunks:
+            _, losses = self.losses(chunk, None, 0.0)
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + float(loss) * len(chunk) / len(self.validation)
+        self.network.train()
+        if not all(map(math.isfinite, totals.values())):
+            raise TrainingError(f"stage 1 diverged in epoch {self.epochs_done + 1}: {totals}; lower training.learning_rate")
+        self.epochs_done += 1
+        self.history.append(totals)
+        score = totals["experts"] + totals["outcomes"]
+        if score < self.best - 1e-4:
+            self.best, self.stale = score, 0
+            self.best_weights = {name: value.clone() for name, value in self.network.state_dict().items()}
+        else:
+            self.stale += 1
+        self.each_epoch(self)
+
+
+class EachEpoch:
+    """What follows an epoch: the record is kept, the progress told, and training stops when held-out players have stopped improving.
+
+    Called by the module itself at the end of its hook; Lightning would run a callback's hook before it.
+    """
+
+    def __init__(self, stage: str, record: Path | None, patience: int, on_progress: Progress | None) -> None:
+        self.stage, self.record, self.patience, self.on_progress = stage, record, patience, on_progress
+
+    def __call__(self, module: Any) -> None:
+        if self.record is not None:
+            save_record(self.record, module)
+        if self.on_progress is not None:
+            self.on_progress(self.stage, module.epochs_done, module.epochs, module.history[-1])
+        module.trainer.should_stop = module.trainer.should_stop or module.stale >= self.patience
+
+
+def save_record(path: Path, module: Any) -> None:
+    """The whole learner in one safetensors file: networks, targets, best weights, optimisers, epoch; written whole or not at all."""
+    tensors = {f"net.{name}": value for name, value in module.state_dict().items()} | {f"best.{name}": value for name, value in module.best_weights.items()}
+    groups = []
+    for i, optimizer in enumerate(module.optimizers_):
+        state = optimizer.state_dict()
+        groups.append(state["param_groups"])
+        tensors |= {f"opt{i}.{parameter}.{name}": torch.as_tensor(value) for parameter, values in state["state"].items() for name, value in values.items()}
+    kept = {"epochs_done": module.epochs_done, "best": module.best, "stale": module.stale, "history": module.history, "groups": groups}
+    with replacing(path) as partial:
+        save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, partial, metadata={"record": json.dumps(kept)})
+
+
+def load_record(path: Path, module: Any) -> None:
+    """Put a module, whose optimisers are made, back to where `save_record` left it."""
+    with safe_open(path, "pt") as file:
+        kept = json.loads(file.metadata()["record"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors file is no mapping
+    module.load_state_dict({name.removeprefix("net."): value for name, value in tensors.items() if name.startswith("net.")})
+    module.best_weights = {name.removeprefix("best."): value for name, value in tensors.items() if name.startswith("best.")}
+    module.epochs_done, module.best, module.stale, module.history = kept["epochs_done"], kept["best"], kept["stale"], kept["history"]
+    for i, optimizer in enumerate(module.optimizers_):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith(f"opt{i}."):
+                _, parameter, field = name.split(".", 2)
+                state.setdefault(int(parameter), {})[field] = value
+        optimizer.load_state_dict({"state": state, "param_groups": kept["groups"][i]})
+
+
+def fit(module: Any, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, resume: bool) -> None:
+    """Run a Lightning module to its last epoch, from its record if there is one to resume."""
+    module.each_epoch = each_epoch
+    module.configure_optimizers()
+    if resume and each_epoch.record is not None and each_epoch.record.exists():
+        load_record(each_epoch.record, module)
+    if module.epochs_done >= module.epochs or module.stale >= each_epoch.patience:
+        return
+    made = module.optimizers_
+    module.configure_optimizers = lambda: made  # Lightning must take those that were just resumed
+    trainer = lightning.Trainer(
+        max_epochs=module.epochs - module.epochs_done,
+        accelerator="cpu",  # the tensors that steps gather from lie there; moving both is a matter of measuring first
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, Batches(rows, batch_size, module.seed, module.epochs_done))
+
+
+def outcome_targets(windows: Windows, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+    """Immediate values [N, M] and discounted sums over `horizon` decisions [N, M]; NaN where not known."""
+    open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
+    summed = equations.horizon_return(windows.reward, windows.discount, windows.following, open_ended, np.zeros_like(windows.reward), horizon)
+    return windows.reward, summed
+
+
+def train_representation(
+    windows: Windows,
+    encoding: Encoding,
+    units: Units,
+    training_rows: np.ndarray,
+    validation_rows: np.ndarray,
+    *,
+    record: Path | None = None,
+    resume: bool = False,
+    on_progress: Progress | None = None,
+) -> tuple[Representation, StateTensors, list[dict[str, float]]]:
+    """Stage 1 on these decisions; early stopping on the validation players. Returns the frozen network, the tensors and the history."""
+    training = windows.platform.training
+    device = torch.device("cpu")
+    polynomial = windows.catalogue is None
+    sizes = Sizes(
+        windows.platform.state.window,
+        windows.matrix.shape[1],
+        encoding.attribute_width,
+        len(windows.policies),
+        windows.action.shape[1],
+        polynomial,
+        len(windows.platform.objectives),
+    )
+    torch.manual_seed(training.seed)
+    network = Representation(sizes).to(device)
+    states = StateTensors.of(windows, encoding, device)
+    outcomes = np.concatenate(outcome_targets(windows, training.horizon), 1)
+    with np.errstate(invalid="ignore"):
+        mean, scale = np.nanmean(outcomes[training_rows], 0), np.nanstd(outcomes[training_rows], 0)
+    outcomes = (outcomes - np.nan_to_num(mean)) / np.where(scale > 1e-9, scale, 1.0)
+
+    def tensor(array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array.astype(np.float32)).to(device)
+
+    targets = {
+        "policy": torch.from_numpy(windows.policy).to(device),
+        "features": torch.nan_to_num(equations.action_features(tensor(units.standard(windows.action)), polynomial)),
+        "proposed": equations.action_features(tensor(units.standard(windows.proposals)), polynomial),
+        "outcomes": tensor(outcomes),
+    }
+    logged = targets["features"][torch.from_numpy(training_rows).to(device)]
+    network.experts.mean.copy_(logged.mean(0))
+    network.experts.scale.copy_(logged.std(0).clamp(min=1e-3))
+    module = RepresentationModule(
+        network,
+        states,
+        targets,
+        torch.from_numpy(validation_rows).to(device),
+        seed=training.seed,
+        epochs=training.epochs,
+        learning_rate=training.learning_rate,
+        balance=training.balance,
+    )
+    fit(module, torch.from_numpy(training_rows).to(device), training.batch_size, EachEpoch("representation", record, 5, on_progress), resume=resume)
+    network = network.to(device)
+    network.load_state_dict(module.best_weights)
+    return network.eval().requires_grad_(False), states, module.history
+
+
+@torch.no_grad()
+def represent(network: Representation, states: StateTensors, index: np.ndarray | None = None, chunk: int = 4096) -> Represented:
+    """The frozen representation of decisions, computed once and kept."""
+    rows = torch.arange(len(states.windows)) if index is None else torch.from_numpy(index)
+    parts = [network(*states.gather(piece.to(states.rows.device))) for piece in rows.split(chunk)]
+    return Represented(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("b", "psi", "expected", "assignment")))

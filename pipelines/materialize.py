@@ -1,0 +1,72 @@
+"""Flow `materialize`: accepted tables to feature rows, their pointers found point in time by Feast, and every player's state online."""
+
+from __future__ import annotations
+
+import functools
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+from prefect import flow, task
+
+from fastq import features, records, windows
+from fastq.platform import Platform
+from fastq.records import Records
+from fastq.windows import Windows
+from fastq.workspace import Workspace, replacing
+from feature_repo import store
+from pipelines.turn import ONCE_A_TURN, RETRIES, Progress, platform_of, progress, running
+
+POINTERS_FILE = "pointers.parquet"
+
+
+def _known_by(read: Records, at: datetime) -> bool:
+    """Whether everything in the tables was known before `at`, so that the offline rows are the online ones too."""
+    newest = [read.decisions["decided_at"].max()] + ([read.activity["known_at"].max()] if read.activity is not None else [])
+    return all(isinstance(moment, datetime) and moment < at for moment in newest if moment is not None)
+
+
+@task(name="build features", **RETRIES, **ONCE_A_TURN)
+def build_features(workspace: str, turn: str) -> dict[str, Any]:
+    """Rows to the offline store, a pointer for each decision back from it, states to the online store."""
+    platform = platform_of(workspace)
+    tell, steps = progress.get(), 4
+    tell("building features", 0, steps, {})
+    read = records.read_tables(platform)
+    rows = features.build_rows(platform, read)
+    store.publish_rows(platform, rows.frame)
+    tell("building features", 1, steps, {})
+    pointers = store.historical_pointers(platform, read.decisions)
+    with replacing(Workspace(platform.root).features / POINTERS_FILE) as partial:
+        pointers.write_parquet(partial)
+    tell("building features", 2, steps, {})
+    now = datetime.now(UTC)
+    frame = features.online_frame(platform, read, now, rows if _known_by(read, now) else None)
+    tell("building features", 3, steps, {})
+    players = store.materialize(platform, frame)
+    tell("building features", steps, steps, {})
+    return {"rows": len(rows.frame), "decisions": len(pointers), "without_history": pointers["row"].null_count(), "players": players, "at": now.isoformat()}
+
+
+@functools.lru_cache(maxsize=1)
+def windows_of(workspace: str, turn: str) -> Windows:
+    """The transitions of the accepted tables, with the pointers that Feast found; kept for the next task of this turn in this process."""
+    platform = platform_of(workspace)
+    read = records.read_tables(platform)
+    pointers = pl.read_parquet(Workspace(platform.root).features / POINTERS_FILE)
+    return windows.build(platform, read, features.build_rows(platform, read), pointers)
+
+
+@flow(name="materialize", persist_result=False, validate_parameters=False)
+def materialize_flow(workspace: str, turn: str) -> dict[str, Any]:
+    document: dict[str, Any] = build_features(workspace, turn)
+    return document
+
+
+def materialize(platform: Platform, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Bring the feature store up to the accepted tables."""
+    import uuid
+
+    with Workspace(platform.root).lock("retrain"), running(platform, on_progress):
+        document: dict[str, Any] = materialize_flow(str(platform.root), uuid.uuid4().hex)
+        return document

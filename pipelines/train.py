@@ -1,0 +1,105 @@
+"""Flow `train`: transitions to a policy (Lightning), with parameters, metrics, curves and the policy itself kept in an MLflow run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prefect import flow, task
+
+from fastq import registry
+from fastq.platform import Platform
+from fastq.windows import Windows
+from fastq.workspace import Workspace, replacing
+from pipelines.materialize import build_features, windows_of
+from pipelines.turn import ONCE_A_TURN, Progress, begin, forget, platform_of, progress, running
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from fastq.policy import Policy
+
+TRAINED = "trained"  # in the turn's directory: the policy as it was learned, before its evaluation is known
+
+
+@task(name="train", **ONCE_A_TURN)
+def train_policy(workspace: str, turn: str) -> dict[str, Any]:
+    """Learn a policy. A stopped training goes on in its run from its last epoch."""
+    from fastq import learner
+
+    platform = platform_of(workspace)
+    directory = Workspace(platform.root).runs / turn
+    data = windows_of(workspace, turn)
+    noted, tell = directory / "run.json", progress.get()
+    earlier = json.loads(noted.read_text(encoding="utf-8"))["run_id"] if noted.exists() else None
+    tags = {"turn": turn, "fingerprint": platform.fingerprint()}
+    with registry.start_run(platform, f"retrain {turn[:8]}", _parameters(platform, data), tags, resume=earlier) as run:
+        with replacing(noted) as partial:
+            partial.write_text(json.dumps({"run_id": run.id}), encoding="utf-8")
+
+        def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+            tell(stage, done, total, metrics)
+            run.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=done)
+
+        try:
+            policy = learner.train(platform, data, directory, resume=True, on_progress=on_progress)
+        except SystemExit as stopped:  # Lightning's answer to Ctrl-C and SIGTERM; its code would say "refused" or even "done"
+            raise KeyboardInterrupt from stopped
+        stages: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(dict)
+        for name, points in run.curves().items():
+            stage, _, metric = name.partition("/")
+            stages[stage][metric] = points
+        for stage, found in stages.items():
+            run.picture(stage.replace(" ", "_"), _curves(stage, found))
+    made = directory / TRAINED
+    shutil.rmtree(made, ignore_errors=True)  # left by a process that was killed while it saved
+    policy.save(made)
+    return {"run_id": run.id, "decisions": len(data), "players": len(data.player_ids)}
+
+
+def trained_policy(directory: Path) -> Policy:
+    """What `train_policy` learned in this turn."""
+    from fastq.policy import Policy
+
+    return Policy.load(directory / TRAINED)
+
+
+def _parameters(platform: Platform, data: Windows) -> dict[str, Any]:
+    said = {f"training.{name}": value for name, value in platform.training.model_dump(mode="json").items()}
+    for name, objective in platform.objectives.items():
+        said |= {f"objectives.{name}.{key}": value for key, value in objective.model_dump(mode="json").items() if value is not None}
+    return said | {"decisions": len(data), "players": len(data.player_ids), "policies": ", ".join(data.policies), "state.window": platform.state.window}
+
+
+def _curves(stage: str, found: dict[str, list[tuple[int, float]]]) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 1.8 * len(found)), layout="constrained")
+    axes = figure.subplots(len(found), 1, squeeze=False, sharex=True)[:, 0]
+    for axis, (name, points) in zip(axes, found.items(), strict=True):
+        axis.plot(*zip(*points, strict=True))
+        axis.set_ylabel(name)
+    axes[-1].set_xlabel("epoch")
+    axes[0].set_title(stage)
+    return figure
+
+
+@flow(name="train", persist_result=False, validate_parameters=False)
+def train_flow(workspace: str, turn: str) -> dict[str, Any]:
+    build_features(workspace, turn)
+    document: dict[str, Any] = train_policy(workspace, turn)
+    return document
+
+
+def train(platform: Platform, *, resume: bool = False, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Train on the accepted tables and register the model, unjudged: the gate is `retrain`'s and `promote`'s."""
+    workspace = Workspace(platform.root)
+    with workspace.lock("retrain"), running(platform, on_progress):
+        turn = begin(platform, resume=resume)
+        found: dict[str, Any] = train_flow(str(platform.root), turn.id)
+        version = registry.register(platform, found["run_id"], turn.directory / TRAINED)
+        forget(workspace)
+        return {"model": platform.platform, "version": version, **found}

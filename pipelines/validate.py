@@ -1,0 +1,62 @@
+"""Flow `validate`: read the logs, judge them, keep the report and the refused rows."""
+
+from __future__ import annotations
+
+import uuid
+from datetime import UTC, datetime
+from typing import Any
+
+from prefect import flow, task
+
+from fastq import records, report, validation
+from fastq.platform import Platform
+from fastq.records import Records
+from fastq.workspace import Workspace, replacing
+from pipelines.turn import EACH_TIME, RETRIES, Progress, platform_of, progress, relative, running
+
+
+def judged(platform: Platform, read: Records) -> dict[str, Any]:
+    """The verdict on records as `fastq validate --json` gives it; its HTML report and the quarantine are kept beside earlier ones."""
+    workspace = Workspace(platform.root)
+    verdict = validation.validate(platform, read)
+    name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+    page, quarantine = workspace.reports / f"validation-{name}.html", workspace.quarantine / f"{name}.parquet"
+    workspace.make(workspace.reports, workspace.quarantine)
+    with replacing(quarantine) as partial:
+        read.quarantine.write_parquet(partial)
+    with replacing(page) as partial:
+        partial.write_text(report.validation_page(platform, read, verdict), encoding="utf-8")
+    decisions = read.counts["decisions"]
+    return {
+        "passed": verdict.passed,
+        "accepted": decisions.accepted,
+        "quarantined": decisions.quarantined,
+        "repeated": decisions.repeated,
+        "quarantine": relative(platform, quarantine),
+        "rules": [{"rule": rule.rule, "failed": rule.failed, "severity": rule.severity, "passed": rule.passed} for rule in verdict.rules],
+        "report": relative(platform, page),
+        "reasons": verdict.reasons,
+        "warnings": read.warnings,
+    }
+
+
+@task(name="read the logs and judge them", **RETRIES, **EACH_TIME)
+def read_and_judge(workspace: str) -> dict[str, Any]:
+    platform = platform_of(workspace)
+    progress.get()("reading and judging the logs", 0, 1, {})
+    document = judged(platform, records.read_records(platform))
+    progress.get()("reading and judging the logs", 1, 1, {})
+    return document
+
+
+@flow(name="validate", persist_result=False, validate_parameters=False)
+def validate_flow(workspace: str) -> dict[str, Any]:
+    document: dict[str, Any] = read_and_judge(workspace)
+    return document
+
+
+def validate_logs(platform: Platform, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Validate the logs of a workspace; `passed` says whether they may be learned from. Changes nothing that training reads."""
+    with running(platform, on_progress):
+        document: dict[str, Any] = validate_flow(str(platform.root))
+        return document

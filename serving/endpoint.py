@@ -1,0 +1,656 @@
+"""The endpoint: contract section 5 as a FastAPI app that answers in its own process, and needs no Ray to be tried.
+
+Requests that arrive while a batch is computed become the next batch, so nothing waits for a timer and the event loop never blocks
+longer than one batch. An answer leaves only when its decisions are on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import html
+import logging
+import threading
+import time
+import urllib.parse
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http import HTTPStatus
+from importlib import resources
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import orjson
+import polars as pl
+from fastapi import FastAPI, Header, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from fastq.errors import FastqError, RequestError, UnknownPlayerError
+from fastq.features import epoch_microseconds, microseconds
+from fastq.platform import Platform
+from fastq.workspace import Workspace
+from serving import online
+from serving.auth import COOKIE, SESSION_SECONDS, Caller, Keys, NotAllowed, NotSignedIn
+from serving.bodies import (
+    Accepted,
+    Asked,
+    ExplanationRequest,
+    Problem,
+    RecommendationRequest,
+    Recommendations,
+    activity_request,
+    outcome_request,
+    posted_events,
+    reported_outcomes,
+)
+from serving.decision_log import Decision, KeyReused, LogUnavailable, OutcomeConflict, UnknownDecisions, open_log
+from serving.decision_log import Request as Repeatable
+from serving.online import Ask, NotReady, Service, StoreUnavailable
+
+if TYPE_CHECKING:
+    from fastapi.types import DecoratedCallable
+
+logger = logging.getLogger("fastq.serving")
+MOST_BYTES = 16 * 2**20  # of a request's body
+BATCH_ROWS = 4 * online.BATCH  # rows that one batch takes on the event loop; larger requests go to a thread
+FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
+NOBODY = "\x00"  # a player who cannot be: asked for to see whether the store answers
+
+OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
+RECOMMEND = frozenset({"/v1/recommendations", "/v1/outcomes", "/v1/activity"})  # every other route needs an analyst
+HEADERS = [
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-frame-options", b"DENY"),
+    (b"cache-control", b"no-store"),
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"),
+]
+STATUS: dict[type[FastqError], int] = {  # the first that an error is an instance of
+    NotSignedIn: 401,
+    NotAllowed: 403,
+    UnknownDecisions: 404,
+    UnknownPlayerError: 404,
+    OutcomeConflict: 409,
+    KeyReused: 422,
+    RequestError: 422,
+    LogUnavailable: 503,
+    NotReady: 503,
+    StoreUnavailable: 503,
+}
+
+
+# ---- one process's desk ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Metrics:
+    """What `/metrics` shows; the names are an interface."""
+
+    registry: CollectorRegistry
+    requests: Counter
+    seconds: Histogram
+    decisions: Counter
+    degraded: Counter
+    outcomes: Counter
+    events: Counter
+    batch: Histogram
+    stage: Histogram
+    refused_models: Counter
+    model: Gauge
+
+
+def new_metrics() -> Metrics:
+    """Fresh metrics in a registry of their own."""
+    r = CollectorRegistry()
+    latency = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+    return Metrics(
+        r,
+        Counter("fastq_requests", "Requests answered", ["route", "method", "status"], registry=r),
+        Histogram("fastq_request_seconds", "From the request's arrival to the answer's last byte", ["route"], buckets=latency, registry=r),
+        Counter("fastq_decisions", "Decisions served", ["policy", "model_version", "dry_run"], registry=r),
+        Counter("fastq_degraded", "Decisions served without a known, fresh state, by reason", ["reason"], registry=r),
+        Counter("fastq_outcomes", "Outcomes reported", ["result"], registry=r),
+        Counter("fastq_events", "Activity events received", ["result"], registry=r),
+        Histogram("fastq_batch_players", "Players per batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000), registry=r),
+        Histogram(
+            "fastq_stage_seconds", "Latency by stage: decide (state and policy), log (until it is on disk), explain", ["stage"], buckets=latency, registry=r
+        ),
+        Counter("fastq_models_refused", "Champions that were not taken into service", registry=r),
+        Gauge("fastq_model_info", "The version in service is 1", ["version"], registry=r),
+    )
+
+
+@dataclass
+class Desk:
+    """What the routes share: the service once it is open, the keys, the metrics, and the requests that wait for the next batch."""
+
+    platform: Platform
+    keys: Keys
+    metrics: Metrics
+    service: Service | None = None
+    waiting: list[tuple[Ask, asyncio.Future[list[Decision]]]] = field(default_factory=list)
+    flushing: bool = False
+    probed_at: float = -1e9
+    probed: str | None = "not yet looked at"
+
+    def open(self) -> Service:
+        if self.service is None:
+            raise NotReady("the server is starting or stopping; ask again in a moment")
+        return self.service
+
+    async def decide(self, ask: Ask) -> list[Decision]:
+        """Decisions for one request, computed together with whatever else arrived meanwhile."""
+        service, loop = self.open(), asyncio.get_running_loop()
+        if len(ask) > BATCH_ROWS:
+            self.metrics.batch.observe(len(ask))
+            with self.metrics.stage.labels("decide").time():
+                decided = (await asyncio.to_thread(online.decide, service, [ask]))[0]
+            if isinstance(decided, FastqError):
+                raise decided
+            return decided
+        future: asyncio.Future[list[Decision]] = loop.create_future()
+        self.waiting.append((ask, future))
+        if not self.flushing:
+            self.flushing = True
+            loop.call_soon(self._flush)
+        return await future
+
+    def _flush(self) -> None:
+        """One batch: as many waiting requests as fit."""
+        batch: list[tuple[Ask, asyncio.Future[list[Decision]]]] = []
+        rows = 0
+        while self.waiting and (not batch or rows + len(self.waiting[0][0]) <= BATCH_ROWS):
+            batch.append(self.waiting.pop(0))
+            rows += len(batch[-1][0])
+        try:
+            self.metrics.batch.observe(rows)
+            with self.metrics.stage.labels("decide").time():
+                results: Sequence[list[Decision] | Exception] = online.decide(self.open(), [ask for ask, _ in batch])
+        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+            results = [error] * len(batch)
+        for (_, future), result in zip(batch, results, strict=True):
+            if future.done():  # its caller went away
+                continue
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+        self.flushing = bool(self.waiting)
+        if self.waiting:
+            asyncio.get_running_loop().call_soon(self._flush)
+
+    def count(self, decisions: Sequence[Decision], dry_run: bool) -> None:
+        """Show decisions in the metrics."""
+        for decision in decisions:
+            self.metrics.decisions.labels(decision.policy, decision.model_version or "", str(dry_run).lower()).inc()
+            if reason := decision.detail.get("degraded"):
+                self.metrics.degraded.labels(reason.split(":")[0].split(",")[0][:40]).inc()
+
+    async def readiness(self) -> dict[str, str]:
+        """Champion, decision log and online store, each `ok` or what is wrong, really tried at most once a second."""
+        service = self.service
+        if service is None:
+            return {"champion": "the server is starting or stopping", "log": "not open", "store": "not open"}
+        if time.monotonic() - self.probed_at > 1:
+            self.probed_at = time.monotonic()
+            try:
+                await asyncio.wait_for(asyncio.wrap_future(service.log.probe()), 5)
+                self.probed = None
+            except (FastqError, TimeoutError) as error:
+                self.probed = str(error) or "the decision log does not answer within 5 s"
+        try:
+            await asyncio.to_thread(service.read, [NOBODY])
+            store = "ok"
+        except StoreUnavailable as error:
+            store = str(error)
+        return {"champion": "ok" if service.model else "no champion is loaded", "log": self.probed or "ok", "store": store}
+
+
+def follow(desk: Desk, stop: threading.Event) -> None:
+    """Keep the champion in service the registry's champion, and bring waiting events into the online store; the old model serves on whatever fails."""
+    from fastq import registry
+
+    platform, refused, quiet = desk.platform, "", ""
+    while not stop.wait(FOLLOW_SECONDS):
+        service = desk.service
+        if service is None:
+            continue
+        try:
+            wanted = registry.champion(platform)
+            quiet = ""
+            if wanted is not None and wanted != refused and (service.model is None or wanted != service.model.version):
+                refused = wanted
+                before = service.model
+                service.model = online.load_model(platform, wanted)
+                refused = ""
+                show_model(desk, before.version if before else None)
+                logger.info("model %s is in service", wanted)
+        except Exception as error:  # noqa: BLE001 - the registry may fail in any way; serving goes on
+            if refused:
+                desk.metrics.refused_models.inc()
+            if (said := f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") != quiet:  # once, not every second
+                quiet = said
+                logger.warning("the registry's champion is not taken into service, the old one serves on: %s", said)
+        try:
+            online.apply_activity(service)
+        except (FastqError, OSError) as error:
+            logger.debug("events wait for the online store: %s", error)
+
+
+def show_model(desk: Desk, before: str | None = None) -> None:
+    """Let the metrics say which version is in service."""
+    if before is not None:
+        desk.metrics.model.labels(before).set(0)
+    if desk.service is not None and desk.service.model is not None:
+        desk.metrics.model.labels(desk.service.model.version).set(1)
+
+
+@contextlib.asynccontextmanager
+async def opened(desk: Desk) -> AsyncIterator[None]:
+    """The service for as long as the app lives. A champion that cannot be loaded leaves the server up, not ready, and looking for one."""
+    import torch
+
+    torch.set_num_threads(1)  # requests are the parallelism here
+    log = await asyncio.to_thread(open_log, desk.platform)
+    service = Service(desk.platform, log, None, online.excluded_players(desk.platform))
+    try:
+        service.model = await asyncio.to_thread(online.load_model, desk.platform)
+    except FastqError as error:
+        logger.error("no champion in service yet: %s", error)
+    desk.service = service
+    show_model(desk)
+    stop = threading.Event()
+    follower = threading.Thread(target=follow, args=(desk, stop), name="follow-champion", daemon=True)
+    follower.start()
+    if service.model is not None:
+        with contextlib.suppress(FastqError):  # the first request should not pay for lazy imports
+            await asyncio.to_thread(online.decide, service, [Ask(players=(NOBODY,))])
+    try:
+        yield
+    finally:
+        stop.set()
+        desk.service = None
+        await asyncio.to_thread(follower.join, 10)
+        await asyncio.to_thread(log.close)
+
+
+# ---- errors -----------------------------------------------------------------------------------------------------------------
+def problem(status: int, detail: str, members: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None) -> Response:
+    """RFC 9457 problem details."""
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **(members or {})}
+    more = {"Retry-After": "1"} if status == 503 else {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    return Response(orjson.dumps(body), status, {**more, **(headers or {})}, media_type="application/problem+json")
+
+
+def refusal(error: Exception) -> Response:
+    """The answer to an error that a route raised; nothing of the internals is in it."""
+    if isinstance(error, RequestValidationError):
+        return problem(422, "; ".join(_sentence(e) for e in error.errors()[:5]))
+    if isinstance(error, HTTPException):
+        detail = (
+            error.detail
+            if error.detail != HTTPStatus(error.status_code).phrase
+            else {404: "there is nothing under this path; /openapi.json lists what there is", 405: "this path does not take this method"}.get(
+                error.status_code, error.detail
+            )
+        )
+        return problem(error.status_code, str(detail), headers=error.headers)
+    for kind, status in STATUS.items():
+        if isinstance(error, kind):
+            members = {"ids": error.ids} if isinstance(error, UnknownDecisions) else {}
+            return problem(status, str(error), members)
+    if isinstance(error, FastqError):
+        logger.error("%s: %s", type(error).__name__, error)
+        return problem(503, "this cannot be answered now; the server's log says why")
+    logger.error("unexpected %s", type(error).__name__, exc_info=error)
+    return problem(500, "something unexpected went wrong; the server's log says what")
+
+
+def _sentence(error: Any) -> str:
+    where = ".".join(str(step) for step in error["loc"] if step != "body" and not str(step).startswith(("function-", "list[", "dict[", "constrained-")))
+    if error["type"] == "json_invalid":
+        return f"the body is not JSON ({error.get('ctx', {}).get('error', 'cannot be read')})"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where or 'the body'}: {message[0].lower()}{message[1:]}"
+
+
+class StrictJson(Request):
+    """Bodies read as RFC 8259 has JSON: no NaN, no infinity, UTF-8 alone, bounded depth."""
+
+    async def json(self) -> Any:
+        return orjson.loads(await self.body())
+
+
+class StrictRoute(APIRoute):
+    """A route whose body is `StrictJson`."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]  # FastAPI says Coroutine and awaits
+        handler = super().get_route_handler()
+
+        async def strict(request: Request) -> Response:
+            return await handler(StrictJson(request.scope, request.receive))
+
+        return strict
+
+
+# ---- the gate ---------------------------------------------------------------------------------------------------------------
+def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
+    """Around everything: who asks and whether they may, the body's size, security headers, metrics, and no error without a problem."""
+
+    async def gate(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await app(scope, receive, send)
+            return
+        started, status, taken = time.perf_counter(), 500, 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *HEADERS]
+            await send(message)
+
+        async def receiving() -> Message:
+            nonlocal taken
+            message = await receive()
+            if message["type"] == "http.request":
+                taken += len(message.get("body", b""))
+                if taken > MOST_BYTES:
+                    raise HTTPException(413, f"the body is larger than {MOST_BYTES // 2**20} MiB; send fewer rows at a time")
+            return message
+
+        try:
+            refused = admit(desk, scope)
+            if refused is not None:
+                await refused(scope, receive, sending)
+            else:
+                await app(scope, receiving, sending)
+        except Exception as error:  # the last door
+            if status != 500:
+                raise  # the answer has begun; only the connection can say that it failed
+            await refusal(error)(scope, receive, sending)
+        finally:
+            route = getattr(scope.get("route"), "path", None) or (scope["path"] if scope["path"] in OPEN else "other")
+            desk.metrics.requests.labels(route, scope["method"], str(status)).inc()
+            desk.metrics.seconds.labels(route).observe(time.perf_counter() - started)
+
+    return gate
+
+
+def admit(desk: Desk, scope: Scope) -> Response | None:
+    """None if the caller may go on (`scope["state"]["caller"]` says who it is), else the refusal."""
+    path, headers = scope["path"], {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+    if int(headers["content-length"]) > MOST_BYTES if headers.get("content-length", "").isdigit() else False:
+        return problem(413, f"the body is larger than {MOST_BYTES // 2**20} MiB; send fewer rows at a time")
+    if path in OPEN or (path == "/console" and scope["method"] == "POST"):  # signing in brings its key in the form
+        return None
+    try:
+        caller = desk.keys.verify(headers.get("authorization"), session_of(headers))
+        caller.require("recommend" if path in RECOMMEND else "analyst")
+    except NotSignedIn as error:
+        if path == "/console" and scope["method"] == "GET" and "authorization" not in headers and "text/html" in headers.get("accept", ""):
+            return HTMLResponse(page("sign_in.html", message=""))
+        return refusal(error)
+    except FastqError as error:
+        return refusal(error)
+    scope.setdefault("state", {})["caller"] = caller
+    return None
+
+
+def session_of(headers: Mapping[str, str]) -> str | None:
+    """The console's session token out of the Cookie header."""
+    for part in headers.get("cookie", "").split(";"):
+        name, _, value = part.strip().partition("=")
+        if name == COOKIE:
+            return value
+    return None
+
+
+def caller_of(request: Request) -> Caller:
+    """Who the gate let in."""
+    return cast("Caller", request.scope["state"]["caller"])
+
+
+def page(name: str, **values: str) -> str:
+    """A page of `console/` with its values filled in, escaped."""
+    text = resources.files("serving").joinpath("console", name).read_text(encoding="utf-8")
+    for key, value in values.items():
+        text = text.replace(f"{{{{ {key} }}}}", html.escape(value))
+    return text
+
+
+# ---- the app -----------------------------------------------------------------------------------------------------------------
+def create_app(platform: Platform) -> FastAPI:
+    """The endpoint of one platform; it opens the workspace when it starts and lets go of it when it stops."""
+    desk = Desk(platform, Keys(Workspace(platform.root)), new_metrics())
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with opened(desk):
+            yield
+
+    app = FastAPI(title=f"fastq: {platform.platform}", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, telemetry={"tracing": False})
+    app.state.desk = desk
+    app.router.route_class = StrictRoute
+    app.add_middleware(guarded, desk=desk)
+    for kind in (FastqError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, lambda _, error: refusal(error))
+    failures: dict[int | str, dict[str, Any]] = {
+        status: {"description": HTTPStatus(status).phrase, "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
+        for status in (400, 401, 403, 404, 409, 413, 422, 503)
+    }
+
+    def route(
+        method: Literal["get", "post"], path: str, answers: type[BaseModel] | None = None, body: type[Asked] | None = None
+    ) -> Callable[[DecoratedCallable], DecoratedCallable]:
+        documented: dict[int | str, dict[str, Any]] = dict(failures)
+        if answers is not None:
+            documented[200] = {"model": answers}
+
+        def register(function: DecoratedCallable) -> DecoratedCallable:
+            if body is not None:  # made for this platform, so no annotation can name it
+                function.__annotations__["body"] = body
+            return cast("DecoratedCallable", getattr(app, method)(path, responses=documented)(function))
+
+        return register
+
+    def reply(body: object, status: int = 200) -> Response:
+        return Response(orjson.dumps(body), status, media_type="application/json")
+
+    @route("post", "/v1/recommendations", Recommendations)
+    async def recommendations(
+        asked: RecommendationRequest, request: Request, idempotency_key: Annotated[str | None, Header(max_length=300)] = None
+    ) -> Response:
+        """Decide for up to 1,000 players. Every decision is on disk before this answers, unless `dry_run`."""
+        ask, service = asked.ask(), desk.open()
+        repeatable = None
+        if idempotency_key is not None and not asked.dry_run:
+            digest = hashlib.sha256(orjson.dumps(orjson.loads(await request.body()), option=orjson.OPT_SORT_KEYS)).hexdigest()
+            repeatable = Repeatable(f"{caller_of(request).key_id}:{idempotency_key}", digest)
+            if (earlier := service.log.repeated(repeatable)) is not None:
+                return reply({"recommendations": [online.answer(platform, d) for d in earlier]})
+        decided = await desk.decide(ask)
+        if not asked.dry_run:
+            with desk.metrics.stage.labels("log").time():
+                decided = await asyncio.wrap_future(service.log.append(decided, repeatable))
+        desk.count(decided, asked.dry_run)
+        return reply({"recommendations": [online.answer(platform, d) for d in decided]})
+
+    @route("post", "/v1/outcomes", Accepted, outcome_request(platform))
+    async def outcomes(body: Any) -> Response:
+        """Report what followed; all of a request is stored, or nothing. The same again changes nothing."""
+        log, reported = desk.open().log, reported_outcomes(platform, body)
+        future = await asyncio.to_thread(log.report, reported, body.correct)
+        accepted, already_known = await asyncio.wrap_future(future)
+        desk.metrics.outcomes.labels("accepted").inc(accepted)
+        desk.metrics.outcomes.labels("already_known").inc(already_known)
+        return reply({"accepted": accepted, "already_known": already_known})
+
+    @route("post", "/v1/activity", Accepted, activity_request(platform))
+    async def activity(body: Any) -> Response:
+        """New events; the next recommendation sees them. `degraded` says if the online store could not take them yet; they are kept and brought up later."""
+        service = desk.open()
+        accepted, already_known = await asyncio.wrap_future(service.log.record_activity(posted_events(platform, body)))
+        desk.metrics.events.labels("accepted").inc(accepted)
+        desk.metrics.events.labels("already_known").inc(already_known)
+        degraded = None
+        try:
+            await asyncio.to_thread(online.apply_activity, service)
+        except (StoreUnavailable, NotReady) as error:
+            degraded = f"{error}; the events are stored and will be brought up as soon as it can be"
+        return reply({"accepted": accepted, "already_known": already_known, "degraded": degraded})
+
+    explaining = asyncio.Semaphore(2)  # explanations are rare and long; they must not starve recommendations
+
+    @route("post", "/v1/explanations")
+    async def explanations(asked: ExplanationRequest) -> Response:
+        """Why a past decision was made, with the model and the state of then; or what would be recommended to a player now, and why."""
+        question, service = asked.question(), desk.open()
+        async with explaining:
+            with desk.metrics.stage.labels("explain").time():
+                return reply(await asyncio.to_thread(online.explain_question, service, question))
+
+    @route("get", "/v1/players/{player_id}")
+    async def player(player_id: str) -> Response:
+        """What is known of a player now."""
+        return reply(await asyncio.to_thread(player_card, desk.open(), player_id))
+
+    @route("get", "/v1/models")
+    async def models() -> Response:
+        """The registered versions with their aliases and the gate's verdicts."""
+        from fastq import registry
+
+        return reply({"models": await asyncio.to_thread(registry.models, platform)})
+
+    @route("get", "/v1/decisions/{decision_id}")
+    async def decision(decision_id: str) -> Response:
+        """A decision that was served, what it was drawn from, and what has been reported of it."""
+        return reply(await asyncio.to_thread(decision_card, desk.open(), decision_id))
+
+    @app.get("/console", include_in_schema=False)
+    async def console(request: Request) -> Response:
+        service = desk.open()
+        version = service.model.version if service.model else "none"
+        return HTMLResponse(
+            page("index.html", platform=platform.platform, version=version, role=caller_of(request).role, decisions=f"{service.log.counts()['decisions']:,}")
+        )
+
+    @app.post("/console", include_in_schema=False)
+    async def sign_in(request: Request) -> Response:
+        origin = request.headers.get("origin")
+        if origin not in (None, "null") and urllib.parse.urlsplit(origin).netloc != request.headers.get("host"):
+            return problem(403, "sign in from the console's own page")
+        form = urllib.parse.parse_qs((await request.body()).decode("utf-8", "replace"))
+        try:
+            token, caller = await asyncio.to_thread(desk.keys.sign_in, form.get("key", [""])[0])
+            caller.require("analyst")
+        except NotSignedIn:
+            return HTMLResponse(page("sign_in.html", message="This key is not known here, or it was revoked."), 401)
+        except NotAllowed as error:
+            return HTMLResponse(page("sign_in.html", message=f"{error}."), 403)
+        answer = RedirectResponse("/console", 303)
+        answer.set_cookie(COOKIE, token, max_age=SESSION_SECONDS, httponly=True, samesite="strict", secure=request.url.scheme == "https", path="/")
+        return answer
+
+    @app.post("/console/sign-out", include_in_schema=False)
+    async def sign_out(request: Request) -> Response:
+        if (token := session_of({"cookie": request.headers.get("cookie", "")})) is not None:
+            await asyncio.to_thread(desk.keys.sign_out, token)
+        answer = RedirectResponse("/console", 303)
+        answer.delete_cookie(COOKIE, path="/")
+        return answer
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        """The process answers."""
+        return reply({"status": "ok"})
+
+    @app.get("/readyz", responses={503: failures[503]})
+    async def readyz() -> Response:
+        """Whether recommendations can be served: a champion is loaded and the log takes decisions. Without the online store answers are degraded, but given."""
+        state = await desk.readiness()
+        if state["champion"] != "ok" or state["log"] != "ok":
+            return problem(503, "; ".join(f"{name}: {said}" for name, said in state.items() if said != "ok"), state)
+        version = desk.service.model.version if desk.service and desk.service.model else None
+        return reply({"status": "ready" if state["store"] == "ok" else "degraded", **state, "model_version": version})
+
+    backlog = Gauge("fastq_decision_log_backlog", "Writes that wait for the next commit", registry=desk.metrics.registry)
+    backlog.set_function(lambda: desk.service.log.backlog if desk.service else 0)
+    lag = Gauge("fastq_decision_log_lag_seconds", "How long the commit under way has taken so far", registry=desk.metrics.registry)
+    lag.set_function(lambda: desk.service.log.lag_seconds if desk.service else 0)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """Prometheus text format."""
+        return Response(generate_latest(desk.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
+    return app
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """OpenAPI of the app, with the keys it wants and the problems it answers with."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title,
+            version=app.version,
+            routes=app.routes,
+            description="Recommendations with their propensity, explained. Errors are RFC 9457 problem details.",
+        )
+        parts = schema.setdefault("components", {})
+        parts.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, methods in schema["paths"].items():
+            if path not in OPEN:
+                for operation in methods.values():
+                    operation["security"] = [{"key": []}]
+        app.openapi_schema = schema
+    return app.openapi_schema
+
+
+def player_card(service: Service, player_id: str) -> dict[str, Any]:
+    """What is known of a player now: attributes, history by period, the last decisions. Raises `UnknownPlayerError`."""
+    platform, model, at = service.platform, service.current(), datetime.now(UTC)
+    reading = online.read_states(service, model, [player_id], at)
+    online.must_know(reading, player_id)
+    states, length = reading.states, microseconds(platform)
+    newest = epoch_microseconds(at) // length - 1
+    history = [
+        {
+            "period": online.rfc3339((newest - platform.state.window + 1 + i) * length),
+            **{name: _number(value) for name, value in zip(platform.state.measures, row, strict=True)},
+        }
+        for i, row in enumerate(states.history[0].tolist())
+    ]
+    recent = service.log.recent([player_id], epoch_microseconds(at) - platform.state.window * length)
+    attributes = states.attributes.row(0, named=True) if isinstance(states.attributes, pl.DataFrame) and platform.state.attributes else {}
+    seen = reading.seen_at[0]
+    return {
+        "player_id": player_id,
+        "seen_at": online.rfc3339(epoch_microseconds(seen)) if seen else None,
+        "degraded": reading.degraded[0],
+        "attributes": attributes,
+        "history": history,
+        "policy": states.policies[0] if states.policies else None,
+        "decisions": recent["decision_id"].tail(20).to_list(),
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value  # noqa: PLR0124 - NaN alone differs from itself
+
+
+def decision_card(service: Service, decision_id: str) -> dict[str, Any]:
+    """A served decision as it was answered, what it was drawn from, and what is known of its outcome. Raises `UnknownPlayerError`."""
+    found = service.log.find(decision_id)
+    if found is None:
+        raise UnknownPlayerError(f"{decision_id}: no decision was served under this id")
+    known = service.log.known([decision_id])[decision_id]
+    more = {name: found.detail.get(name) for name in ("mean", "seed", "explore", "exploration", "limits", "eligible", "assignment", "batch")}
+    return {**online.answer(service.platform, found), **more, "outcomes": known.values, "executed": known.executed}

@@ -1,0 +1,553 @@
+"""The endpoint as a client sees it: contract section 5, in this process; and once behind Ray Serve, as `fastq serve` runs it."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from fastapi.testclient import TestClient
+
+from fastq import registry
+from fastq.errors import BundleError, ConfigurationError, WorkspaceError
+from fastq.platform import Platform, load_platform
+from fastq.workspace import Workspace
+from feature_repo import store
+from serving import app, auth, endpoint
+
+
+@pytest.fixture(scope="module")
+def platform(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Platform:
+    return load_platform(shutil.copytree(trained, tmp_path_factory.mktemp("served") / "workspace"))
+
+
+@pytest.fixture(scope="module")
+def keys(platform: Platform) -> dict[str, str]:
+    return {role: auth.create_key(Workspace(platform.root), role)["key"] for role in auth.ROLES}
+
+
+@pytest.fixture(scope="module")
+def client(platform: Platform, keys: dict[str, str]):
+    with TestClient(endpoint.create_app(platform), raise_server_exceptions=False) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def player(platform: Platform) -> str:
+    frame = store.materialized(platform).sort("seen_at", "player_id", descending=[True, False], nulls_last=True)
+    return str(frame["player_id"][0])
+
+
+@pytest.fixture
+def call(client: TestClient, keys: dict[str, str]):
+    """`call("post", route, body, role)` gives status and JSON; every refusal is a problem, and none shows our insides."""
+
+    def send(method: str, route: str, body: object = None, role: str | None = "analyst", raw: bytes | None = None, **headers: str):
+        content = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        auth_header = {"Authorization": f"Bearer {keys[role]}"} if role else {}
+        answer = client.request(method, route, content=content, headers={"Content-Type": "application/json", **auth_header, **headers}, follow_redirects=False)
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        if answer.status_code >= 400:
+            assert answer.headers["content-type"] == "application/problem+json"
+            problem = answer.json()
+            assert problem["status"] == answer.status_code
+            assert problem["detail"]
+            assert "Traceback" not in answer.text
+            assert 'File "' not in answer.text
+        return answer.status_code, answer.json()
+
+    return send
+
+
+def action(platform: Platform) -> dict[str, float]:
+    return {name: float(low + 0.25 * (high - low)) for name, (low, high) in zip(platform.dimension_names, platform.bounds, strict=True)}
+
+
+# ---- who may ----------------------------------------------------------------------------------------------------------------
+ROUTES = [
+    ("POST", "/v1/recommendations", "recommend"),
+    ("POST", "/v1/outcomes", "recommend"),
+    ("POST", "/v1/activity", "recommend"),
+    ("POST", "/v1/explanations", "analyst"),
+    ("GET", "/v1/players/p1", "analyst"),
+    ("GET", "/v1/models", "analyst"),
+    ("GET", "/v1/decisions/d1", "analyst"),
+    ("GET", "/console", "analyst"),
+    ("GET", "/v1/nothing", "analyst"),
+]
+
+
+@pytest.mark.parametrize(("method", "route", "needed"), ROUTES)
+def test_each_route_needs_its_role(call, client: TestClient, keys: dict[str, str], method: str, route: str, needed: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}, {"Cookie": f"{auth.COOKIE}=wrong"}):
+        answer = client.request(method, route, headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["content-type"] == "application/problem+json"
+    for role in auth.ROLES:
+        status = client.request(method, route, headers={"Authorization": f"Bearer {keys[role]}"}).status_code
+        assert (status == 403) == (auth.ROLES.index(role) < auth.ROLES.index(needed)), (role, status)
+        assert status != 401
+
+
+def test_health_needs_no_key(client: TestClient) -> None:
+    for route in endpoint.OPEN:
+        assert client.get(route).status_code == 200
+
+
+def test_a_wrong_method_and_a_wrong_path_are_problems(call) -> None:
+    assert call("PUT", "/v1/models")[0] == 405
+    assert call("GET", "/v1/nothing")[0] == 404
+
+
+def test_the_body_is_not_read_before_the_key(call) -> None:
+    assert call("POST", "/v1/recommendations", role=None, raw=b"{")[0] == 401
+
+
+# ---- recommendations ----------------------------------------------------------------------------------------------------------
+def test_recommendations_are_complete_and_logged(call, platform: Platform, player: str) -> None:
+    status, body = call("POST", "/v1/recommendations", {"players": [player, "nobody-yet"]}, "recommend")
+    assert status == 200
+    first, second = body["recommendations"]
+    assert set(first) == {
+        "player_id",
+        "decision_id",
+        "decided_at",
+        "action",
+        "units",
+        "propensity",
+        "value",
+        "by_objective",
+        "policy",
+        "model_version",
+        "degraded",
+    }
+    assert first["player_id"] == player
+    assert first["degraded"] is None
+    assert second["degraded"]
+    assert set(first["units"]) == set(platform.dimension_names)
+    for answer in (first, second):
+        status, card = call("GET", f"/v1/decisions/{answer['decision_id']}")
+        assert status == 200
+        assert {name: card[name] for name in answer} == answer
+        assert card["outcomes"] == {}
+
+
+def test_a_dry_run_is_not_logged(call, player: str) -> None:
+    decision = call("POST", "/v1/recommendations", {"players": [player], "dry_run": True})[1]["recommendations"][0]
+    assert call("GET", f"/v1/decisions/{decision['decision_id']}")[0] == 404
+
+
+def test_integer_ids_are_strings_inside(call) -> None:
+    assert call("POST", "/v1/recommendations", {"players": [17], "dry_run": True})[1]["recommendations"][0]["player_id"] == "17"
+
+
+def test_an_inline_state_is_answered(call, platform: Platform) -> None:
+    attributes = {name: 90 if a.kind == "numeric" else "never seen" for name, a in platform.state.attributes.items()}
+    history = [[None] * len(platform.state.measures)] + [[1.0] * len(platform.state.measures)] * (platform.state.window - 1)
+    status, body = call("POST", "/v1/recommendations", {"states": [{"player_id": "inline", "history": history, "attributes": attributes}], "dry_run": True})
+    assert status == 200, body
+    assert body["recommendations"][0]["value"] is not None
+    assert body["recommendations"][0]["degraded"] is None
+
+
+def test_the_same_idempotency_key_gives_the_same_decisions(call, player: str) -> None:
+    body = {"players": [player, "nobody-yet"]}
+    first = call("POST", "/v1/recommendations", body, "recommend", **{"Idempotency-Key": "once"})
+    assert call("POST", "/v1/recommendations", body, "recommend", **{"Idempotency-Key": "once"}) == first
+    assert call("POST", "/v1/recommendations", {"players": [player]}, "recommend", **{"Idempotency-Key": "once"})[0] == 422
+    other = call("POST", "/v1/recommendations", body, "admin", **{"Idempotency-Key": "once"})  # another caller's key is another matter
+    assert other[1] != first[1]
+
+
+def test_bad_requests_are_refused_in_words(call, platform: Platform, player: str) -> None:
+    name, low = platform.dimension_names[0], platform.bounds[0, 0]
+    bodies = [
+        {},
+        {"players": []},
+        {"states": []},
+        {"players": "p1"},
+        {"players": [player], "colour": 1},
+        {"players": [player], "states": []},
+        {"players": [None]},
+        {"players": [True]},
+        {"players": [""]},
+        {"players": [1.5]},
+        {"players": ["p"] * 1001},
+        {"players": [player], "limits": {name: {"high": low - 1}}},
+        {"players": [player], "limits": {"nothing": {"high": 5}}},
+        {"players": [player], "limits": {name: {"up": 5}}},
+        {"players": [player], "exploration": 2},
+        {"players": [player], "exploration": -0.1},
+        {"players": [player], "explore": "yes"},
+        {"players": [player], "eligible": ["a"]},
+        {"players": [player], "eligible": []},
+        {"players": [player], "top_k": 0},
+        {"players": [player], "top_k": 3},
+        {"states": [{"player_id": "x", "history": [[1, 2]], "attributes": {}}]},
+        {"states": [{"player_id": "x"}]},
+        [],
+        "players",
+        7,
+        None,
+    ]
+    for body in bodies:
+        status, problem = call("POST", "/v1/recommendations", raw=json.dumps(body).encode())
+        assert status == 422, (body, status, problem)
+    for raw in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"players": [NaN]}', b'{"players": ["a"], "exploration": Infinity}', b'{"players": ["\\ud800"]}'):
+        status, problem = call("POST", "/v1/recommendations", raw=raw)
+        assert status == 422, (raw[:20], problem)
+
+
+def test_too_large_a_body_is_413_however_it_is_sent(call, client: TestClient, keys: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "MOST_BYTES", 2**20)
+    assert call("POST", "/v1/recommendations", raw=b" " * (2**20 + 1))[0] == 413
+    chunks = (b" " * 2**16 for _ in range(17))
+    answer = client.post("/v1/recommendations", content=chunks, headers={"Authorization": f"Bearer {keys['recommend']}", "Content-Type": "application/json"})
+    assert (answer.status_code, answer.headers["content-type"]) == (413, "application/problem+json")
+
+
+def test_requests_at_once_share_batches_and_each_gets_its_own(client: TestClient, call, platform: Platform) -> None:
+    players = store.materialized(platform)["player_id"].head(40).to_list()
+    before = batches(client)
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda p: call("POST", "/v1/recommendations", {"players": [p]}, "recommend"), players))
+    assert [a["recommendations"][0]["player_id"] for _, a in answers] == players
+    assert len({a["recommendations"][0]["decision_id"] for _, a in answers}) == 40
+    assert batches(client) - before <= 40
+
+
+def batches(client: TestClient) -> int:
+    return int(next(float(line.split()[1]) for line in client.get("/metrics").text.splitlines() if line.startswith("fastq_batch_players_count")))
+
+
+def test_a_large_request_is_answered_in_order(call, platform: Platform) -> None:
+    players = (store.materialized(platform)["player_id"].to_list() * 10)[:1000]
+    status, body = call("POST", "/v1/recommendations", {"players": players, "dry_run": True})
+    assert status == 200
+    assert [r["player_id"] for r in body["recommendations"]] == players
+
+
+# ---- outcomes and activity -------------------------------------------------------------------------------------------------------
+def test_outcomes_are_all_or_nothing_and_idempotent(call, platform: Platform, player: str) -> None:
+    objectives = list(platform.objectives)
+    first, second = (r["decision_id"] for r in call("POST", "/v1/recommendations", {"players": [player, player]})[1]["recommendations"])
+    body = {"outcomes": [{"decision_id": first, objectives[0]: 0.7, objectives[1]: 0}]}
+    assert call("POST", "/v1/outcomes", body, "recommend") == (200, {"accepted": 1, "already_known": 0})
+    assert call("POST", "/v1/outcomes", body, "recommend") == (200, {"accepted": 0, "already_known": 1})
+    fresh = {"decision_id": second, objectives[0]: 0.1}
+    status, problem = call("POST", "/v1/outcomes", {"outcomes": [fresh, {"decision_id": "never", objectives[0]: 1.0}]}, "recommend")
+    assert (status, problem["ids"]) == (404, ["never"])
+    assert call("POST", "/v1/outcomes", {"outcomes": [fresh, {"decision_id": first, objectives[0]: 0.8}]}, "recommend")[0] == 409
+    assert call("POST", "/v1/outcomes", {"outcomes": [fresh]}, "recommend") == (200, {"accepted": 1, "already_known": 0})
+    assert call("POST", "/v1/outcomes", {"outcomes": [{"decision_id": first, objectives[0]: 0.8}], "correct": True})[0] == 200
+    assert call("GET", f"/v1/decisions/{first}")[1]["outcomes"] == {objectives[0]: 0.8, objectives[1]: 0.0}
+    for executed in (False, action(platform)):
+        assert call("POST", "/v1/outcomes", {"outcomes": [{"decision_id": second, "executed": executed}], "correct": True}) == (
+            200,
+            {"accepted": 1, "already_known": 0},
+        )
+        assert call("GET", f"/v1/decisions/{second}")[1]["executed"] == executed
+    for wrong in (
+        {"outcomes": []},
+        {"outcomes": [{"decision_id": first}]},
+        {"outcomes": [{"decision_id": first, "nothing": 1}]},
+        {"outcomes": [{"decision_id": first, objectives[0]: "much"}]},
+        {"outcomes": [{"decision_id": first, "executed": {"nothing": 1}}]},
+        {},
+    ):
+        assert call("POST", "/v1/outcomes", wrong)[0] == 422, wrong
+
+
+def test_activity_is_seen_by_the_next_recommendation(call, platform: Platform) -> None:
+    measure, other = list(platform.state.measures)[:2]
+    now = datetime.now(UTC)
+    event = {"player_id": "newcomer", "occurred_at": (now - timedelta(minutes=1)).isoformat(), measure: 1.0}
+    assert call("POST", "/v1/recommendations", {"players": ["newcomer"]})[1]["recommendations"][0]["value"] is None
+    assert call("POST", "/v1/activity", {"events": [event]}, "recommend") == (200, {"accepted": 1, "already_known": 0, "degraded": None})
+    assert call("POST", "/v1/activity", {"events": [event]}, "recommend")[1]["already_known"] == 1
+    answer = call("POST", "/v1/recommendations", {"players": ["newcomer"]})[1]["recommendations"][0]
+    assert answer["value"] is not None
+    assert answer["degraded"] is None
+    status, card = call("GET", "/v1/players/newcomer")
+    assert status == 200
+    assert [row[measure] for row in card["history"] if row[measure] is not None] == [1.0]
+    assert card["history"][-1][other] is None
+    for wrong in (
+        {"events": []},
+        {"events": [{**event, "nothing": 1}]},
+        {"events": [{**event, "occurred_at": "yesterday"}]},
+        {"events": [{**event, "occurred_at": now.replace(tzinfo=None).isoformat()}]},
+        {"events": [{**event, "occurred_at": (now + timedelta(days=2)).isoformat()}]},
+        {"events": [{"player_id": "x", "occurred_at": now.isoformat()}]},
+    ):
+        assert call("POST", "/v1/activity", wrong)[0] == 422, wrong
+
+
+# ---- explanations and look-ups ---------------------------------------------------------------------------------------------------
+def test_an_explanation_over_http(call, platform: Platform, player: str) -> None:
+    decision = call("POST", "/v1/recommendations", {"players": [player]})[1]["recommendations"][0]
+    status, why = call(
+        "POST", "/v1/explanations", {"decision_id": decision["decision_id"], "against": action(platform), "weights": {next(iter(platform.objectives)): 2}}
+    )
+    assert status == 200, why
+    assert why["action"] == decision["action"]
+    assert why["value"] == pytest.approx(decision["value"], rel=1e-6)
+    assert why["what_if"] is not None
+    assert call("POST", "/v1/explanations", {"decision_id": "never"})[0] == 404
+    assert call("POST", "/v1/explanations", {"player_id": "nobody-yet"})[0] == 404
+    for wrong in (
+        {},
+        {"decision_id": "a", "player_id": "b"},
+        {"player_id": player, "against": "nobody"},
+        {"player_id": player, "against": {"nothing": 1}},
+        {"player_id": player, "weights": {"nothing": 1}},
+    ):
+        assert call("POST", "/v1/explanations", wrong)[0] == 422, wrong
+
+
+def test_models_and_players_and_decisions_can_be_looked_up(call, player: str) -> None:
+    models = call("GET", "/v1/models")[1]["models"]
+    assert [m["version"] for m in models if "champion" in m["aliases"]] == [models[0]["version"]]
+    assert call("GET", f"/v1/players/{player}")[1]["degraded"] is None
+    assert call("GET", "/v1/players/nobody-yet")[0] == 404
+    assert call("GET", "/v1/decisions/never")[0] == 404
+
+
+def test_openapi_names_every_route_and_its_security(client: TestClient, platform: Platform) -> None:
+    document = client.get("/openapi.json").json()
+    assert {
+        "/v1/recommendations",
+        "/v1/outcomes",
+        "/v1/activity",
+        "/v1/explanations",
+        "/v1/players/{player_id}",
+        "/v1/models",
+        "/v1/decisions/{decision_id}",
+    } <= set(document["paths"])
+    for path, methods in document["paths"].items():
+        assert all(("security" in operation) == (path not in endpoint.OPEN) for operation in methods.values())
+    assert set(platform.objectives) <= set(document["components"]["schemas"]["Outcome"]["properties"])
+
+
+# ---- the console -------------------------------------------------------------------------------------------------------------------
+def test_signing_in_on_the_console(client: TestClient, keys: dict[str, str]) -> None:
+    browser = {"Accept": "text/html,application/xhtml+xml"}
+    form = client.get("/console", headers=browser)
+    assert (form.status_code, "<form" in form.text) == (200, True)
+    assert client.get("/console").status_code == 401
+    assert client.post("/console", data={"key": "wrong"}, headers=browser).status_code == 401
+    assert client.post("/console", data={"key": keys["recommend"]}, headers=browser).status_code == 403
+    assert client.post("/console", data={"key": keys["analyst"]}, headers={**browser, "Origin": "https://elsewhere.example"}).status_code == 403
+    answer = client.post("/console", data={"key": keys["analyst"]}, headers=browser, follow_redirects=False)
+    assert (answer.status_code, answer.headers["location"]) == (303, "/console")
+    cookie = answer.headers["set-cookie"].lower()
+    assert "httponly" in cookie
+    assert "samesite=strict" in cookie
+    assert keys["analyst"].lower() not in cookie
+    page = client.get("/console", headers=browser)
+    assert page.status_code == 200
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert client.get("/v1/models").status_code == 200  # the cookie is the analyst
+    client.post("/console/sign-out", headers=browser)
+    client.cookies.clear()
+    assert client.get("/v1/models", headers={"Cookie": answer.headers["set-cookie"].split(";")[0]}).status_code == 401
+
+
+# ---- operation -----------------------------------------------------------------------------------------------------------------------
+def test_a_log_that_cannot_be_written_is_503_and_nothing_is_served(platform: Platform, keys: dict[str, str], player: str) -> None:
+    with TestClient(endpoint.create_app(platform)) as client:
+        bearer = {"Authorization": f"Bearer {keys['recommend']}"}
+        log = client.portal.call(desk_of, client.app).service.log
+        log._database.execute("PRAGMA query_only = ON")
+        log._reconnect = lambda: None  # the disk stays broken
+        assert client.get("/readyz").status_code == 503
+        answer = client.post("/v1/recommendations", json={"players": [player]}, headers=bearer)
+        assert (answer.status_code, answer.headers["content-type"], answer.headers["retry-after"]) == (503, "application/problem+json", "1")
+        assert "recommendations" not in answer.json()
+        assert client.post("/v1/recommendations", json={"players": [player], "dry_run": True}, headers=bearer).status_code == 200
+        log._database.execute("PRAGMA query_only = OFF")
+        assert client.post("/v1/recommendations", json={"players": [player]}, headers=bearer).status_code == 200
+
+
+async def desk_of(application):
+    return application.state.desk
+
+
+def test_the_online_store_gone_is_said_and_answers_go_on(platform: Platform, keys: dict[str, str], player: str) -> None:
+    directory = Workspace(platform.root).feast
+    with TestClient(endpoint.create_app(platform)) as client:
+        bearer = {"Authorization": f"Bearer {keys['analyst']}"}
+        directory.rename(directory.with_name("away"))
+        try:
+            ready = client.get("/readyz")
+            assert (ready.status_code, ready.json()["status"]) == (200, "degraded")
+            answer = client.post("/v1/recommendations", json={"players": [player]}, headers=bearer).json()["recommendations"][0]
+            assert "online store" in answer["degraded"]
+            assert client.get(f"/v1/players/{player}", headers=bearer).status_code == 503
+            event = {"player_id": player, "occurred_at": datetime.now(UTC).isoformat(), next(iter(platform.state.measures)): 1.0}
+            kept = client.post("/v1/activity", json={"events": [event]}, headers=bearer)
+            assert (kept.status_code, bool(kept.json()["degraded"])) == (200, True)
+        finally:
+            directory.with_name("away").rename(directory)
+        until = time.monotonic() + 10
+        while client.portal.call(desk_of, client.app).service.log.unapplied() and time.monotonic() < until:
+            time.sleep(0.1)
+        assert not client.portal.call(desk_of, client.app).service.log.unapplied()
+
+
+def test_without_a_champion_the_server_is_up_and_not_ready(platform: Platform, tmp_path: Path, keys: dict[str, str]) -> None:
+    workspace = shutil.copytree(platform.root, tmp_path / "workspace")
+    shutil.rmtree(workspace / ".fastq" / "mlflow")
+    with TestClient(endpoint.create_app(load_platform(workspace))) as client:
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/readyz").status_code == 503
+        answer = client.post("/v1/recommendations", json={"players": ["p1"]}, headers={"Authorization": f"Bearer {keys['recommend']}"})
+        assert answer.status_code == 503
+
+
+def test_a_new_champion_is_taken_and_a_damaged_one_is_not(trained: Path, tmp_path: Path) -> None:
+    platform = load_platform(shutil.copytree(trained, tmp_path / "workspace"))
+    key = auth.create_key(Workspace(platform.root), "recommend")["key"]
+    first = registry.champion(platform)
+    bundles = []
+    for number in range(2):
+        bundle = shutil.copytree(registry.fetch(platform, first), tmp_path / f"bundle-{number}")
+        for path in bundle.iterdir():
+            path.chmod(0o600)
+        with registry.start_run(platform, "again", {}) as run:
+            bundles.append(registry.register(platform, run.id, bundle))
+    with TestClient(endpoint.create_app(platform)) as client:
+        assert version(client, key) == first
+        registry.promote(platform, bundles[0], reason="test", forced=True)
+        assert wait_for(client, key, bundles[0])
+        registry.fetch(platform, bundles[1])
+        weights = Workspace(platform.root).models / bundles[1] / "weights.safetensors"
+        weights.chmod(0o600)
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
+        registry.promote(platform, bundles[1], reason="test", forced=True)
+        time.sleep(2.5)
+        assert version(client, key) == bundles[0]
+        assert "fastq_models_refused_total 1.0" in client.get("/metrics").text
+        registry.promote(platform, first, reason="test", forced=True)
+        assert wait_for(client, key, first)
+
+
+def version(client: TestClient, key: str) -> str:
+    answer = client.post("/v1/recommendations", json={"players": ["nobody-yet"], "dry_run": True}, headers={"Authorization": f"Bearer {key}"})
+    assert answer.status_code == 200
+    return answer.json()["recommendations"][0]["model_version"]
+
+
+def wait_for(client: TestClient, key: str, wanted: str) -> bool:
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        if version(client, key) == wanted:
+            return True
+    return False
+
+
+def test_metrics_count(client: TestClient, call, player: str) -> None:
+    call("POST", "/v1/recommendations", {"players": [player, "nobody-yet"]})
+    text = client.get("/metrics").text
+    for line in (
+        "fastq_decisions_total{",
+        'fastq_degraded_total{reason="unknown player"}',
+        'fastq_requests_total{method="POST",route="/v1/recommendations",status="200"}',
+        "fastq_model_info{version=",
+        "fastq_decision_log_backlog 0.0",
+    ):
+        assert line in text, line
+    assert player not in text
+
+
+# ---- behind Ray Serve ------------------------------------------------------------------------------------------------------------------
+def test_a_server_without_a_champion_or_with_an_open_door_does_not_start(platform: Platform, tmp_path: Path) -> None:
+    workspace = tmp_path / "workspace"
+    workspace.mkdir()
+    shutil.copy(platform.root / "fastq.yaml", workspace)
+    bare = load_platform(workspace)
+    with pytest.raises(BundleError, match="no champion"):
+        app.serve(bare)
+    with pytest.raises(ConfigurationError, match="fastq keys create"):
+        app.serve(bare, "0.0.0.0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigurationError, match="cannot be listened on"):
+            app.serve(platform, "127.0.0.1", taken.getsockname()[1])
+    with Workspace(platform.root).lock("serve"), pytest.raises(WorkspaceError, match="serve"):
+        app.serve(platform)
+
+
+def start(workspace: Path, port: int, log: Path) -> subprocess.Popen[bytes]:
+    program = "import sys; from fastq.cli import main; sys.argv = ['fastq', *sys.argv[1:]]; main()"
+    command = [sys.executable, "-c", program, "serve", "--port", str(port), "--workspace", str(workspace)]
+    with log.open("ab") as said:
+        process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True)
+    until = time.monotonic() + 180
+    while time.monotonic() < until:
+        assert process.poll() is None, log.read_text()[-2000:]
+        if "fastq serves" in log.read_text():  # readiness alone might be that of a proxy that outlived its server
+            assert httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5).status_code == 200
+            return process
+        time.sleep(0.3)
+    raise AssertionError(log.read_text()[-2000:])
+
+
+def ours(workspace: Path) -> dict[int, set[str]]:
+    """Processes that a server of this workspace has started, and the addresses they listen on."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(app.MARK) == str(workspace):
+                found[process.pid] = {c.laddr.ip.removeprefix("::ffff:") for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return found
+
+
+@pytest.mark.slow
+def test_serve_from_start_to_kill_to_start_to_a_clean_end(trained: Path, tmp_path: Path) -> None:
+    """kill -9 of the whole group loses nothing that was acknowledged; SIGTERM ends with 0, frees the port and leaves no process and no file of Ray's."""
+    workspace = shutil.copytree(trained, tmp_path / "workspace")
+    key = auth.create_key(Workspace(workspace), "analyst")["key"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log, url, bearer = tmp_path / "log", f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
+    process = start(workspace, port, log)
+    try:
+        assert set().union(*ours(workspace).values()) == {"127.0.0.1"}
+        ids = [
+            httpx.post(f"{url}/v1/recommendations", json={"players": ["nobody-yet"]}, headers=bearer).json()["recommendations"][0]["decision_id"]
+            for _ in range(20)
+        ]
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(30)
+        log.unlink()
+        process = start(workspace, port, log)  # on the same port, which the dead server's proxy may still hold
+        assert [i for i in ids if httpx.get(f"{url}/v1/decisions/{i}", headers=bearer).status_code != 200] == []
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
+            app.sweep(workspace, app.ray_directory(workspace))
+    assert "Traceback" not in log.read_text()
+    assert ours(workspace) == {}
+    assert not app.ray_directory(workspace).exists()
+    with socket.socket() as probe:
+        assert probe.connect_ex(("127.0.0.1", port)) != 0

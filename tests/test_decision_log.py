@@ -1,0 +1,270 @@
+"""The decision log: what was acknowledged is there, whatever happens after; what was not stored is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from fastq.platform import Platform, platform_from_tree
+from fastq.records import read_served
+from serving.decision_log import Decision, DecisionLog, Event, KeyReused, LogUnavailable, OutcomeConflict, Reported, Request, UnknownDecisions, now_us, open_log
+
+TREE = {
+    "platform": "arena",
+    "logs": {"decisions": "logs/*.parquet"},
+    "state": {"period": "1d", "window": 3},
+    "policies": ["retain"],
+    "action": {"kind": "continuous", "dimensions": {"goal": {"low": 1, "high": 15}, "gift": {"low": 0, "high": 40}}},
+    "objectives": {"joy": {}, "cost": {"weight": -1}},
+}
+
+
+@pytest.fixture
+def platform(tmp_path: Path) -> Platform:
+    return platform_from_tree(json.loads(json.dumps(TREE)), tmp_path, "test")
+
+
+@pytest.fixture
+def log(platform: Platform) -> DecisionLog:
+    made = open_log(platform)
+    yield made
+    made.close()
+
+
+def decision(decision_id: str, player_id: str = "p1", at: int | None = None, goal: float = 5.0) -> Decision:
+    return Decision(decision_id, player_id, at or now_us(), "fastq", 0.25, "3", {"goal": goal, "gift": 2.0}, {"value": 1.5}, b"state")
+
+
+def test_an_acknowledged_decision_is_read_back_whole_by_another_process(platform: Platform, log: DecisionLog) -> None:
+    kept = decision("d1")
+    assert log.append([kept]).result(10) == [kept]
+    other = open_log(platform)
+    assert other.path != log.path  # two writers never share a file
+    assert other.find("d1") == kept
+    assert other.find("never") is None
+    other.close()
+
+
+def test_rows_are_those_that_the_next_ingest_reads(platform: Platform, log: DecisionLog) -> None:
+    at = 1_700_000_000_000_000
+    log.append([decision("d1", at=at), decision("d2", at=at), decision("d3", at=at)]).result(10)
+    log.report(
+        [Reported("d1", {"joy": 0.5}), Reported("d2", {"joy": 1.0}, executed=False), Reported("d3", {"joy": 2.0}, executed={"goal": 9.0, "gift": 2.0})]
+    ).result(10)
+    log.report([Reported("d1", {"joy": 0.75})], correct=True).result(10)
+    with sqlite3.connect(log.path) as database:
+        assert database.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    served, instead, other = read_served(platform).sort("decision_id").iter_rows(named=True)
+    assert (served["player_id"], served["policy"], served["propensity"], served["model_version"], served["goal"], served["gift"]) == (
+        "p1",
+        "fastq",
+        0.25,
+        "3",
+        5.0,
+        2.0,
+    )
+    assert (served["joy"], served["cost"]) == (0.75, None)
+    assert served["decided_at"] == datetime.fromtimestamp(at / 1e6, UTC)
+    assert instead["joy"] is None  # what was not carried out teaches nothing
+    assert (other["goal"], other["propensity"], other["joy"]) == (9.0, None, 2.0)
+
+
+def test_what_queues_up_behind_a_commit_is_one_commit(log: DecisionLog) -> None:
+    """64 callers at once need far fewer transactions than rows: the WAL's frames tell how many commits there were."""
+    barrier = threading.Barrier(64)
+    transactions: list[int] = []
+    log._database.set_trace_callback(lambda statement: transactions.append(1) if statement.startswith("COMMIT") else None)
+
+    def call(number: int) -> None:
+        barrier.wait()
+        for k in range(10):
+            log.append([decision(f"d{number}-{k}")]).result(30)
+
+    threads = [threading.Thread(target=call, args=(n,)) for n in range(64)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert log.counts()["decisions"] == 640
+    assert len(transactions) < 320
+
+
+def test_kill_minus_nine_loses_nothing_that_was_acknowledged(platform: Platform, tmp_path: Path) -> None:
+    program = f"""
+import json, sys
+from pathlib import Path
+from fastq.platform import platform_from_tree
+from serving.decision_log import Decision, now_us, open_log
+log = open_log(platform_from_tree(json.loads({json.dumps(json.dumps(TREE))}), Path({str(tmp_path)!r}), "test"))
+for number in range(100_000):
+    log.append([Decision(f"d{{number}}", "p1", now_us(), "fastq", None, "1", {{"goal": 2.0, "gift": 0.0}}, {{}}, b"x" * 500)]).result(10)
+    print(number, flush=True)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as process:
+        assert process.stdout is not None
+        acknowledged = [process.stdout.readline() for _ in range(200)]
+        os.kill(process.pid, signal.SIGKILL)
+        acknowledged += process.stdout.read().splitlines()
+    last = max(int(line) for line in acknowledged if line.strip().isdigit())
+    log = open_log(platform)
+    assert log.path.name == "0000.db"  # the dead process's lock died with it
+    assert log.counts()["decisions"] in (last + 1, last + 2)  # the one under way may be there too
+    log.append([decision("after")]).result(10)
+    log.close()
+
+
+def test_a_full_disk_refuses_and_stores_nothing_and_goes_on_when_there_is_room(log: DecisionLog) -> None:
+    log.append([decision("before")]).result(10)
+    pages = log._database.execute("PRAGMA page_count").fetchone()[0]
+    log._database.execute(f"PRAGMA max_page_count = {pages}")  # SQLite itself then answers SQLITE_FULL
+    big = [Decision(f"d{k}", "p1", now_us(), "fastq", None, "1", {"goal": 2.0, "gift": 0.0}, {}, os.urandom(4000)) for k in range(20)]
+    with pytest.raises(LogUnavailable, match=r"full.*nothing of this request was stored"):
+        log.append(big).result(10)
+    assert log.counts()["decisions"] == 1
+    log.append(big).result(10)
+    assert log.counts()["decisions"] == 21
+
+
+def test_a_closed_log_says_so(platform: Platform) -> None:
+    log = open_log(platform)
+    log.close()
+    with pytest.raises(LogUnavailable, match="closed"):
+        log.append([decision("d1")])
+
+
+def test_the_same_idempotency_key_gives_the_same_decisions_again(platform: Platform, log: DecisionLog) -> None:
+    first, asked = [decision("d1"), decision("d2", "p2")], Request("key:abc", "digest")
+    assert log.append(first, asked).result(10) == first
+    again = log.append([decision("d3"), decision("d4", "p2")], asked).result(10)
+    assert [d.decision_id for d in again] == ["d1", "d2"]
+    assert log.counts()["decisions"] == 2
+    with pytest.raises(KeyReused):
+        log.append([decision("d5")], Request("key:abc", "another")).result(10)
+    other = open_log(platform)  # another replica knows the key too
+    assert [d.decision_id for d in other.append([decision("d6")], asked).result(10)] == ["d1", "d2"]
+    other.close()
+
+
+def test_two_at_once_with_one_key_make_one_decision(log: DecisionLog) -> None:
+    futures = [log.append([decision(f"d{k}")], Request("key:abc", "digest")) for k in range(50)]
+    assert {f.result(10)[0].decision_id for f in futures} == {"d0"}
+    assert log.counts()["decisions"] == 1
+
+
+def test_outcomes_come_in_parts_and_repeats_change_nothing(log: DecisionLog) -> None:
+    log.append([decision("d1"), decision("d2")]).result(10)
+    assert log.report([Reported("d1", {"joy": 0.7}), Reported("d2", {"joy": 0.1})]).result(10) == (2, 0)
+    assert log.report([Reported("d1", {"joy": 0.7})]).result(10) == (0, 1)
+    assert log.report([Reported("d1", {"joy": 0.7, "cost": 0.2})]).result(10) == (1, 0)
+    assert log.report([Reported("d2", {"cost": 0.3}), Reported("d2", {"cost": 0.3})]).result(10) == (1, 1)
+    known = log.known(["d1", "d2"])
+    assert known["d1"].values == {"joy": 0.7, "cost": 0.2}
+    assert known["d2"].values == {"joy": 0.1, "cost": 0.3}
+
+
+def test_an_unknown_id_or_another_value_stores_nothing(log: DecisionLog) -> None:
+    log.append([decision("d1"), decision("d2")]).result(10)
+    with pytest.raises(UnknownDecisions, match="never") as unknown:
+        log.report([Reported("d1", {"joy": 0.7}), Reported("never", {"joy": 1.0})]).result(10)
+    assert unknown.value.ids == ["never"]
+    log.report([Reported("d1", {"joy": 0.7})]).result(10)
+    with pytest.raises(OutcomeConflict, match="d1: joy"):
+        log.report([Reported("d2", {"joy": 0.1}), Reported("d1", {"joy": 0.8})]).result(10)
+    assert log.known(["d2"])["d2"].values == {}
+    assert log.report([Reported("d1", {"joy": 0.8})], correct=True).result(10) == (1, 0)
+    assert log.known(["d1"])["d1"].values == {"joy": 0.8}
+
+
+def test_a_correction_through_another_replica_stands(platform: Platform, log: DecisionLog) -> None:
+    log.append([decision("d1")]).result(10)
+    log.report([Reported("d1", {"joy": 0.7})]).result(10)
+    other = open_log(platform)
+    with pytest.raises(OutcomeConflict):
+        other.report([Reported("d1", {"joy": 0.9})]).result(10)
+    time.sleep(0.001)
+    other.report([Reported("d1", {"joy": 0.9})], correct=True).result(10)
+    assert log.known(["d1"])["d1"].values == {"joy": 0.9}
+    assert log.report([Reported("d1", {"joy": 0.9})]).result(10) == (0, 1)
+    other.close()
+
+
+def test_what_was_executed_instead(log: DecisionLog) -> None:
+    log.append([decision("d1"), decision("d2"), decision("d3")]).result(10)
+    log.report([Reported("d1", {}, executed=False), Reported("d2", {"joy": 1.0}, executed={"goal": 3.0, "gift": 0.0})]).result(10)
+    recent = log.recent(["p1"], 0)
+    assert dict(zip(recent["decision_id"], recent["goal"], strict=True)) == {"d2": 3.0, "d3": 5.0}
+    assert log.report([Reported("d1", {}, executed=False)]).result(10) == (0, 1)
+    with pytest.raises(OutcomeConflict, match="executed"):
+        log.report([Reported("d1", {}, executed={"goal": 3.0, "gift": 0.0})]).result(10)
+
+
+def test_recent_decisions_of_some_players_over_files_and_batches(platform: Platform, log: DecisionLog) -> None:
+    day, now = 86_400_000_000, now_us()
+    log.append([decision("old", "p1", now - 9 * day), decision("a", "p1", now - 2 * day), decision("b", "p2", now - day), decision("c", "p3", now)]).result(10)
+    other = open_log(platform)
+    other.append([decision("e", "p1", now - day, goal=7.0)]).result(10)
+    other.report([Reported("a", {"cost": 0.4})]).result(10)
+    other.close()
+    batch(log.path.parent / "batch.parquet", now)
+    recent = log.recent(["p1", "p2", "nobody"], now - 5 * day)
+    assert recent["decision_id"].to_list() == ["a", "e", "x1", "b"]
+    assert recent["goal"].to_list() == [5.0, 7.0, 9.0, 5.0]
+    assert recent["cost"].to_list() == [0.4, None, None, None]
+    assert recent.schema["decided_at"] == pl.Datetime("us", "UTC")
+    assert log.recent(["nobody"], 0).is_empty()
+
+
+def batch(path: Path, at: int) -> None:
+    moment = datetime.fromtimestamp(at / 1e6, UTC)
+    pl.DataFrame(
+        {
+            "decision_id": ["x1", "x2"],
+            "player_id": ["p1", "p9"],
+            "decided_at": [moment, moment],
+            "policy": "fastq",
+            "propensity": [0.5, None],
+            "model_version": "3",
+            "goal": [9.0, 2.0],
+            "gift": [0.0, 1.0],
+            "joy": None,
+            "cost": None,
+        },
+        schema_overrides={"decided_at": pl.Datetime("us", "UTC"), "joy": pl.Float64, "cost": pl.Float64},
+    ).write_parquet(path)
+
+
+def test_rows_of_a_batch_are_decisions_too(log: DecisionLog) -> None:
+    batch(log.path.parent / "batch.parquet", now_us())
+    found = log.find("x1")
+    assert found is not None
+    assert (found.player_id, found.action, found.propensity, found.model_version) == ("p1", {"goal": 9.0, "gift": 0.0}, 0.5, "3")
+    assert log.report([Reported("x2", {"joy": 1.0})]).result(10) == (1, 0)
+    assert log.report([Reported("x2", {"joy": 1.0})]).result(10) == (0, 1)
+
+
+def test_events_are_kept_once_and_wait_until_the_online_store_has_them(log: DecisionLog) -> None:
+    events = [Event("p1", 1_000, {"rounds": 2.0}), Event("p1", 2_000, {"rounds": 1.0})]
+    assert log.record_activity(events).result(10) == (2, 0)
+    assert log.record_activity([*events, Event("p2", 1_000, {"rounds": 2.0})]).result(10) == (1, 2)
+    waiting = log.unapplied()
+    assert [e for _, e in waiting] == [*events, Event("p2", 1_000, {"rounds": 2.0})]
+    log.applied([k for k, _ in waiting[:2]]).result(10)
+    assert [e.player_id for _, e in log.unapplied()] == ["p2"]
+
+
+def test_the_probe_really_writes(log: DecisionLog) -> None:
+    log.probe().result(10)
+    log._database.execute("PRAGMA query_only = ON")
+    with pytest.raises(LogUnavailable):
+        log.probe().result(10)

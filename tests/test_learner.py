@@ -1,0 +1,211 @@
+"""Learning: gradients reach what is trained and nothing else, a stopped run ends where it would have, a known best action is found."""
+
+import copy
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from fastq import equations, features, learner, windows
+from fastq.errors import TrainingError
+from fastq.networks import Actor, Representation, Values
+from fastq.platform import platform_from_tree
+from fastq.records import Counts, Records
+from fastq.representation import RepresentationModule, Units, train_representation
+
+
+def bandit(players=400, days=12, seed=0, policies=("low", "high"), epochs=3):
+    """A platform whose best action is known: `gain` peaks at 6 for calm players and at 9 for the others; `cost` is the action's size.
+
+    Both behaviour policies act with noise around 4 and 11, whoever the player.
+    """
+    rng = np.random.default_rng(seed)
+    n = players * days
+    player, day = np.repeat(np.arange(players), days), np.tile(np.arange(days), players)
+    calm = (np.arange(players) % 2 == 0)[player]
+    which = rng.integers(0, len(policies), n)
+    action = np.clip(np.array([4.0, 11.0])[which] + rng.normal(0, 2, n), 0, 15)
+    gain = -(((action - np.where(calm, 6.0, 9.0)) / 4) ** 2) + rng.normal(0, 0.3, n)
+    start = datetime(2026, 1, 1, 6, tzinfo=UTC)
+    ids = [f"p{i:04d}" for i in range(players)]
+    decisions = pl.DataFrame(
+        {
+            "decision_id": [f"d{i}" for i in range(n)],
+            "player_id": [ids[i] for i in player],
+            "decided_at": [start + timedelta(days=int(d)) for d in day],
+            "policy": [policies[k] for k in which],
+            "propensity": np.full(n, 0.1),
+            "assignment": np.full(n, 1 / len(policies)),
+            "model_version": pl.Series([None] * n, dtype=pl.String),
+            "size": action,
+            "gain": gain,
+            "cost": action / 15 + rng.normal(0, 0.05, n),
+        }
+    )
+    attributes = pl.DataFrame(
+        {
+            "player_id": ids,
+            "valid_from": pl.Series([None] * players, dtype=pl.Datetime("us", "UTC")),
+            "calm": ["yes" if i % 2 == 0 else "no" for i in range(players)],
+        }
+    )
+    tree = {
+        "platform": "bandit",
+        "logs": {"decisions": "d.parquet", "players": "p.parquet"},
+        "state": {"window": 4, "attributes": {"calm": {"kind": "categorical"}}},
+        "policies": list(policies),
+        "action": {"kind": "continuous", "dimensions": {"size": {"low": 0, "high": 15}}},
+        "objectives": {"gain": {"weight": 1.0, "discount": 0}, "cost": {"weight": -0.1, "discount": 0}},
+        "training": {"epochs": epochs, "batch_size": 256},
+    }
+    from pathlib import Path
+
+    platform = platform_from_tree(tree, Path(), "test")
+    read = Records(decisions, None, attributes, None, None, pl.DataFrame(), {"decisions": Counts(n, 0, 0)}, {}, [])
+    return platform, windows.build(platform, read, features.build_rows(platform, read))
+
+
+@pytest.fixture(scope="module")
+def learned():
+    torch.set_num_threads(1)
+    platform, data = bandit(epochs=15)
+    return data, learner.train(platform, data)
+
+
+def test_the_known_best_action_is_found_for_each_kind_of_player(learned):
+    data, policy = learned
+    index = np.flatnonzero(np.arange(len(data)) % 12 == 11)
+    best = policy.recommend(data.states(index), explore=False).action[:, 0]
+    calm = np.array([value == "yes" for value in data.attributes[index]["calm"]])
+    # the optimum under weights 1 and -0.1: 6 or 9, less 0.1 / 15 * 16 / 2 = 0.05 games for the cost
+    assert best[calm].mean() == pytest.approx(5.95, abs=0.6)
+    assert best[~calm].mean() == pytest.approx(8.95, abs=0.6)
+
+
+def test_unseen_players_confirm_what_is_there_and_the_report_says_so(learned):
+    _, policy = learned
+    assert policy.details["confirmed"]["gain"]["value"] == pytest.approx(1, abs=0.15)
+    assert policy.details["confirmed"]["gain"]["gain"] > 0.3
+
+
+def test_values_are_those_of_the_immediate_objective_where_nothing_follows(learned):
+    data, policy = learned
+    enc = policy.encode(data.states(np.arange(500)))
+    parts = policy.parts(enc, data.action[:500, None])[:, 0]
+    assert np.corrcoef(parts.sum(-1)[:, 0], data.reward[:500, 0])[0, 1] > 0.8
+    assert np.abs(parts[:, :, 1]).mean() < 0.1 * np.abs(parts[:, :, 0]).mean(), "no long term without a discount"
+
+
+def test_gradients_reach_every_trained_parameter_of_stage_1_and_its_update_changes_it():
+    torch.set_num_threads(1)
+    platform, data = bandit(players=60, days=6)
+    rows = np.arange(len(data))
+    encoding = features.fit_encoding(platform, data.matrix, data.attributes)
+    network, states, _ = train_representation(data, encoding, Units.of(data.action, catalogue=False), rows, rows)
+    assert not any(p.requires_grad for p in network.parameters()), "stage 1 is frozen when it is done"
+    fresh = Representation(network.sizes)
+    torch.nn.init.normal_(fresh.effects, std=0.1)
+    phi = equations.action_features(torch.from_numpy(Units.of(data.action, catalogue=False).standard(data.action)).float(), True)
+    targets = {
+        "policy": torch.from_numpy(data.policy),
+        "features": phi,
+        "proposed": phi[:, None].expand(-1, 2, -1).clone(),
+        "outcomes": torch.randn(len(data), 4),
+    }
+    module = RepresentationModule(fresh, states, targets, torch.arange(10), seed=0, epochs=2, learning_rate=1e-3, balance=0.1)
+    module.epochs_done = 1  # the reversal's strength is 0 in the very first epoch
+    module.training_step(torch.arange(256)).backward()
+    dead = [name for name, p in fresh.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
+    assert not dead, dead
+
+
+def test_the_reversed_gradient_moves_the_state_against_the_adversary_and_the_adversary_with_it():
+    platform, data = bandit(players=40, days=4)
+    encoding = features.fit_encoding(platform, data.matrix, data.attributes)
+    network, states, _ = train_representation(data, encoding, Units.of(data.action, catalogue=False), np.arange(len(data)), np.arange(len(data)))
+    network = copy.deepcopy(network).requires_grad_(True)
+    index, policy = torch.arange(128), torch.from_numpy(data.policy[:128])
+
+    def gradients(lam):
+        network.zero_grad()
+        seen = network(*states.gather(index))
+        torch.nn.functional.cross_entropy(network.adversary(equations.reverse_gradient(seen.b, lam)), policy).backward()
+        return network.balance[0].weight.grad.clone(), network.adversary.layers[0].weight.grad.clone()
+
+    (state, adversary), (other_state, other_adversary) = gradients(0.1), gradients(-1.0)
+    torch.testing.assert_close(state, -0.1 * other_state)
+    torch.testing.assert_close(adversary, other_adversary)
+
+
+def test_stage_2_trains_values_and_actor_and_nothing_else(learned, monkeypatch):
+    data, _ = learned
+    seen = {}
+    step = learner.ValueAndActor.training_step
+
+    def watched(module, index):
+        step(module, index)
+        seen.setdefault("dead", [name for name, p in module.named_parameters() if p.requires_grad and (p.grad is None or float(p.grad.abs().max()) == 0)])
+        seen.setdefault("frozen", [name for name, p in module.named_parameters() if not p.requires_grad])
+
+    monkeypatch.setattr(learner.ValueAndActor, "training_step", watched)
+    learner.train(data.platform.model_copy(update={"training": data.platform.training.model_copy(update={"epochs": 1})}), data)
+    assert seen["dead"] == []
+    assert seen["frozen"] and all(name.startswith("target.") for name in seen["frozen"])
+    assert isinstance(learned[1].values, Values) and isinstance(learned[1].actor, Actor)
+
+
+@pytest.mark.parametrize("stop_in", ["representation", "value and actor"])
+def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in):
+    torch.set_num_threads(1)
+    platform, data = bandit(players=80, days=6, epochs=4)
+
+    class Killed(Exception):
+        pass
+
+    def kill(stage, done, total, metrics):
+        if stage == stop_in and done == 2:
+            raise Killed
+
+    whole = learner.train(platform, data, tmp_path / "whole")
+    with pytest.raises(Killed):
+        learner.train(platform, data, tmp_path / "cut", on_progress=kill)
+    resumed = learner.train(platform, data, tmp_path / "cut", resume=True)
+    for name in ("network", "values", "actor"):
+        for (key, expected), found in zip(getattr(whole, name).state_dict().items(), getattr(resumed, name).state_dict().values(), strict=True):
+            assert torch.equal(expected, found), f"{name}.{key} differs"
+    np.testing.assert_array_equal(whole.effects, resumed.effects)
+    assert {p.suffix for p in (tmp_path / "cut").iterdir()} == {".safetensors"}, "the record is safetensors, no checkpoint of another kind"
+
+
+def test_a_log_with_one_policy_trains():
+    platform, data = bandit(players=60, days=6, policies=("low",), epochs=2)
+    policy = learner.train(platform, data)
+    assert policy.policies == ["low"]
+    assert np.isfinite(policy.recommend(data.states(np.arange(20))).value).all()
+
+
+@pytest.mark.parametrize("players", [1, 2])
+def test_too_few_players_are_refused_in_words(players):
+    platform, data = bandit(players=players, days=1)
+    with pytest.raises(TrainingError, match=r"too few|nothing to learn"):
+        learner.train(platform, data)
+
+
+def test_a_log_without_any_outcome_is_refused_in_words():
+    platform, data = bandit(players=40, days=3)
+    data.reward[:] = np.nan
+    with pytest.raises(TrainingError, match="no objective of any decision is known yet"):
+        learner.train(platform, data)
+
+
+def test_an_objective_without_action_dependent_signal_gets_no_effect_but_keeps_its_doubt():
+    platform, data = bandit(players=200, days=8, epochs=4)
+    data.reward[:, 1] = np.random.default_rng(5).normal(size=len(data))
+    policy = learner.train(platform, data)
+    index = np.arange(200)
+    enc = policy.encode(data.states(index))
+    parts = policy.parts(enc, np.stack([np.full((200, 1), 4.0), np.full((200, 1), 11.0)], 1)).sum(-1)
+    assert np.abs(parts[:, 0, 1] - parts[:, 1, 1]).mean() < 0.15
+    assert policy.doubt(enc, np.full((200, 1, 1), 4.0), np.full((200, 1, 1), 11.0), weights={"gain": 0, "cost": 1}).min() > 0.01

@@ -1,0 +1,886 @@
+"""Off-policy estimators: every equation on numbers worked by hand, the doubly robust property on whole populations, coverage by simulation."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fastq import ope
+from fastq.errors import RequestError
+
+NAN = math.nan
+FINE = ope.Support(500.0, 300.0, 0.05, 0.6, 1.0, 1.0)
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def values(terms: ope.Terms) -> list[float]:
+    assert terms.refusals == (None,) * len(terms.refusals)
+    return [float(value) for value in terms.values()]
+
+
+# --- weights
+
+
+def test_naive_weights_divide_target_by_logger():
+    weights = ope.naive_weights([0.4, 0.2, 0.0, 0.3, 0.0, 0.1], [0.2, 0.8, 0.5, NAN, 0.0, 0.0])
+    np.testing.assert_array_equal(weights, [2.0, 0.25, 0.0, NAN, 0.0, np.inf])
+
+
+def test_an_atom_weighs_nothing_even_without_a_density():
+    np.testing.assert_array_equal(ope.naive_weights([0.4, NAN, 0.4], [NAN, NAN, 0.2], atom=[True, True, False]), [0.0, 0.0, 2.0])
+
+
+def test_balanced_weights_divide_by_the_mixture_of_all_loggers():
+    shares = [0.25, 0.75]
+    weights = ope.balanced_weights([0.3, 0.3, 0.0], [[0.4, 0.2], [0.0, 0.8], [NAN, 0.1]], shares)
+    np.testing.assert_allclose(weights, [0.3 / 0.25, 0.5, 0.0])
+    per_row = ope.balanced_weights([0.3, 0.3], [[0.4, 0.2], [NAN, 0.8]], [[0.5, 0.5], [0.0, 1.0]])
+    np.testing.assert_allclose(per_row, [1.0, 0.375])
+    np.testing.assert_array_equal(ope.balanced_weights([0.3, 0.3], [[0.4, NAN], [0.4, 0.2]], shares, atom=[False, True]), [NAN, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([0.1], [[0.1, 0.2]], [0.5, 0.6]), "logger_shares: expected shares that sum to 1"),
+        (([0.1], [[0.1, 0.2]], [0.5, 0.3, 0.2]), r"logger_shares: expected shape \(2,\) or \(1, 2\), got \(3,\)"),
+        (([0.1], [0.1], [1.0]), r"logger_densities: expected \[rows, loggers\]"),
+        (([0.1], [[0.1, 0.2]], [1.5, -0.5]), "logger_shares: row 1 is below 0"),
+        (([0.1, 0.1], [[0.1, 0.2]], [0.5, 0.5]), "expected the same number of rows"),
+        (([-0.1], [[0.1, 0.2]], [0.5, 0.5]), "target_density: row 0 is below 0"),
+    ],
+)
+def test_balanced_weights_refuse_what_is_no_mixture(arguments, words):
+    with pytest.raises(RequestError, match=words):
+        ope.balanced_weights(*arguments)
+
+
+# --- one step; row 2 has weight 0 (an atom), row 3 no propensity; objective 1 lacks the outcome of row 2
+
+REWARDS = np.array([[1.0, 3.0], [0.0, 6.0], [2.0, NAN], [4.0, 9.0]])
+WEIGHTS = np.array([2.0, 0.5, 0.0, NAN])
+PLAYER = np.array([7, 8, 8, 9])
+Q = np.array([[0.5, 1.0], [0.5, 2.0], [1.0, 3.0], [3.0, 4.0]])
+V = np.array([[0.6, 0.0], [0.4, 1.0], [1.0, 1.0], [2.0, 2.0]])
+
+
+def test_inverse_propensity_by_hand():
+    # (2 * 1 + 0.5 * 0 + 0 * 2) / 3 rows; (2 * 3 + 0.5 * 6) / 2 rows
+    assert values(ope.inverse_propensity(REWARDS, WEIGHTS, PLAYER)) == pytest.approx([2 / 3, 4.5])
+
+
+def test_self_normalised_by_hand():
+    assert values(ope.self_normalised(REWARDS, WEIGHTS, PLAYER)) == pytest.approx([2 / 2.5, 9 / 2.5])
+
+
+def test_direct_method_by_hand():
+    assert values(ope.direct_method(V, PLAYER)) == pytest.approx([1.0, 1.0])
+
+
+def test_doubly_robust_by_hand():
+    # 1 + (2 * 0.5 - 0.5 * 0.5 + 0) / 3;  1 + (2 * 2 + 0.5 * 4) / 2
+    assert values(ope.doubly_robust(REWARDS, WEIGHTS, Q, V, PLAYER)) == pytest.approx([1.25, 4.0])
+
+
+def test_self_normalised_doubly_robust_by_hand():
+    terms = ope.self_normalised_doubly_robust(REWARDS, WEIGHTS, Q, V, PLAYER)
+    assert values(terms) == pytest.approx([1 + 0.75 / 2.5, 1 + 6 / 2.5])
+    assert terms.estimator == "self_normalised_doubly_robust"
+
+
+def test_terms_are_summed_per_player_in_the_order_of_their_ids():
+    terms = ope.inverse_propensity(REWARDS, WEIGHTS, np.array([9, 7, 7, 8]))
+    np.testing.assert_array_equal(terms.players, [7, 8, 9])
+    np.testing.assert_array_equal(terms.numerator[:, 0, 0], [0.0, 0.0, 2.0])
+    np.testing.assert_array_equal(terms.denominator[:, 0, 0], [2.0, 0.0, 1.0])
+    assert terms.rows == 4
+
+
+def test_one_objective_may_be_a_plain_column():
+    assert values(ope.doubly_robust(REWARDS[:, 0], WEIGHTS, Q[:, 0], V[:, 0], PLAYER)) == pytest.approx([1.25])
+
+
+# --- sequential; player 1 decides in rows 0, 1, 2 and is gone, player 2 in rows 3, 4 and the log ends
+
+SEQUENCE = {
+    "rewards": np.array([1.0, 2.0, 3.0, 4.0, 5.0]),
+    "weights": np.array([2.0, 0.5, 1.0, 1.0, 3.0]),
+    "v": np.array([1.0, 2.0, 3.0, 4.0, 6.0]),
+    "discount": np.array([0.5, 0.5, 0.0, 0.5, 0.9]),
+    "following": np.array([1, 2, -1, 4, -1]),
+    "truncated": np.array([False, False, False, False, True]),
+    "player": np.array([1, 1, 1, 2, 2]),
+}
+SEQUENCE_Q = np.array([1.5, 1.0, 2.0, 4.0, 5.0])  # surprises 0.5, 2.5, 1, 3, and none in row 4
+
+
+@pytest.mark.parametrize(
+    ("steps", "normalised", "expected"),
+    [
+        (1, False, 3.2 + 6.25 / 4),
+        (1, True, 3.2 + 6.25 / 4.5),
+        # row 4 is cut off: at step 0 rows 0 to 3 stand for 5/4 each; at step 1 the path from row 3 is lost, and those from rows 0 and 1,
+        # still on their way, stand for 15/8 each, while row 2, which has ended, stays with 5/4: sum 5, and 15/8 * 1.5 + 5/4 weighted
+        (2, False, 3.2 + 6.25 / 4 + 1.875 * 1.5 / 5),
+        (3, False, 3.2 + 6.25 / 4 + 1.875 * 1.5 / 5 + 1.875 * 0.25 / 5),
+        (None, False, 3.2 + 6.25 / 4 + 1.875 * 1.5 / 5 + 1.875 * 0.25 / 5),
+        (None, True, 3.2 + 6.25 / 4.5 + 1.875 * 1.5 / 4.0625 + 1.875 * 0.25 / 4.0625),
+        (9, True, 3.2 + 6.25 / 4.5 + 1.875 * 1.5 / 4.0625 + 1.875 * 0.25 / 4.0625),
+    ],
+)
+def test_sequential_doubly_robust_by_hand(steps, normalised, expected):
+    assert values(ope.sequential_doubly_robust(**SEQUENCE, q=SEQUENCE_Q, steps=steps, normalised=normalised)) == pytest.approx([expected])
+
+
+@pytest.mark.parametrize(
+    ("steps", "normalised", "expected"),
+    [
+        # row by row: 2 + 0.5*2*v1(2), 1 + 0.5*0.5*v2(3), 3, 4 + 0.5*v4(6), v4
+        (1, False, (4 + 1.75 + 3 + 7 + 6) / 5),
+        # 2 + 0.5*1*2 + 0.25*v2(3), 1 + 0.5*0.5*3, 3, 7, 6
+        (2, False, (3.75 + 1.75 + 3 + 7 + 6) / 5),
+        (None, False, (3.75 + 1.75 + 3 + 7 + 6) / 5),
+        (1, True, 6 / 5 + (4 + 1.75 + 3 + 7) / 5.5),
+        (2, True, 6 / 5 + 13 / 5.5 + (1.75 + 0.75) / 4.5),
+        (3, True, 6 / 5 + 13 / 5.5 + (1 + 0.75) / 4.5 + 0.25 * 3 / 4.5),
+    ],
+)
+def test_per_decision_by_hand(steps, normalised, expected):
+    terms = ope.per_decision(**SEQUENCE, steps=steps, normalised=normalised)
+    assert values(terms) == pytest.approx([expected])
+    assert terms.estimator == ("weighted_per_decision" if normalised else "per_decision")
+
+
+def test_a_missing_outcome_is_skipped_by_the_correction_and_met_by_v_in_per_decision():
+    gap = {**SEQUENCE, "rewards": np.array([1.0, NAN, 3.0, 4.0, 5.0])}
+    # step 0: rows 0, 2, 3; step 1: the path from row 0 skips row 1, so that from row 1 stands for both, 2 * 15/8, beside the ended row 2, 5/4;
+    # step 2: the path from row 0 goes on, 15/8
+    expected = 3.2 + (1 + 1 + 3) / 3 + 3.75 * 0.25 / 5 + 1.875 * 0.25 / 5
+    assert values(ope.sequential_doubly_robust(**gap, q=SEQUENCE_Q)) == pytest.approx([expected])
+    assert values(ope.per_decision(**gap)) == pytest.approx([(2 + 0.5 * 2 * 2 + 2 + 3 + 7 + 6) / 5])
+
+
+def test_a_missing_propensity_ends_the_weighted_terms_of_every_path_through_it():
+    gap = {**SEQUENCE, "weights": np.array([2.0, NAN, 1.0, 1.0, 3.0])}
+    # step 0: rows 0, 2, 3; after that only row 2, which has ended, is measured
+    assert values(ope.sequential_doubly_robust(**gap, q=SEQUENCE_Q)) == pytest.approx([3.2 + (1 + 1 + 3) / 3])
+    assert values(ope.per_decision(**gap)) == pytest.approx([(2 + 0.5 * 2 * 2 + 2 + 3 + 7 + 6) / 5])
+
+
+def test_an_objective_of_one_step_needs_no_next_decision():
+    # discount 0 for the second objective, also in the truncated row: its correction is measured there
+    both = {name: np.column_stack([SEQUENCE[name], SEQUENCE[name]]) for name in ("rewards", "v", "discount")}
+    both["discount"][:, 1] = 0.0
+    arrays = {**SEQUENCE, **both, "q": np.column_stack([SEQUENCE_Q, SEQUENCE_Q])}
+    one_step = values(ope.doubly_robust(SEQUENCE["rewards"], SEQUENCE["weights"], SEQUENCE_Q, SEQUENCE["v"], SEQUENCE["player"]))
+    found = values(ope.sequential_doubly_robust(**arrays))
+    assert found == pytest.approx([3.2 + 6.25 / 4 + 1.875 * 1.5 / 5 + 1.875 * 0.25 / 5, one_step[0]])
+    weighted = {name: array for name, array in arrays.items() if name != "q"}
+    alone = ope.inverse_propensity(SEQUENCE["rewards"], SEQUENCE["weights"], SEQUENCE["player"])
+    assert values(ope.per_decision(**weighted))[1] == pytest.approx(values(alone)[0])
+
+
+def test_with_weights_of_one_per_decision_is_the_discounted_return():
+    # (1 + 0.5 * (2 + 0.5 * 3)), (2 + 0.5 * 3), 3 and for the other player 4 + 0.5 * 5, 5
+    ended = {**SEQUENCE, "weights": np.ones(5), "discount": np.array([0.5, 0.5, 0.0, 0.5, 0.0]), "truncated": np.zeros(5, dtype=bool)}
+    for normalised in (False, True):
+        assert values(ope.per_decision(**ended, normalised=normalised)) == pytest.approx([(2.75 + 3.5 + 3 + 6.5 + 5) / 5])
+
+
+def two_decisions() -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    """A whole population: (log, true weights, true q, true v) where every branch appears exactly as often as it is likely.
+
+    Two states, two actions, two decisions, discount 0.8; the logger plays action 1 with 1/4 in state 0 and 1/2 in state 1, the target with
+    3/4 and 1/4. Taking action a in state s earns 1 + s + 2a and leads to state 1 with probability 1/4 + a/2; the second decision ends it.
+    """
+    logger, target = np.array([0.25, 0.5]), np.array([0.75, 0.25])
+
+    def last(state: int, action: int) -> float:
+        return 1.0 + state + 2 * action
+
+    def value_of(q: list[list[float]], state: int) -> float:
+        return (1 - target[state]) * q[state][0] + target[state] * q[state][1]
+
+    q_last = [[last(s, a) for a in (0, 1)] for s in (0, 1)]
+    v_last = [value_of(q_last, s) for s in (0, 1)]
+    q_first = [[last(s, a) + 0.8 * ((0.75 - a / 2) * v_last[0] + (0.25 + a / 2) * v_last[1]) for a in (0, 1)] for s in (0, 1)]
+    v_first = [value_of(q_first, s) for s in (0, 1)]
+    rows: list[tuple[float, ...]] = []
+    for s in (0, 1):
+        for a in (0, 1):
+            for s2 in (0, 1):
+                for a2 in (0, 1):
+                    move = 0.25 + a / 2
+                    likely = (logger[s] if a else 1 - logger[s]) * (move if s2 else 1 - move) * (logger[s2] if a2 else 1 - logger[s2])
+                    for _ in range(round(likely * 64)):
+                        rho = [(target[x] if y else 1 - target[x]) / (logger[x] if y else 1 - logger[x]) for x, y in ((s, a), (s2, a2))]
+                        rows.append((last(s, a), rho[0], q_first[s][a], v_first[s], 0.8, len(rows) + 1, len(rows) // 2))
+                        rows.append((last(s2, a2), rho[1], q_last[s2][a2], v_last[s2], 0.0, -1, (len(rows) - 1) // 2))
+    table = np.array(rows)
+    log = {
+        "rewards": table[:, 0],
+        "discount": table[:, 4],
+        "following": table[:, 5].astype(np.int64),
+        "truncated": np.zeros(len(table), dtype=bool),
+        "player": table[:, 6].astype(np.int64),
+    }
+    return log, table[:, 1], table[:, 2], table[:, 3]
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+def test_doubly_robust_both_ways(normalised):
+    log, weights, q, v = two_decisions()
+    assert len(v) == 256
+    truth = v.mean()
+    # a wrong model: any function of time, state and action, with its expectation under the target; right weights repair it
+    first = log["discount"] > 0
+    wrong_q, wrong_v = np.where(first, -3 * q + 7, 2 * q - 9), np.where(first, -3 * v + 7, 2 * v - 9)
+    repaired = values(ope.sequential_doubly_robust(**log, weights=weights, q=wrong_q, v=wrong_v, normalised=normalised))
+    # wrong weights do no harm to a right model
+    harmless = values(ope.sequential_doubly_robust(**log, weights=1.7 * weights**2 + 0.1, q=q, v=v, normalised=normalised))
+    both_wrong = values(ope.sequential_doubly_robust(**log, weights=1.7 * weights**2 + 0.1, q=wrong_q, v=wrong_v, normalised=normalised))
+    assert repaired == pytest.approx([truth], rel=1e-12)
+    assert harmless == pytest.approx([truth], rel=1e-12)
+    assert abs(both_wrong[0] - truth) > 0.5
+    # importance sampling needs no model; cut after one decision it needs a right one beyond
+    assert values(ope.per_decision(**log, weights=weights, v=0 * v, normalised=normalised)) == pytest.approx([truth], rel=1e-12)
+    assert values(ope.per_decision(**log, weights=weights, v=v, steps=1, normalised=normalised)) == pytest.approx([truth], rel=1e-12)
+
+
+# --- the model
+
+
+def switching_log(seed: int, players: int, decisions: int) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Two states, two actions; action 1 changes the state, action 0 keeps it; reward 1 + 2 s - a; (log with features, true q, true v), discount 0.9."""
+    draw = rng(seed)
+    actions = draw.integers(2, size=(players, decisions))
+    states = (draw.integers(2, size=(players, 1)) + np.cumsum(actions, axis=1) - actions) % 2
+    target = np.array([0.8, 0.3])  # probability of action 1
+    reward = np.array([[1.0, 0.0], [3.0, 2.0]])
+    policy = np.column_stack([1 - target, target])
+    # q = reward + 0.9 * policy value of the state that the action leads to, solved exactly
+    after = np.array([[0, 1], [1, 0]])
+    system = np.eye(4)
+    for s in (0, 1):
+        for a in (0, 1):
+            system[2 * s + a, 2 * after[s, a] : 2 * after[s, a] + 2] -= 0.9 * policy[after[s, a]]
+    q = np.linalg.solve(system, reward.ravel()).reshape(2, 2)
+    s, a = states.ravel(), actions.ravel()
+    logged, expected = np.zeros((s.size, 4)), np.zeros((s.size, 4))
+    logged[np.arange(s.size), 2 * s + a] = 1.0
+    expected[np.arange(s.size), 2 * s], expected[np.arange(s.size), 2 * s + 1] = 1 - target[s], target[s]
+    last = np.arange(s.size) % decisions == decisions - 1
+    log = {
+        "x_logged": logged,
+        "x_target": expected,
+        "rewards": reward[s, a],
+        "discount": np.full(s.size, 0.9),
+        "following": np.where(last, -1, np.arange(s.size) + 1),
+        "truncated": last,
+        "player": np.repeat(np.arange(players), decisions),
+    }
+    return log, q[s, a], (policy * q).sum(1)[s]
+
+
+def test_fitted_q_is_exact_where_the_features_hold_the_truth():
+    log, q, v = switching_log(seed=1, players=30, decisions=6)
+    fit = ope.fitted_q(**log, rng=rng(), ridges=(1e-12,))
+    assert isinstance(fit, ope.FittedQ)
+    np.testing.assert_allclose(fit.q[:, 0], q, rtol=1e-8)
+    np.testing.assert_allclose(fit.v[:, 0], v, rtol=1e-8)
+    np.testing.assert_allclose(fit.radius, [0.9], rtol=1e-6)
+    assert fit.coefficients.shape == (5, 1, 4)
+
+
+def test_fitted_q_of_a_terminated_player_holds_no_future():
+    log, _, _ = switching_log(seed=1, players=30, decisions=6)
+    ended = {**log, "discount": np.where(log["truncated"], 0.0, 0.9), "truncated": np.zeros(180, dtype=bool)}
+    cut, whole = (ope.fitted_q(**each, rng=rng(), ridges=(1e-12,)) for each in (ended, log))
+    assert isinstance(cut, ope.FittedQ)
+    assert isinstance(whole, ope.FittedQ)
+    assert cut.v.mean() < 0.6 * whole.v.mean()
+
+
+def test_fitted_q_with_discount_zero_is_ridge_regression_without_shrinking_the_intercept():
+    # one feature besides the intercept, one fold left out at a time: theta = argmin sum (r - x theta)^2 + n ridge D theta^2 on scaled columns
+    x = np.column_stack([np.full(6, 2.0), [1.0, -1.0, 2.0, 0.5, -2.0, 3.0]])
+    rewards = np.array([1.0, 0.0, 3.0, 1.0, -1.0, 2.5])
+    fit = ope.fitted_q(x, x + 1, rewards, np.zeros(6), np.full(6, -1), np.zeros(6, dtype=bool), np.arange(6), rng=rng(), folds=3, ridges=(0.1,))
+    assert isinstance(fit, ope.FittedQ)
+    scale = np.sqrt((x**2).mean(0))
+    for held_out in range(3):
+        train = fit.fold != held_out
+        scaled = x[train] / scale
+        theta = np.linalg.solve(scaled.T @ scaled + 4 * 0.1 * np.diag([0.0, 1.0]), scaled.T @ rewards[train]) / scale
+        np.testing.assert_allclose(fit.coefficients[held_out, 0], theta)
+        np.testing.assert_allclose(fit.q[~train, 0], x[~train] @ theta)
+        np.testing.assert_allclose(fit.v[~train, 0], (x[~train] + 1) @ theta)
+
+
+def test_fitted_q_never_predicts_a_player_from_that_player():
+    log, _, _ = switching_log(seed=2, players=12, decisions=5)
+    fit = ope.fitted_q(**log, rng=rng(), folds=4, ridges=(1e-3,))
+    changed = {**log, "rewards": np.where(log["player"] == 3, 100.0, log["rewards"])}
+    again = ope.fitted_q(**changed, rng=rng(), folds=4, ridges=(1e-3,))
+    assert isinstance(fit, ope.FittedQ)
+    assert isinstance(again, ope.FittedQ)
+    third = fit.fold == fit.fold[log["player"] == 3][0]
+    np.testing.assert_allclose(fit.q[third], again.q[third], rtol=1e-12)  # sums over all folds less the held-out one: rounding only
+    assert (np.abs(fit.q[~third] - again.q[~third]) > 1).any()
+    assert {len(set(fit.fold[log["player"] == player])) for player in range(12)} == {1}
+    assert np.bincount(fit.fold).tolist() == [15, 15, 15, 15]
+
+
+def test_fitted_q_shrinks_noise_and_keeps_signal():
+    draw = rng(5)
+    x = np.column_stack([np.ones(120), draw.normal(size=(120, 40))])
+    alone = (np.zeros(120), np.full(120, -1), np.zeros(120, dtype=bool), np.arange(120))
+    rewards = np.column_stack([draw.normal(size=120), x[:, 1:] @ draw.normal(size=40)])
+    fit = ope.fitted_q(x, x, rewards, np.zeros((120, 2)), *alone[1:], rng=draw)
+    assert isinstance(fit, ope.FittedQ)
+    assert fit.ridge[0] == 1.0
+    assert fit.ridge[1] == 1e-6
+
+
+def test_fitted_q_raises_the_ridge_until_the_iteration_converges():
+    # The feature doubles at each step under the target (w -> 2w, Tsitsiklis and Van Roy 1997): plain iteration has radius 0.9 * 2
+    players = 40
+    x = np.tile([1.0, 2.0], players)[:, None] + np.linspace(0, 1e-3, 2 * players)[:, None]
+    following = np.where(np.arange(2 * players) % 2 == 0, np.arange(2 * players) + 1, -1)
+    last = following < 0
+    fit = ope.fitted_q(x, 2 * x, np.ones(2 * players), np.full(2 * players, 0.9), following, last, np.arange(2 * players) // 2, rng=rng(), ridges=(1e-6,))
+    assert isinstance(fit, ope.FittedQ)
+    assert fit.radius[0] < 0.95
+    assert np.isfinite(fit.q).all()
+
+
+def test_fitted_q_leaves_out_rows_whose_outcome_or_next_decision_is_not_known():
+    log, q, v = switching_log(seed=3, players=30, decisions=6)
+    spoiled = {**log, "rewards": np.where(log["truncated"], 1e6, log["rewards"])}
+    spoiled["rewards"][::7] = NAN
+    fit = ope.fitted_q(**spoiled, rng=rng(), ridges=(1e-12,))
+    assert isinstance(fit, ope.FittedQ)
+    np.testing.assert_allclose(fit.q[:, 0], q, rtol=1e-7)
+    np.testing.assert_allclose(fit.v[:, 0], v, rtol=1e-7)
+
+
+def test_an_objective_without_outcomes_has_no_model_and_is_refused_by_name():
+    log, _, _ = switching_log(seed=3, players=20, decisions=4)
+    log["rewards"] = np.column_stack([log["rewards"], np.full(80, NAN)])
+    log["discount"] = np.column_stack([log["discount"], log["discount"]])
+    fit = ope.fitted_q(**log, rng=rng())
+    assert isinstance(fit, ope.FittedQ)
+    assert np.isfinite(fit.q[:, 0]).all()
+    assert np.isnan(fit.q[:, 1]).all()
+    assert np.isnan(fit.v[:, 1]).all()
+    first, second = ope.estimate(ope.direct_method(fit.v, log["player"]), rng=rng(), resamples=50)
+    assert isinstance(first, ope.Estimate)
+    assert second == ope.Refusal("direct_method", 1, "there is no model of this objective")
+
+
+def test_fitted_q_refuses_one_player_and_a_sum_without_end():
+    log, _, _ = switching_log(seed=3, players=1, decisions=4)
+    assert ope.fitted_q(**log, rng=rng()) == ope.Refusal("fitted_q", None, "one player: nothing is left to hold out")
+    endless, _, _ = switching_log(seed=3, players=20, decisions=4)
+    with pytest.raises(RequestError, match="discounted sum does not converge"):
+        ope.fitted_q(**{**endless, "x_logged": np.ones((80, 1)), "x_target": np.ones((80, 1)), "discount": np.ones(80)}, rng=rng())
+
+
+# --- intervals
+
+
+def plain_bootstrap(numerator, denominator, combination, *, draws, level):
+    """The studentised interval written out for one combination, draw by draw."""
+
+    def value_and_error(picked):
+        top, bottom = numerator[picked].sum(0), denominator[picked].sum(0)
+        ratio = top / bottom
+        influence = sum(
+            combination[m] * (numerator[picked][:, m, k] - ratio[m, k] * denominator[picked][:, m, k]) / bottom[m, k]
+            for m in range(numerator.shape[1])
+            for k in range(numerator.shape[2])
+        )
+        count = len(picked)
+        return combination @ ratio.sum(1), math.sqrt(count / (count - 1) * (influence**2).sum())
+
+    value, error = value_and_error(np.arange(len(numerator)))
+    studentised = []
+    for picked in draws:
+        again, spread = value_and_error(picked)
+        studentised.append((again - value) / spread)
+    low, high = np.quantile(studentised, [(1 - level) / 2, (1 + level) / 2])
+    return value, value - high * error, value - low * error, error
+
+
+@pytest.mark.parametrize("batch", [10_000_000, 1])
+def test_bootstrap_is_the_studentised_one(monkeypatch, batch):
+    monkeypatch.setattr(ope, "RESAMPLED_NUMBERS", batch)
+    draw = rng(3)
+    numerator, denominator = draw.exponential(size=(12, 2, 3)), draw.uniform(1, 2, size=(12, 2, 3))
+    combinations = np.array([[1.0, 0.0], [0.0, 1.0], [2.0, -1.5]])
+    found = ope.bootstrap_by_player(numerator, denominator, combinations, rng=rng(11), level=0.9, resamples=40)
+    draws = rng(11).integers(12, size=(40, 12))
+    for place, combination in enumerate(combinations):
+        expected = plain_bootstrap(numerator, denominator, combination, draws=draws, level=0.9)
+        assert [found.value[place], found.low[place], found.high[place], found.standard_error[place]] == pytest.approx(expected)
+    np.testing.assert_array_equal(found.unusable, [0.0, 0.0, 0.0])
+
+
+def test_standard_error_of_a_plain_mean_by_hand():
+    # values 1, 2, 6: sample variance 7, standard error sqrt(7 / 3)
+    one = np.ones((3, 1, 1))
+    found = ope.bootstrap_by_player(np.array([1.0, 2.0, 6.0]).reshape(3, 1, 1), one, np.eye(1), rng=rng(), resamples=500)
+    assert found.value[0] == 3.0
+    assert found.standard_error[0] == pytest.approx(math.sqrt(7 / 3))
+    assert found.unusable[0] == pytest.approx(3 / 27, abs=0.04)  # all three draws the same player: no spread
+
+
+def test_rows_of_one_player_are_one_observation():
+    draw = rng(4)
+    reward = draw.normal(size=50)
+    once = ope.estimate(ope.inverse_propensity(reward, np.ones(50), np.arange(50)), rng=rng(), resamples=200)[0]
+    ninefold = ope.estimate(ope.inverse_propensity(np.repeat(reward, 9), np.ones(450), np.repeat(np.arange(50), 9)), rng=rng(), resamples=200)[0]
+    assert isinstance(once, ope.Estimate)
+    assert isinstance(ninefold, ope.Estimate)
+    assert [ninefold.value, ninefold.low, ninefold.high] == pytest.approx([once.value, once.low, once.high])
+    assert (once.rows, once.players, ninefold.rows, ninefold.players) == (50, 50, 450, 50)
+    assert (once.ess, ninefold.ess) == pytest.approx((50.0, 450.0))
+
+
+def test_many_players_are_pooled_without_changing_the_answer(monkeypatch):
+    draw = rng(6)
+    numerator, denominator = draw.exponential(size=(4_001, 1, 2)), draw.uniform(1, 2, size=(4_001, 1, 2))
+    pooled = ope.bootstrap_by_player(numerator, denominator, np.eye(1), rng=rng(1), resamples=300)
+    monkeypatch.setattr(ope, "POOLED_PLAYERS", 4_001)
+    single = ope.bootstrap_by_player(numerator, denominator, np.eye(1), rng=rng(1), resamples=300)
+    assert pooled.value[0] == pytest.approx(single.value[0])
+    assert pooled.standard_error[0] == pytest.approx(single.standard_error[0], rel=0.06)
+    assert pooled.standard_error[0] != single.standard_error[0]
+    assert pooled.high[0] - pooled.low[0] == pytest.approx(single.high[0] - single.low[0], rel=0.15)
+
+
+def test_an_estimate_that_never_varies_is_not_trusted():
+    (found,) = ope.estimate(ope.inverse_propensity(np.full(300, 0.1), np.ones(300), np.arange(300)), rng=rng(), resamples=50)
+    assert isinstance(found, ope.Estimate)
+    assert (found.low, found.high, found.standard_error) == (found.value, found.value, 0.0)
+    assert found.value == pytest.approx(0.1)
+    assert found.verdict == "do not trust: the value never varies between players"
+
+
+def test_the_weighted_sum_has_an_interval_of_its_own():
+    draw = rng(7)
+    first = draw.normal(size=400)
+    rewards = np.column_stack([first, first + 0.01 * draw.normal(size=400)])
+    terms = ope.inverse_propensity(rewards, np.ones(400), np.arange(400))
+    answers = ope.estimate(terms, objective_weights=[1.0, -1.0], rng=rng(), resamples=200)
+    assert all(isinstance(answer, ope.Estimate) for answer in answers)
+    one, two, total = (answer for answer in answers if isinstance(answer, ope.Estimate))
+    assert (one.objective, two.objective, total.objective) == (0, 1, None)
+    assert total.value == pytest.approx(one.value - two.value)
+    assert total.high - total.low < 0.05 * (one.high - one.low)
+    assert total.trusted
+    assert [one.low < one.value < one.high, total.low < total.value < total.high] == [True, True]
+
+
+def test_a_wider_level_gives_a_wider_interval():
+    terms = ope.inverse_propensity(rng(7).normal(size=200), np.ones(200), np.arange(200))
+    narrow, wide = (ope.estimate(terms, rng=rng(), resamples=400, level=level)[0] for level in (0.5, 0.95))
+    assert isinstance(narrow, ope.Estimate)
+    assert isinstance(wide, ope.Estimate)
+    assert wide.low < narrow.low < narrow.high < wide.high
+
+
+def test_paired_difference_cancels_what_both_share():
+    draw = rng(8)
+    players = np.arange(500)
+    common = 10 * draw.normal(size=500)
+    q, a = np.zeros(500), draw.integers(2, size=500)
+    reward = common + a + 0.1 * draw.normal(size=500)
+    for_one, for_zero = np.where(a == 1, 2.0, 0.0), np.where(a == 0, 2.0, 0.0)
+    model_one, model_zero = common + 1, common
+    first = ope.doubly_robust(reward, for_one, np.where(a == 1, model_one, model_zero), model_one, players)
+    second = ope.doubly_robust(reward, for_zero, np.where(a == 1, model_one, model_zero), model_zero, players)
+    difference = ope.paired_difference(first, second)
+    assert difference.values()[0] == pytest.approx(first.values()[0] - second.values()[0])
+    (apart,), (found,) = ope.estimate(first, rng=rng(), resamples=200), ope.estimate(difference, rng=rng(), resamples=200)
+    assert isinstance(apart, ope.Estimate)
+    assert isinstance(found, ope.Estimate)
+    assert found.low < 1 < found.high
+    assert found.high - found.low < 0.05 * (apart.high - apart.low)
+    assert found.estimator == "doubly_robust"
+    mixed = ope.paired_difference(first, ope.inverse_propensity(reward, for_zero, players))
+    assert mixed.estimator == "doubly_robust - inverse_propensity"
+    assert mixed.values()[0] == pytest.approx(first.values()[0] - (for_zero * reward).mean())
+    with pytest.raises(RequestError, match="same rows, players and objectives"):
+        ope.paired_difference(first, ope.direct_method(q[:-1], players[:-1]))
+    with pytest.raises(RequestError, match="same rows, players and objectives"):
+        ope.paired_difference(first, ope.direct_method(q, players + 1))
+
+
+def test_empirical_bernstein_by_hand():
+    # values 0 and 1 in turns, n = 100: variance 25/99, l = ln 80; range 0..1
+    log_term = math.log(80)
+    width = math.sqrt(2 * (25 / 99) * log_term / 100) + 7 * log_term / (3 * 99)
+    assert ope.empirical_bernstein([0.0, 1.0] * 50, 0, 1) == pytest.approx((0.5 - width, 0.5 + width))
+    # the same on a range of 0..20 around values 0 and 10
+    width = 10 * math.sqrt(2 * (25 / 99) * log_term / 100) + 7 * 20 * log_term / (3 * 99)
+    assert ope.empirical_bernstein([0.0, 10.0] * 50, 0, 20) == pytest.approx((max(0, 5 - width), 5 + width))
+    assert ope.empirical_bernstein([0.0, 1.0], 0, 1) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("sample", "words"), [([0.5], "two values"), ([0.5, 1.5], "between 0 and 1"), ([0.5, NAN], "between 0 and 1"), ([-0.1, 1], "between 0 and 1")]
+)
+def test_empirical_bernstein_needs_a_range_that_holds(sample, words):
+    with pytest.raises(RequestError, match=words):
+        ope.empirical_bernstein(sample, 0, 1)
+
+
+# --- diagnostics and verdicts
+
+
+def test_effective_sample_size_by_hand():
+    assert ope.effective_sample_size([1.0, 1.0, 1.0]) == pytest.approx(3.0)
+    assert ope.effective_sample_size([3.0, 1.0]) == pytest.approx(1.6)
+    assert ope.effective_sample_size([0.0, 0.0]) == 0.0
+
+
+def test_support_by_hand():
+    terms = ope.inverse_propensity(REWARDS, WEIGHTS, PLAYER)
+    first, second = terms.support
+    # known weights 2, 0.5, 0: Kish 2.5^2 / 4.25; per player 2, 0.5, 0; the one heaviest row carries 2 of 2.5; overlap (1 + 0.5 + 0) / 3; mean 2.5 / 3
+    assert (first.ess, first.effective_players, first.top_share) == pytest.approx((6.25 / 4.25, 6.25 / 4.25, 0.8))
+    assert (first.overlap, first.measured, first.mean_weight) == pytest.approx((0.5, 0.75, 1.0))
+    # the second lacks the outcome of row 2: the laws are the same
+    assert (second.ess, second.effective_players, second.top_share) == pytest.approx((6.25 / 4.25, 6.25 / 4.25, 0.8))
+    assert (second.overlap, second.measured) == pytest.approx((0.5, 0.5))
+    assert not first.modelled
+    # rows 0 and 1 of one player: Kish by player on 2.5 and 0
+    assert ope.inverse_propensity(REWARDS, WEIGHTS, np.array([7, 7, 8, 9])).support[0].effective_players == pytest.approx(1.0)
+
+
+def test_top_share_is_that_of_one_row_in_a_hundred():
+    weights = np.concatenate([np.full(3, 10.0), np.ones(247)])
+    (support,) = ope.inverse_propensity(np.ones(250), weights, np.arange(250)).support
+    assert support.top_share == pytest.approx(30 / 277)  # 2.5 rows, rounded up
+
+
+def test_support_of_a_sequence_is_that_of_the_discounted_path_weights():
+    # paths to the end: 2 + 0.5 + 0.25, 0.5 + 0.25, 1, 1 (row 4 is not measured), 0
+    (support,) = ope.per_decision(**SEQUENCE).support
+    paths = np.array([2.75, 0.75, 1.0, 1.0, 0.0])
+    assert support.ess == pytest.approx(paths.sum() ** 2 / (paths**2).sum())
+    assert support.effective_players == pytest.approx(5.5**2 / (4.5**2 + 1))
+    assert support.measured == pytest.approx(0.8)
+    assert support.unreached == 0.0
+    # the same with what each path stands for: 5/4 at step 0, 15/8 after it
+    (support,) = ope.sequential_doubly_robust(**SEQUENCE, q=SEQUENCE_Q).support
+    paths = np.array([2.5 + 1.875 * 0.75, 0.625 + 1.875 * 0.25, 1.25, 1.25, 0.0])
+    assert support.ess == pytest.approx(paths.sum() ** 2 / (paths**2).sum())
+    assert support.measured == pytest.approx(0.8)
+
+
+def test_a_mean_weight_far_from_one_is_told_and_a_near_one_is_not():
+    draw = rng(9)
+    good = draw.exponential(size=2_000)
+    (near,), (far,) = (ope.inverse_propensity(np.ones(2_000), weights, np.arange(2_000)).support for weights in (good, 0.7 * good))
+    assert near.mean_weight == 1.0
+    assert far.mean_weight == pytest.approx(0.7 * good.mean())
+    # three standard errors are those of players: the same rows held by 20 players say nothing against a mean of 1
+    (few,) = ope.inverse_propensity(np.ones(2_000), np.repeat([1.9, 0.0], 1_000) * 0.7, np.repeat(np.arange(4), 500)).support
+    assert few.mean_weight == 1.0
+    # by hand: mean 0.6, deviations -0.1, -0.1, -0.1, 0.3: standard error sqrt(0.12) / 4 = 0.087, so 0.4 is more than three; at 0.3 more spread it is not
+    (told,) = ope.inverse_propensity(np.ones(4), [0.5, 0.5, 0.5, 0.9], np.arange(4)).support
+    (spread,) = ope.inverse_propensity(np.ones(4), [0.4, 0.4, 0.4, 1.2], np.arange(4)).support
+    assert (told.mean_weight, spread.mean_weight) == (pytest.approx(0.6), 1.0)
+
+
+def test_decisions_that_no_path_reaches_are_told():
+    # the second decision of every path has weight 0
+    rows = 400
+    log = {
+        "rewards": np.ones(rows),
+        "weights": np.tile([1.0, 0.0], rows // 2),
+        "v": np.ones(rows),
+        "discount": np.tile([0.5, 0.0], rows // 2),
+        "following": np.where(np.arange(rows) % 2 == 0, np.arange(rows) + 1, -1),
+        "truncated": np.zeros(rows, dtype=bool),
+        "player": np.arange(rows) // 2,
+    }
+    for terms in (ope.per_decision(**log), ope.sequential_doubly_robust(**log, q=np.zeros(rows))):
+        assert terms.support[0].unreached == pytest.approx(0.25)  # half of the rows, at discount 0.5
+    assert ope.per_decision(**log, steps=1).support[0].unreached == 0.0
+    (found,) = ope.estimate(ope.per_decision(**log), rng=rng(), resamples=50)
+    assert isinstance(found, ope.Estimate)
+    assert "25% of the value lies behind decisions where no path has weight left" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"modelled": True}, "do not trust: the interval leaves out the model's own error"),
+        ({"effective_players": 99.0}, "do not trust: the weights leave 99 effective players, 100 are needed"),
+        ({"effective_players": 100.0}, "trust"),
+        ({"top_share": 0.31}, "do not trust: 1 % of the rows carry 31% of the weight"),
+        ({"top_share": 0.30}, "trust"),
+        ({"overlap": 0.049}, "do not trust: target and logger overlap by 4.9% only"),
+        ({"overlap": 0.05}, "trust"),
+        ({"measured": 0.49}, "do not trust: only 49% of the rows have both a propensity and an outcome"),
+        ({"measured": 0.5}, "trust"),
+        ({"mean_weight": 0.89}, "do not trust: the weights average 0.89 where they should average 1: propensities or support are wrong"),
+        ({"mean_weight": 1.12}, "do not trust: the weights average 1.12 where they should average 1: propensities or support are wrong"),
+        ({"mean_weight": 0.91}, "trust"),
+        ({"unreached": 0.02}, "do not trust: 2% of the value lies behind decisions where no path has weight left"),
+        ({"unreached": 0.01}, "trust"),
+        ({"top_share": None, "overlap": None}, "trust"),
+    ],
+)
+def test_verdict_thresholds(change, words):
+    assert ope.verdict(replace(FINE, **change)) == words
+
+
+def test_verdict_joins_every_reason():
+    assert ope.verdict(FINE, unusable=0.01) == "trust"
+    said = ope.verdict(replace(FINE, overlap=0.01, top_share=0.5), unusable=0.02, standard_error=0.0)
+    assert said == (
+        "do not trust: 1 % of the rows carry 50% of the weight; target and logger overlap by 1.0% only; "
+        "2% of the resamples hold no row with weight; the value never varies between players"
+    )
+
+
+def test_worst_support_takes_the_worst_of_each():
+    other = ope.Support(200.0, 400.0, None, 0.7, 0.8, 0.95, modelled=True, unreached=0.2)
+    assert ope.worst_support([FINE, other]) == ope.Support(200.0, 300.0, 0.05, 0.6, 0.8, 0.95, modelled=True, unreached=0.2)
+    assert ope.worst_support([other]).top_share is None
+
+
+def test_the_direct_method_is_never_trusted():
+    (found,) = ope.estimate(ope.direct_method(rng(1).normal(size=300), np.arange(300)), rng=rng(), resamples=100)
+    assert isinstance(found, ope.Estimate)
+    assert (found.ess, found.top_share, found.overlap) == (300.0, None, None)
+    assert found.verdict == "do not trust: the interval leaves out the model's own error"
+    assert not found.trusted
+
+
+# --- refusals and mistakes
+
+
+def refusal(terms: ope.Terms) -> str:
+    (answer,) = ope.estimate(terms, rng=rng(), resamples=50)
+    assert isinstance(answer, ope.Refusal)
+    return answer.reason
+
+
+def test_no_overlap_is_refused_by_every_weighted_estimator():
+    nothing = {**SEQUENCE, "weights": np.zeros(5)}
+    one_step = (nothing["rewards"], nothing["weights"])
+    for terms in (
+        ope.inverse_propensity(*one_step, nothing["player"]),
+        ope.self_normalised(*one_step, nothing["player"]),
+        ope.doubly_robust(*one_step, SEQUENCE_Q, nothing["v"], nothing["player"]),
+        ope.per_decision(**nothing),
+        ope.sequential_doubly_robust(**nothing, q=SEQUENCE_Q),
+    ):
+        assert refusal(terms) == "no overlap: every weight is 0, the logs never do what the target does"
+        assert np.isnan(terms.values()).all()
+
+
+def test_propensity_zero_where_the_target_acts_is_refused():
+    weights = ope.naive_weights([0.5, 0.5, 0.5, 0.5, 0.5], [0.5, 0.0, 0.5, 0.0, 0.5])
+    for terms in (
+        ope.self_normalised(SEQUENCE["rewards"], weights, SEQUENCE["player"]),
+        ope.per_decision(**{**SEQUENCE, "weights": weights}),
+        ope.sequential_doubly_robust(**{**SEQUENCE, "weights": weights}, q=SEQUENCE_Q),
+    ):
+        assert refusal(terms) == "in 2 rows, row 1 first, the target acts where the logger's propensity is 0"
+
+
+def test_one_player_is_refused():
+    assert refusal(ope.inverse_propensity([1.0, 2.0], [1.0, 1.0], [5, 5])) == "1 player: an interval needs at least two"
+    assert refusal(ope.direct_method([1.0, 2.0], [5, 5])) == "1 player: an interval needs at least two"
+    measured_once = ope.inverse_propensity([1.0, NAN, 2.0], [1.0, 1.0, NAN], [1, 2, 3])
+    assert refusal(measured_once) == "fewer than two players have a row with both a propensity and an outcome"
+
+
+def test_weight_in_one_player_of_many_is_refused_or_not_trusted():
+    weights = np.zeros(40)
+    weights[0] = 40.0
+    for estimator in (ope.inverse_propensity, ope.self_normalised):
+        assert refusal(estimator(rng(2).normal(size=40), weights, np.arange(40))) == "only one player has weight: nothing tells how the value varies"
+    weights[1] = 40.0
+    (plain,) = ope.estimate(ope.inverse_propensity(rng(2).normal(size=40), weights, np.arange(40)), rng=rng(), resamples=300)
+    assert isinstance(plain, ope.Estimate)
+    assert "resamples hold no row with weight" in plain.verdict
+    # drawing one of the two only, or neither: no spread in a ratio, in 1 - (resamples with both) = 60 % of the resamples
+    assert refusal(ope.self_normalised(rng(2).normal(size=40), weights, np.arange(40))).endswith("% of the resamples hold no row with weight")
+
+
+def test_an_objective_that_cannot_be_answered_does_not_take_the_others_with_it():
+    draw = rng(3)
+    rewards = np.column_stack([draw.normal(size=200), np.full(200, NAN), draw.normal(size=200)])
+    terms = ope.inverse_propensity(rewards, np.ones(200), np.arange(200))
+    first, second, third, total = ope.estimate(terms, objective_weights=[1, 1, 1], rng=rng(), resamples=100)
+    assert isinstance(first, ope.Estimate)
+    assert isinstance(third, ope.Estimate)
+    assert third.value == pytest.approx(rewards[:, 2].mean())
+    reason = "fewer than two players have a row with both a propensity and an outcome"
+    assert second == ope.Refusal("inverse_propensity", 1, reason)
+    assert total == ope.Refusal("inverse_propensity", None, f"objective 1: {reason}")
+    *_, without = ope.estimate(terms, objective_weights=[1, 0, 2], rng=rng(), resamples=100)
+    assert isinstance(without, ope.Estimate)
+    assert without.value == pytest.approx(rewards[:, 0].mean() + 2 * rewards[:, 2].mean())
+    *_, empty = ope.estimate(terms, objective_weights=[0, 0, 0], rng=rng(), resamples=100)
+    assert empty == ope.Refusal("inverse_propensity", None, "every objective has weight 0")
+
+
+def test_a_tiny_propensity_is_not_clipped_and_not_trusted():
+    reward, weights = rng(4).normal(size=500) + 5, np.ones(500)
+    weights[17] = 1e9
+    (found,) = ope.estimate(ope.inverse_propensity(reward, weights, np.arange(500)), rng=rng(), resamples=200)
+    assert isinstance(found, ope.Estimate)
+    assert found.value == pytest.approx((reward.sum() + (1e9 - 1) * reward[17]) / 500)
+    assert np.isfinite([found.low, found.high]).all()
+    assert "1 % of the rows carry 100% of the weight" in found.verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"weights": np.array([1.0, -1.0, 1.0, 1.0, 1.0])}, "weights: row 1 is below 0"),
+        ({"rewards": np.array([1.0, 1.0, np.inf, 1.0, 1.0])}, "rewards: row 2 is infinite"),
+        ({"rewards": np.ones((5, 2, 2))}, r"rewards: expected \[rows\] or \[rows, objectives\]"),
+        ({"weights": np.ones(4)}, "expected the same number of rows in player"),
+        ({"weights": np.ones((5, 1))}, "weights: expected one number per row"),
+        ({"v": np.ones((5, 2))}, "expected the same number of objectives in rewards"),
+        ({"v": np.array([1.0, NAN, 1.0, 1.0, 1.0])}, "expected finite values in every row of an objective"),
+        ({"discount": np.ones((5, 2))}, "discount: expected the shape of rewards"),
+        ({"discount": np.array([0.5, 1.5, 0.0, 0.5, 0.9])}, r"discount: row 1 holds \[1.5\]; expected numbers from 0 to 1"),
+        ({"discount": np.array([NAN, 0.5, 0.0, 0.5, 0.9])}, r"discount: row 0 holds \[nan\]"),
+        ({"discount": np.array([0.5, 0.5, 0.5, 0.5, 0.9])}, r"discount: row 2 is a player's last; expected discount 0 \(terminated\) or truncated"),
+        ({"following": np.array([1, 2, -1, 4, 0])}, "following: row 4 is followed by row 0; expected a later row"),
+        ({"following": np.array([0, 2, -1, 4, -1])}, "following: row 0 is followed by row 0; expected a later row"),
+        ({"following": np.array([1, 5, -1, 4, -1])}, "following: row 1 is followed by row 5"),
+        ({"following": np.array([1, -2, -1, 4, -1])}, "following: row 1 is followed by row -2"),
+        ({"following": np.array([3, 2, -1, 4, -1])}, "following: row 0 is followed by a row of another player"),
+        ({"following": np.array([1.0, 2.0, -1.0, 4.0, -1.0])}, "following: expected 5 whole numbers"),
+        ({"truncated": np.array([True, False, False, False, True])}, "truncated: row 0 is followed by another decision"),
+        ({"truncated": np.zeros(5)}, "truncated: expected 5 booleans"),
+        ({"player": np.array([1.0, 1.0, 1.0, 2.0, 2.0])}, "player: expected one whole number per row"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+    ],
+)
+def test_mistakes_are_named(change, words):
+    with pytest.raises(RequestError, match=words):
+        ope.per_decision(**{**SEQUENCE, **change})
+    with pytest.raises(RequestError, match=words):
+        ope.sequential_doubly_robust(**{**SEQUENCE, "q": np.full(5, 1.0), **change})
+
+
+def test_more_mistakes_are_named():
+    terms = ope.inverse_propensity([1.0, 2.0], [1.0, 1.0], [1, 2])
+    with pytest.raises(RequestError, match="objective_weights: expected 1 finite numbers"):
+        ope.estimate(terms, objective_weights=[1.0, 2.0], rng=rng())
+    for level in (0, 1, 95):
+        with pytest.raises(RequestError, match=f"level: expected a number between 0 and 1, got {level}"):
+            ope.estimate(terms, rng=rng(), level=level)
+        with pytest.raises(RequestError, match=f"level: expected a number between 0 and 1, got {level}"):
+            ope.empirical_bernstein([0.0, 1.0], 0, 1, level=level)
+    with pytest.raises(RequestError, match="at least one row"):
+        ope.inverse_propensity([], [], np.array([], dtype=int))
+    with pytest.raises(RequestError, match="at least two players"):
+        ope.bootstrap_by_player(np.ones((1, 1, 1)), np.ones((1, 1, 1)), np.eye(1), rng=rng())
+    with pytest.raises(RequestError, match=r"\[players, objectives, terms\]"):
+        ope.bootstrap_by_player(np.ones((3, 1, 1)), np.ones((3, 1, 1)), np.eye(2), rng=rng())
+    log, _, _ = switching_log(seed=1, players=3, decisions=2)
+    with pytest.raises(RequestError, match="x_logged: row 2 is NaN"):
+        ope.fitted_q(**{**log, "x_logged": np.where(np.arange(6)[:, None] == 2, NAN, log["x_logged"])}, rng=rng())
+    with pytest.raises(RequestError, match="x_target: expected the shape of x_logged"):
+        ope.fitted_q(**{**log, "x_target": log["x_target"][:, :2]}, rng=rng())
+
+
+# --- coverage: 95 % intervals over simulated logs whose truth is known
+
+
+def covered(answers: list[tuple[ope.Estimate | ope.Refusal, float]]) -> float:
+    return float(np.mean([isinstance(answer, ope.Estimate) and answer.low <= truth <= answer.high for answer, truth in answers]))
+
+
+def test_one_step_intervals_cover_the_truth():
+    found: dict[str, list[tuple[ope.Estimate | ope.Refusal, float]]] = {}
+    shift = 0.6
+    truth = 1 + shift - 0.3 * (0.25 + shift**2 + 0.49)
+    for seed in range(300):
+        draw = rng(seed)
+        player = np.repeat(np.arange(250), draw.integers(1, 4, size=250))
+        x = draw.normal(size=len(player))
+        action = 0.5 * x + draw.normal(size=len(player))
+        target = np.exp(-0.5 * ((action - 0.5 * x - shift) / 0.7) ** 2) / 0.7
+        weights = ope.naive_weights(target, np.exp(-0.5 * (action - 0.5 * x) ** 2))
+        reward = 1 + x + action - 0.3 * action**2 + 0.5 * draw.normal(size=250)[player] + draw.normal(size=len(player))
+        q, v = 0.5 * x + 0.5 * action, 0.5 * x + 0.5 * (0.5 * x + shift)  # a poor model
+        weights[draw.random(len(player)) < 0.05] = NAN
+        reward[draw.random(len(player)) < 0.05] = NAN
+        for terms in (
+            ope.inverse_propensity(reward, weights, player),
+            ope.self_normalised(reward, weights, player),
+            ope.doubly_robust(reward, weights, q, v, player),
+            ope.self_normalised_doubly_robust(reward, weights, q, v, player),
+        ):
+            found.setdefault(terms.estimator, []).append((ope.estimate(terms, rng=draw, resamples=300)[0], truth))
+    for estimator, answers in found.items():
+        assert 0.91 <= covered(answers) <= 0.98, estimator
+        assert np.mean([isinstance(answer, ope.Estimate) and answer.trusted for answer, _ in answers]) > 0.9, estimator
+
+
+def test_sequential_intervals_cover_the_truth():
+    """Two states, noisy rewards, episodes that end at random or are cut by the log's end; the model is fitted on features that miss the states."""
+    logger, target, discount, goes_on, decisions = np.array([0.5, 0.4]), np.array([0.7, 0.2]), 0.6, 0.85, 8
+    reward = np.array([[0.0, 1.0], [2.0, 0.5]])
+    to_one = np.array([[0.3, 0.8], [0.6, 0.2]])
+    policy = np.column_stack([1 - target, target])
+    moves = np.stack([1 - to_one, to_one], axis=-1)  # [s, a, s']
+    v = np.linalg.solve(np.eye(2) - discount * goes_on * np.einsum("sa,sat->st", policy, moves), (policy * reward).sum(1))
+    # rows: states visited by the logger in up to 8 decisions, from state 0 or 1 with equal chance
+    behaviour = goes_on * np.einsum("sa,sat->st", np.column_stack([1 - logger, logger]), moves)
+    visits = sum(np.array([0.5, 0.5]) @ np.linalg.matrix_power(behaviour, step) for step in range(decisions))
+    truth = float(visits @ v / visits.sum())
+    found: dict[str, list[tuple[ope.Estimate | ope.Refusal, float]]] = {}
+    for seed in range(200):
+        draw = rng(1_000 + seed)
+        players = 200
+        state, here = draw.integers(2, size=players), np.arange(players)
+        parts: list[np.ndarray] = []
+        for step in range(decisions):
+            action = (draw.random(len(here)) < logger[state]).astype(int)
+            earned = reward[state, action] + draw.normal(size=len(here))
+            stays = draw.random(len(here)) < goes_on
+            rho = np.where(action == 1, target[state] / logger[state], (1 - target[state]) / (1 - logger[state]))
+            parts.append(np.column_stack([here, np.full(len(here), step), state, action, earned, rho, stays]))
+            state = (draw.random(len(here)) < to_one[state, action]).astype(int)[stays]
+            here = here[stays]
+        table = np.concatenate(parts)
+        table = table[np.lexsort((table[:, 1], table[:, 0]))]
+        player, s, a = (table[:, column].astype(int) for column in (0, 2, 3))
+        stays = (table[:, 6] == 1) | (table[:, 1] == decisions - 1)  # at the log's end nobody knows who would have stayed
+        same = np.append(player[1:] == player[:-1], False)
+        log = {
+            "rewards": table[:, 4],
+            "discount": np.where(stays, discount, 0.0),
+            "following": np.where(same, np.arange(len(table)) + 1, -1),
+            "truncated": stays & ~same,
+            "player": player,
+        }
+        features, expected = np.column_stack([np.ones(len(s)), a]), np.column_stack([np.ones(len(s)), target[s]])
+        fit = ope.fitted_q(features, expected, **log, rng=draw, ridges=(1e-3,))
+        assert isinstance(fit, ope.FittedQ)
+        for normalised in (False, True):
+            terms = ope.sequential_doubly_robust(**log, weights=table[:, 5], q=fit.q, v=fit.v, steps=6, normalised=normalised)
+            found.setdefault(terms.estimator, []).append((ope.estimate(terms, rng=draw, resamples=300)[0], truth))
+    for estimator, answers in found.items():
+        assert 0.91 <= covered(answers) <= 0.98, estimator

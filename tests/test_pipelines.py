@@ -1,0 +1,294 @@
+"""The flows with every real component: Prefect's temporary server, Great Expectations, Feast, Lightning, MLflow, in a temporary workspace."""
+
+import json
+import sqlite3
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+
+from fastq import features, learner, records, registry
+from fastq.errors import ConfigurationError, GateRefused, UnknownPlayerError, WorkspaceError
+from fastq.platform import load_platform
+from fastq.workspace import Workspace
+from feature_repo import store
+from pipelines import evaluate, ingest, recommend_all, retrain, train, turn, validate
+
+PLAYERS, DAYS = 80, 20
+TREE = {
+    "platform": "shop",
+    "logs": {"decisions": "decisions.parquet", "activity": "activity.parquet", "players": "players.csv"},
+    "state": {"period": "1d", "window": 5, "measures": {"rounds": {"aggregate": "sum", "min": 0}}, "attributes": {"channel": {"kind": "categorical"}}},
+    "policies": ["careful", "bold"],
+    "action": {"kind": "continuous", "dimensions": {"goal": {"low": 1, "high": 15}}},
+    "objectives": {"joy": {}, "cost": {"weight": -1.0}},
+    "training": {"epochs": 2},
+    "serving": {"exclude": "excluded.csv"},
+}
+
+
+def write_logs(root, players=PLAYERS, days=DAYS, seed=0):
+    """Two policies with known densities; joy is highest where the goal is near the player's taste."""
+    rng = np.random.default_rng(seed)
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    taste = rng.uniform(4, 10, players)
+    decisions, activity = [], []
+    for day in range(days):
+        rounds = rng.poisson(taste)
+        bold = rng.random(players) < 0.5
+        mean = np.where(bold, 1.3, 0.8) * taste
+        goal = np.clip(rng.normal(mean, 1.0), 1.001, 14.999)
+        density = np.exp(-((goal - mean) ** 2) / 2) / np.sqrt(2 * np.pi)
+        at = midnight - (days - day) * timedelta(days=1)
+        for p in range(players):
+            about = {"decision_id": f"d{day}-{p}", "player_id": f"p{p}", "decided_at": at + timedelta(hours=6, minutes=p)}
+            known = {"joy": float(np.exp(-((goal[p] - taste[p]) ** 2) / 8)), "cost": 0.02 * goal[p]}
+            decisions.append(about | {"policy": "bold" if bold[p] else "careful", "propensity": density[p], "assignment": 0.5, "goal": goal[p]} | known)
+            activity.append({"player_id": f"p{p}", "occurred_at": at + timedelta(hours=3), "rounds": float(rounds[p])})
+    pl.DataFrame(decisions).write_parquet(root / "decisions.parquet")
+    pl.DataFrame(activity).write_parquet(root / "activity.parquet")
+    pl.DataFrame({"player_id": [f"p{p}" for p in range(players)], "channel": ["ads"] * players}).write_csv(root / "players.csv")
+    pl.DataFrame({"player_id": ["p3", "p4"]}).write_csv(root / "excluded.csv")
+    (root / "fastq.yaml").write_text(yaml.safe_dump(TREE))
+    return load_platform(root)
+
+
+@pytest.fixture
+def platform(tmp_path):
+    return write_logs(tmp_path)
+
+
+def told():
+    """A progress callback and what it was told."""
+    seen = []
+    return seen, lambda *said: seen.append(said)
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """A workspace after one whole turn that was stopped twice on its way: in the training and before the registration."""
+    torch.set_num_threads(1)
+    platform = write_logs(tmp_path_factory.mktemp("shop"))
+    workspace = Workspace(platform.root)
+    read, trained = [], []
+
+    def stopping(stage, done, total, metrics):
+        if stage == "value and actor" and done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        whole = records.read_records, learner.train
+        patch.setattr(records, "read_records", lambda *a, **k: read.append(1) or whole[0](*a, **k))
+        patch.setattr(learner, "train", lambda *a, **k: trained.append(1) or whole[1](*a, **k))
+        with pytest.raises(KeyboardInterrupt):
+            retrain.retrain(platform, on_progress=stopping)
+        stopped = sorted(p.name for p in (workspace.runs / json.loads((workspace.runs / "turn.json").read_text())["id"]).iterdir())
+        patch.setattr(registry, "register", lambda *a, **k: (_ for _ in ()).throw(WorkspaceError("the disk is full")))
+        with pytest.raises(WorkspaceError, match="disk is full"):
+            retrain.retrain(platform, resume=True)
+        patch.undo()
+        patch.setattr(records, "read_records", lambda *a, **k: read.append(1) or whole[0](*a, **k))
+        patch.setattr(learner, "train", lambda *a, **k: trained.append(1) or whole[1](*a, **k))
+        seen, on_progress = told()
+        document = retrain.retrain(platform, resume=True, on_progress=on_progress)
+    return platform, document, {"read": len(read), "trained": len(trained), "stopped": stopped, "seen": seen}
+
+
+def test_a_stopped_turn_goes_on_where_it_was(loop):
+    platform, _, history = loop
+    assert history["read"] == 1  # the logs were read once, in the first of three calls
+    assert "learner.safetensors" in history["stopped"]
+    assert history["trained"] == 2  # stopped in the first, finished in the second, not called in the third
+    assert list(Workspace(platform.root).runs.iterdir()) == []
+    client = registry._client(platform)
+    (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    assert run.info.status == "FINISHED"
+
+
+def test_what_was_trained_is_registered_with_its_evaluation(loop):
+    platform, document, _ = loop
+    assert (document["model"], document["version"]) == ("shop", "1")
+    assert document["promoted"] or document["reasons"]
+    (model,) = registry.models(platform)
+    assert model["aliases"] == (["champion"] if document["promoted"] else ["challenger"])
+    assert model["verdict"].startswith("passed" if document["promoted"] else "refused")
+    details = registry.verify(registry.fetch(platform, "1"))["details"]
+    assert details["evaluation"]["promoted"] == document["promoted"]
+    client = registry._client(platform)
+    (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
+    assert run.data.params["decisions"] == str(PLAYERS * DAYS)
+    assert any(name.startswith("value and actor/") for name in run.data.metrics)
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"bundle", "evaluation.json", "pictures"}
+    assert {"pictures/estimates.png", "pictures/representation.png"} <= {a.path for a in client.list_artifacts(run.info.run_id, "pictures")}
+
+
+def test_prefect_kept_the_states_of_the_tasks(loop):
+    """In Prefect's own database: what ran, what came back from its result, what failed and why."""
+    from prefect.settings import get_current_settings
+
+    with sqlite3.connect(Path(get_current_settings().home) / "prefect.db") as database:
+        states = database.execute("SELECT name, state_name FROM task_run ORDER BY created").fetchall()
+    by_task = {name: [state for other, state in states if other.rsplit("-", 1)[0] == name] for name in ("ingest", "train", "register")}
+    assert by_task["ingest"][:3] == ["Completed", "Cached", "Cached"], states
+    assert "Cached" in by_task["train"], states
+    assert by_task["register"][:2] == ["Failed", "Completed"], states
+
+
+def test_online_states_are_those_of_the_logs(loop):
+    platform, _, _ = loop
+    read = records.read_tables(platform)
+    frame = store.read_online(store.open_store(platform), ["p7", "p70"])
+    wanted = features.online_frame(platform, read, frame["event_timestamp"][0] + timedelta(seconds=1)).filter(pl.col("player_id").is_in(["p7", "p70"]))
+    wanted = wanted.sort("player_id", descending=True)
+    got = frame.sort("player_id", descending=True)
+    for name in ("window", "counts", "decided"):
+        np.testing.assert_array_equal(np.array(got[name].to_list()), np.array(wanted[name].to_list()))
+    assert got.select("period", "policy", "seen_at", "channel").equals(wanted.select("period", "policy", "seen_at", "channel"))
+
+
+def test_evaluate_estimates_each_policy(loop):
+    platform, _, _ = loop
+    document = evaluate.evaluate(platform)
+    assert document["version"] == "1"
+    assert {row["objective"] for row in document["estimates"]} == {"joy", "cost", None}
+    assert {"careful", "bold", "fastq"} <= {row["policy"] for row in document["estimates"]}
+    assert all(row["low"] <= row["value"] <= row["high"] for row in document["estimates"])
+    with pytest.raises(UnknownPlayerError, match="versions 1"):
+        evaluate.evaluate(platform, "9")
+
+
+def test_everybody_gets_one_logged_recommendation(loop, tmp_path):
+    platform, document, _ = loop
+    if not document["promoted"]:
+        with pytest.raises(GateRefused):
+            registry.promote(platform, "1")
+        registry.promote(platform, "1", forced=True, reason="a test of what comes after", who="test")
+    dry = recommend_all.recommend_all(platform, tmp_path / "dry.csv", dry_run=True)
+    assert (dry["players"], dry["logged"], dry["degraded"]) == (PLAYERS - 2, False, 0)
+    assert len(records.read_served(platform)) == 0
+    assert len(pl.read_csv(tmp_path / "dry.csv")) == PLAYERS - 2
+
+    out = tmp_path / "all.parquet"
+    assert recommend_all.recommend_all(platform, out)["logged"]
+    batch = pl.read_parquet(out)
+    assert set(batch["player_id"]) == {f"p{p}" for p in range(PLAYERS)} - {"p3", "p4"}
+    assert batch["decision_id"].n_unique() == len(batch) == PLAYERS - 2
+    assert batch["goal"].is_between(1, 15).all()
+    assert (batch["propensity"] > 0).all()
+    assert batch["model_version"].unique().to_list() == ["1"]
+    assert np.isfinite(batch["value"].to_numpy()).all()
+    assert batch["joy"].null_count() == len(batch)
+    served = records.read_served(platform).sort("decision_id")
+    assert served.select("decision_id", "goal", "propensity").equals(batch.sort("decision_id").select("decision_id", "goal", "propensity"))
+
+    again = validate.validate_logs(platform)  # tomorrow's logs are today's answers
+    assert again["passed"]
+    assert again["accepted"] == PLAYERS * DAYS + len(batch)
+
+    frame = store.read_online(store.open_store(platform), ["p7"])
+    action = np.array(frame["window"].to_list()).reshape(5, -1)[-1, 1]
+    assert action == np.float32(batch.filter(pl.col("player_id") == "p7")["goal"].item())
+    assert frame["policy"].to_list() == ["fastq"]
+    with pytest.raises(ConfigurationError, match="parquet"):
+        recommend_all.recommend_all(platform, tmp_path / "all.xlsx")
+
+
+def test_without_the_online_store_everybody_is_degraded(loop, tmp_path):
+    platform, _, _ = loop
+    if registry.champion(platform) is None:
+        registry.promote(platform, "1", forced=True, reason="a test of what comes after", who="test")
+    online = Workspace(platform.root).feast / "online.db"
+    online.rename(online.with_suffix(".away"))
+    try:
+        found = recommend_all.recommend_all(platform, tmp_path / "all.parquet", dry_run=True)
+    finally:
+        online.with_suffix(".away").rename(online)
+    assert found["players"] == found["degraded"] == PLAYERS - 2
+
+
+def test_validate_answers_and_keeps_what_it_refused(platform):
+    frame = pl.read_parquet(platform.root / "decisions.parquet")
+    bad = frame[:1].with_columns(decision_id=pl.lit("bad"), goal=pl.lit(99.0))
+    pl.concat([frame, bad]).write_parquet(platform.root / "decisions.parquet")
+    seen, on_progress = told()
+    document = validate.validate_logs(platform, on_progress)
+    assert (document["passed"], document["accepted"], document["quarantined"], document["repeated"]) == (True, PLAYERS * DAYS, 1, 0)
+    refused = pl.read_parquet(platform.root / document["quarantine"])
+    assert refused["decision_id"].to_list() == ["bad"]
+    assert "goal" in refused["reason"][0]
+    assert (platform.root / document["report"]).read_text().startswith("<!")
+    assert {"rule", "failed", "severity"} <= set(document["rules"][0])
+    assert json.loads(json.dumps(document)) == document
+    assert seen[-1][1:3] == (1, 1)
+
+
+def test_a_refused_log_overwrites_nothing(platform, capfd):
+    ingest.ingest(platform)
+    before = records.read_tables(platform).decisions
+    frame = pl.read_parquet(platform.root / "decisions.parquet").with_columns(goal=pl.when(pl.int_range(pl.len()) < 100).then(99.0).otherwise("goal"))
+    frame.write_parquet(platform.root / "decisions.parquet")
+    for refused in (ingest.ingest, retrain.retrain):
+        with pytest.raises(GateRefused, match="decisions") as said:
+            refused(platform)
+        assert said.value.reasons
+    assert records.read_tables(platform).decisions.equals(before)
+    assert registry.models(platform) == []
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_one_retraining_at_a_time(platform):
+    with Workspace(platform.root).lock("retrain"), pytest.raises(WorkspaceError, match="busy"):
+        retrain.retrain(platform)
+
+
+def test_turns(platform):
+    first = turn.begin(platform, datetime(2026, 1, 1, tzinfo=UTC))
+    assert first.since == "2026-01-01T00:00:00+00:00"
+    assert turn.begin(platform, resume=True) == first
+    changed = platform.model_copy(update={"policies": ["bold", "careful"]})
+    second = turn.begin(changed, resume=True)  # another fastq.yaml: nothing to go on with
+    assert second.id != first.id
+    assert not first.directory.exists()
+    third = turn.begin(changed)
+    assert {second.id, third.id} - {second.id}
+    turn.forget(Workspace(platform.root))
+    assert list(Workspace(platform.root).runs.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(ConnectionResetError(), True), (sqlite3.OperationalError("locked"), True), (GateRefused("logs", ["bad"]), False), (ValueError(), False)],
+)
+def test_only_what_can_heal_is_tried_again(error, expected):
+    class State:
+        def result(self):
+            raise WorkspaceError("wrapped") from error
+
+    assert turn.heals(None, None, State()) is expected
+
+
+def test_progress_without_a_terminal_is_one_line_per_stage(capsys):
+    with turn.drawn() as show:
+        show("train", 0, 3, {})
+        show("train", 1, 3, {"loss": 1.0})
+        show("evaluate", 0, 1, {})
+    assert capsys.readouterr().err.split() == ["train", "evaluate"]
+
+
+def test_the_state_of_prefect_stays_in_the_workspace(platform):
+    """From a process that imported Prefect before it knew the workspace, and set nothing."""
+    code = "import sys; from pipelines import validate; from fastq import load_platform; print(validate.validate_logs(load_platform(sys.argv[1]))['passed'])"
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(platform.root / "home"), "PYTHONPATH": str(Path(__file__).parents[1])}
+    (platform.root / "home").mkdir()
+    ended = subprocess.run([sys.executable, "-c", code, str(platform.root)], env=env, cwd=platform.root, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
+    assert ended.stderr == "reading and judging the logs\n"
+    assert (Workspace(platform.root).prefect / "prefect.db").exists()
+    assert not list((platform.root / "home").rglob("prefect.db"))
+    assert train  # imported with the others: every flow's module loads
