@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
@@ -660,24 +661,16 @@ def _draw(document: Document, picture: Path) -> None:
 def run(arguments: list[str]) -> int:
     """Run one command line and give its exit code; a user's mistake is one sentence on standard error."""
     received = _stop_on_signals()
+    code: object = None
     try:
         code = app(arguments, prog_name="fastq", standalone_mode=False)
-    except typer.TyperException as error:  # usage
-        code = _usage(error)
-    except FastqError as error:
-        code = _sentence(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         code = 128 + signal.SIGINT
     except SystemExit as stop:  # Lightning leaves by this when it is interrupted, with codes that say success
         code = stop.code if isinstance(stop.code, int) and stop.code else 128 + signal.SIGTERM
-    except BrokenPipeError:
-        code = 128 + signal.SIGPIPE  # whoever read us has gone, as with `| head`
-    except OSError as error:
-        if error.errno not in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EMFILE}:
-            raise
-        code = _sentence(
-            f"{error.filename or 'the workspace'}: {(error.strerror or str(error)).lower()}; check the owner of the directory and the free space of the disk", 2
-        )
+    except Exception as error:  # noqa: BLE001 - the last one to see it
+        if not received:  # else it only tells that Prefect's server, which Ctrl-C reached too, ended before us
+            code = _failure(error)
     if received:
         sys.stderr.write(f"\nstopped by {signal.Signals(received[0]).name}\n")
         return 128 + received[0]
@@ -693,6 +686,22 @@ def main() -> NoReturn:
         sys.stdout.flush()
     os.dup2(2, 1)  # what libraries still say while the process ends is no part of the answer
     sys.exit(code)
+
+
+def _failure(error: Exception) -> int:
+    """The exit code of a command that could not do its work, after one sentence of why; for a mistake of ours, after where it happened."""
+    match error:
+        case typer.TyperException():
+            return _usage(error)
+        case FastqError():
+            return _sentence(str(error), error.exit_code)
+        case BrokenPipeError():
+            return 128 + signal.SIGPIPE  # whoever read us has gone, as with `| head`
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOSPC | errno.EDQUOT | errno.EMFILE):
+            where, what = error.filename or "the workspace", (error.strerror or str(error)).lower()
+            return _sentence(f"{where}: {what}; check the owner of the directory and the free space of the disk", 2)
+    traceback.print_exception(error)
+    return CRASHED
 
 
 def _sentence(text: str, code: int) -> int:

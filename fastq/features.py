@@ -545,6 +545,11 @@ def raw_windows(platform: Platform, states: PlayerStates, width: int) -> np.ndar
     return np.concatenate(parts, 2)
 
 
+def attribute_rows(frame: pl.DataFrame, index: np.ndarray) -> pl.DataFrame:
+    """Some rows of the players' attributes, in the order of `index`; a platform without attributes has a frame without columns, and so without rows."""
+    return frame[index] if frame.width else frame
+
+
 def attribute_frame(platform: Platform, states: PlayerStates) -> pl.DataFrame | None:
     """The attributes of a batch as a frame; an array's columns are taken in the platform file's order."""
     names, n = list(platform.state.attributes), len(states.history)

@@ -505,7 +505,8 @@ def bootstrap_by_player(
         return ratio @ expanded.T, np.sqrt(players / (players - 1) * spread), bottom
 
     (value,), (error,), (whole,) = linearised(np.ones((1, players)))
-    least = 1e-12 * np.abs(value)  # what rounding leaves of a spread that is zero
+    # What rounding leaves of a spread that is zero: of a difference of two equal policies, rounded parts of the summands, not of their sum.
+    least = 1e-12 * (np.abs(_ratios(expanded, whole[None])) @ np.abs(tops).sum(0))
     drawn = np.full((resamples, len(combinations)), np.nan)
     at_once = max(1, RESAMPLED_NUMBERS // (players * len(combinations)))
     for start in range(0, resamples, at_once):

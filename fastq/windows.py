@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import polars as pl
 
-from fastq.features import Catalogue, PlayerRows, PlayerStates, action_matrix, aggregate_events, attributes_at, known_delay, microseconds
+from fastq.features import Catalogue, PlayerRows, PlayerStates, action_matrix, aggregate_events, attribute_rows, attributes_at, known_delay, microseconds
 from fastq.platform import OWN_POLICY, Platform
 from fastq.records import Records
 
@@ -111,7 +111,7 @@ class Windows:
         split_at = [len(self.platform.state.measures), raw.shape[2] - len(self.platform.objectives)]
         history, actions, objectives = np.split(raw, split_at, axis=2)
         names = [self.policies[p] if p >= 0 else None for p in self.last_policy[index]]
-        return PlayerStates(history, self.attributes[index], actions, objectives, names)
+        return PlayerStates(history, attribute_rows(self.attributes, index), actions, objectives, names)
 
     def fingerprint(self) -> str:
         """sha256 over what was learned from: decisions, actions, outcomes and rows."""

@@ -54,7 +54,11 @@ def build(args: Mapping[str, str]) -> Any:
         prepare(Workspace(platform.root))
         log_to_file(Workspace(platform.root))
         close_replica_port()
-        return create_app(platform)
+        try:
+            return create_app(platform)
+        except Exception:
+            logger.exception("the endpoint could not be made")  # Ray tells the caller no more than that it failed
+            raise
 
     deployment = serve.deployment(
         name="fastq",
@@ -82,6 +86,16 @@ def close_replica_port() -> None:
     if opening is None or ray.util.get_node_ip_address() != "127.0.0.1":
         return
     replica.add_port_to_grpc_server = lambda server, address: opening(server, address.replace("[::]", "127.0.0.1"))
+
+
+def without_dashboard() -> None:
+    """Let Ray start without its dashboard's process, which is there even when switched off, only to count usage.
+
+    At its start, and whatever the switches say, it asks a cloud's metadata service, outside of this machine, where it is.
+    """
+    from ray._private import services
+
+    services.start_api_server = lambda *_, **__: ("", None)  # no address, no process
 
 
 def log_to_file(workspace: Workspace) -> None:
@@ -181,6 +195,7 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
     from ray import serve as ray_serve
     from ray.serve.schema import LoggingConfig
 
+    without_dashboard()
     try:
         ray.init(
             address="local",
@@ -196,7 +211,11 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         ray_serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"))
         if not stopped.is_set():
-            ray_serve.run(build({"workspace": str(platform.root)}), route_prefix="/", name="fastq")
+            try:
+                ray_serve.run(build({"workspace": str(platform.root)}), route_prefix="/", name="fastq")
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+                raise WorkspaceError(f"{platform.root}: the endpoint could not start; .fastq/logs/serving.log says why ({reason})") from error
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         if not stopped.is_set() and _answers(url, host, port, stopped):
             sys.stderr.write(f"fastq serves {platform.platform}, model {version}, at {url} until Ctrl-C; the console is at {url}/console\n")

@@ -217,7 +217,7 @@ def excluded_players(platform: Platform) -> frozenset[str]:
 def take(states: PlayerStates, rows: Sequence[int] | np.ndarray) -> PlayerStates:
     """Some players of a batch, in the order of `rows`."""
     index = np.asarray(rows, np.int64)
-    attributes = states.attributes[index] if states.attributes is not None else None
+    attributes = None if states.attributes is None else features.attribute_rows(cast("pl.DataFrame", states.attributes), index)
     return PlayerStates(
         states.history[index],
         attributes,
