@@ -69,8 +69,10 @@ def demo(directory: Path, *, logs: str = "arena", seed: int = 0, players: int = 
                 show("serving", 1, 3, {})
                 document["recommendations"] = ask("recommend", "POST", "/v1/recommendations", {"players": some_players(platform, 10)})["recommendations"]
                 show("serving", 2, 3, {})
-                first = document["recommendations"][0]
-                document["explanation"] = ask("analyst", "POST", "/v1/explanations", {"decision_id": first["decision_id"], "against": platform.policies[0]})
+                decisions = [row["decision_id"] for row in document["recommendations"]]
+                against = platform.policies[0]
+                answers = [ask("analyst", "POST", "/v1/explanations", {"decision_id": decision, "against": against}) for decision in decisions]
+                document["explanation"] = max(answers, key=clearness)
             show("serving", 3, 3, {})
     document["seconds"] = round(time.monotonic() - begun)
     return document
@@ -139,6 +141,13 @@ def some_players(platform: Platform, n: int) -> list[str]:
     from fastq.records import read_tables
 
     return sorted(read_tables(platform).decisions["player_id"].unique().to_list())[:n]
+
+
+def clearness(explanation: Mapping[str, Any]) -> float:
+    """How many times its doubt a contrast's difference is: what makes the most telling of several explanations."""
+    contrast = explanation["contrast"]
+    doubt = contrast["high"] - contrast["low"]
+    return abs(contrast["difference"]) / doubt if doubt > 0 else 0.0
 
 
 # ---- measures that only a demo has ------------------------------------------------------------------------------------------
@@ -343,7 +352,7 @@ def account(document: Mapping[str, Any]) -> Iterable[RenderableType]:
     why = document["explanation"]
     contrast = why["contrast"]
     parts = table(
-        f"Why this, for {escape(why['player_id'])}, and not what {contrast['against']} would do",
+        f"Why this, for {escape(why['player_id'])}, and not what {contrast['against']} would do (the clearest case of the ten)",
         "objective",
         "horizon",
         "this",

@@ -7,11 +7,14 @@ result when a stopped turn is resumed, and is done afresh in the next turn. What
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import logging
 import os
 import shutil
+import signal
 import sqlite3
+import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -23,7 +26,7 @@ from typing import Any
 from prefect.cache_policies import INPUTS, NO_CACHE, TASK_SOURCE
 
 from fastq.environment import prepare
-from fastq.errors import FastqError
+from fastq.errors import FastqError, WorkspaceError
 from fastq.platform import FILE_NAME, Platform, load_platform
 from fastq.workspace import Workspace, replacing
 
@@ -121,11 +124,44 @@ def running(platform: Platform, on_progress: Progress | None = None) -> Iterator
     # Prefect may have been imported before the workspace was known: its settings are read once more from the environment
     settings = SettingsContext(profile=get_settings_context().profile, settings=Settings())
     with settings, _quiet(), contextlib.ExitStack() as shown:
+        start_server()
         token = progress.set(on_progress or shown.enter_context(drawn()))
         try:
             yield
         finally:
             progress.reset(token)
+
+
+def start_server() -> None:
+    """Start Prefect's temporary server, unless another one is set, out of reach of the terminal's Ctrl-C.
+
+    Left to itself Prefect starts it in the foreground's group: Ctrl-C ends it before us, and our goodbyes to it are tried again for a minute.
+    Raises `WorkspaceError` if it does not start.
+    """
+    from prefect.server.api.server import SubprocessASGIServer
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    if settings.api.url is not None or not settings.server.ephemeral.enabled:
+        return
+    server, failures = SubprocessASGIServer(), []  # one per process: Prefect finds it running
+
+    def start() -> None:
+        try:
+            server.start()
+        except Exception as error:  # noqa: BLE001 - told by the thread that asked
+            failures.append(error)
+
+    # A thread hands the signals that it has blocked down to the processes it starts; ours stays free to be interrupted meanwhile.
+    starting = threading.Thread(target=contextvars.copy_context().run, args=(start,))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        starting.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+    starting.join()
+    for error in failures:
+        raise WorkspaceError(f"{settings.home}: Prefect's temporary server did not start ({error}); PREFECT_API_URL names another one") from error
 
 
 @contextlib.contextmanager
@@ -139,7 +175,8 @@ def _quiet() -> Iterator[None]:
         if record.levelno < logging.WARNING and "PREFECT_LOGGING_LEVEL" not in os.environ:
             return False
         refused = record.exc_info is not None and isinstance(record.exc_info[1], FastqError)
-        return not refused and "Finished in state Failed" not in record.getMessage()
+        said = record.getMessage()
+        return not refused and "Finished in state Failed" not in said and "aborted by an interrupt signal" not in said  # whoever pressed Ctrl-C knows
 
     if "PREFECT_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("prefect").setLevel(logging.WARNING)  # for good: the temporary server says goodbye when the process ends

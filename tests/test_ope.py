@@ -465,6 +465,18 @@ def test_many_players_are_pooled_without_changing_the_answer(monkeypatch):
     assert pooled.high[0] - pooled.low[0] == pytest.approx(single.high[0] - single.low[0], rel=0.15)
 
 
+def test_two_equal_policies_do_not_differ_whatever_rounding_says():
+    draw = rng(5)
+    reward, weights = draw.normal(3, 1, size=400), draw.uniform(0.5, 2, size=400)
+    mine = ope.self_normalised(reward, weights, np.arange(400))
+    same = ope.self_normalised(reward, weights * 0.1 / 0.1, np.arange(400))  # the same but for the last digit
+    assert not np.array_equal(mine.numerator, same.numerator)
+    (found,) = ope.estimate(ope.paired_difference(mine, same), rng=rng(), resamples=50)
+    assert isinstance(found, ope.Estimate)
+    assert (found.low, found.high, found.standard_error) == (found.value, found.value, 0.0)
+    assert found.value == pytest.approx(0.0, abs=1e-12)
+
+
 def test_an_estimate_that_never_varies_is_not_trusted():
     (found,) = ope.estimate(ope.inverse_propensity(np.full(300, 0.1), np.ones(300), np.arange(300)), rng=rng(), resamples=50)
     assert isinstance(found, ope.Estimate)

@@ -1,9 +1,9 @@
 """The README's commands and Python run as written, on logs that another program wrote; its table says what the code does."""
 
-import os
+import json
 import re
+import signal
 import sys
-import time
 import typing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,10 +12,10 @@ import httpx
 import numpy as np
 import polars as pl
 import pytest
+import yaml
 from pydantic import BaseModel
 from scipy.stats import truncnorm
 
-from fastq.environment import DEFAULTS
 from fastq.platform import Platform
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,19 +56,6 @@ def write_logs(directory):
         pl.DataFrame(activity).write_parquet(directory / f"activity-{day:02d}.parquet")
 
 
-def ready(process, port, seconds=240):
-    """Whether the endpoint answers that it is ready, in time."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until and process.poll() is None:
-        time.sleep(0.3)
-        try:
-            if httpx.get(f"http://127.0.0.1:{port}/readyz", timeout=5, trust_env=False).status_code == 200:
-                return True
-        except httpx.TransportError:
-            continue
-    return False
-
-
 @pytest.fixture(scope="module")
 def where(tmp_path_factory):
     """A directory with somebody's logs and this installation as its `.venv`, so that not a word of the commands is changed."""
@@ -76,11 +63,6 @@ def where(tmp_path_factory):
     (base / ".venv").symlink_to(Path(sys.prefix), target_is_directory=True)
     write_logs(base / "logs")
     return base
-
-
-def environment():
-    """What a user has set: nothing of the tests' own."""
-    return {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_") and name not in DEFAULTS}
 
 
 def test_the_first_two_commands_are_made():
@@ -138,3 +120,43 @@ def test_what_the_readme_points_to_is_there_and_nothing_is_left_to_be_said():
     for path in re.findall(r"`((?:fastq|infra)/[\w./]*|[A-Z][\w.]+\.md|LICENSE)`", README):
         assert (ROOT / path).exists(), path
     assert "TODO" not in README
+
+
+@pytest.mark.slow
+def test_your_own_logs_as_written(where, as_a_user):
+    """The console block from its first line to its last, then what a backend sends, then the Python block in the workspace that came of it."""
+    (console,) = blocks(section("Your own logs"), "console")
+    (program,) = blocks(section("Your own logs"), "python")
+    *commands, last = console.strip().splitlines()
+    assert last.endswith("fastq serve")
+    directory, said = where, []
+    for command in commands:
+        if command.startswith("cd "):
+            directory /= command.removeprefix("cd ")
+            continue
+        run = as_a_user("-c", command, cwd=directory, command=("bash",)).wait()
+        assert run.code == 0, f"{command}: {run.stdout[-1500:]}{run.stderr[-1500:]}"
+        said.append(run.stdout)
+    key = said[-1].strip().splitlines()[-1]  # as a person copies it
+
+    server = as_a_user("-c", f"exec {last}", cwd=directory, command=("bash",))
+    server.shows("fastq serves")
+    address = re.search(r"http://\S+:\d+", server.stderr)[0]
+    with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {key}"}, timeout=30, trust_env=False) as client:
+        answer = client.post("/v1/recommendations", json={"players": ["player-0", "player-1"]})
+        assert answer.status_code == 200, answer.text
+        recommendations = answer.json()["recommendations"]
+    assert [r["degraded"] for r in recommendations] == [None, None]
+    assert all(5.5 < r["action"]["goal"] < 9.5 for r in recommendations)  # the best goal is 7, the two policies' means are 4.5 and 10
+    server.process.send_signal(signal.SIGTERM)
+    assert server.wait(90).code in {0, 128 + signal.SIGTERM}
+    server.gone()
+
+    given = "import numpy as np\nhistory = np.full((2, window, 1), 6.0)\nattributes = None\n"
+    window = yaml.safe_load((directory / "fastq.yaml").read_text())["state"]["window"]
+    shown = "\nimport json\nprint(json.dumps([np.asarray(actions).tolist(), np.asarray(parts).sum((1, 2)).tolist()]))\n"
+    run = as_a_user("-c", given.replace("window", str(window)) + program + shown, cwd=directory, command=(sys.executable,)).wait()
+    assert run.code == 0, run.stderr[-2000:]
+    actions, values = json.loads(run.stdout)
+    assert np.shape(actions) == (2, 1)
+    assert np.isfinite(values).all()
