@@ -29,7 +29,7 @@ demo: $(VENV)/.installed  ## the whole loop on a simulated platform: logs, train
 	@$(VENV)/bin/fastq demo $(ARGS)
 
 test: $(VENV)/.installed  ## all tests, with coverage
-	@$(VENV)/bin/python -m pytest --cov --cov-report=term $(ARGS)
+	@$(VENV)/bin/python -m pytest -n 2 --dist loadfile --cov --cov-report=term $(ARGS)
 
 check: $(VENV)/.installed  ## style, format, types, and which module may import which
 	@$(VENV)/bin/ruff check .

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fastq.features import PlayerStates
     from fastq.platform import Platform, load_platform
     from fastq.policy import Policy, Recommendation
+    from fastq.queries import connect
     from fastq.registry import load_policy
 
 _HOMES = {
@@ -19,11 +20,12 @@ _HOMES = {
     "PlayerStates": "fastq.features",
     "Policy": "fastq.policy",
     "Recommendation": "fastq.policy",
+    "connect": "fastq.queries",
     "load_platform": "fastq.platform",
     "load_policy": "fastq.registry",
 }
 
-__all__ = ["FastqError", "Platform", "PlayerStates", "Policy", "Recommendation", "load_platform", "load_policy"]
+__all__ = ["FastqError", "Platform", "PlayerStates", "Policy", "Recommendation", "connect", "load_platform", "load_policy"]
 __version__ = "0.1.0"
 
 

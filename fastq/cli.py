@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fastq.platform import Platform
 
 Document = Mapping[str, Any]
-View = Callable[[Document], Iterable["RenderableType"]]
+View = Callable[[Document], Iterable["RenderableType | bytes"]]  # bytes: as they are
 
 CRASHED = 70  # EX_SOFTWARE: a mistake of ours, told apart from 1 (a gate refused) and 2 (usage or configuration)
 PATIENCE = 10.0  # seconds in which repeated signals do not cut the cleaning up short
@@ -265,6 +265,38 @@ def explain(
         answer(document, _explanation)
 
 
+@app.command()
+def query(
+    sql: Annotated[str | None, typer.Argument(metavar="SQL", help="One SELECT over the views that --tables lists.", show_default=False)] = None,
+    tables: Annotated[bool, typer.Option("--tables", help="List the views instead, every column with its unit.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV on standard output.")] = False,
+    parquet: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a Parquet file instead.")] = None,
+    limit: Annotated[int, typer.Option(min=1, metavar="N", help="At most so many rows.")] = 10_000,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Analysts' SQL over decisions, outcomes, explanations."""
+    with answering(as_json) as answer:
+        if tables == (sql is not None):
+            raise ConfigurationError("query: expected either one SELECT, in quotes, or --tables")
+        if as_json + as_csv + (parquet is not None) > 1 or (tables and (as_csv or parquet is not None)):
+            raise ConfigurationError("query: expected one of --json, --csv and --parquet FILE at most, and with --tables --json alone")
+        platform = _platform(workspace)
+        from fastq import queries
+
+        if sql is None:
+            answer(queries.tables(platform), _views)
+            return
+        found = queries.ask(platform, sql, rows=limit)
+        if parquet is not None:
+            found.write(parquet)
+            answer({"rows": found.table.num_rows, "out": str(parquet)}, lambda document: [f"{document['rows']:,} rows in {_plain(document['out'])}."])
+        else:
+            answer(found.document(), _csv if as_csv else _rows)
+        if found.truncated and not as_json:
+            sys.stderr.write(f"There are more than {limit:,} rows; --limit N shows more.\n")
+
+
 @keys_app.command("create")
 def keys_create(
     role: Annotated[Role, typer.Option(help="recommend: recommendations and their outcomes; analyst: also explanations and the console; admin: all.")],
@@ -378,7 +410,7 @@ def answering(as_json: bool) -> Iterator[Callable[[Document, View], None]]:
 
             console = Console(file=out, highlight=False)
             for part in view(document):
-                console.print(part)
+                out.write(part.decode()) if isinstance(part, bytes) else console.print(part)
         out.flush()
 
     with os.fdopen(kept, "w", encoding="utf-8") as out, contextlib.redirect_stdout(sys.stderr):
@@ -575,6 +607,50 @@ def _batch(document: Document) -> Iterable[RenderableType]:
     yield f"{document.get('players', 0):,} recommendations in {document['out']}."
     if document.get("degraded"):
         yield f"{document['degraded']:,} of them are degraded answers."
+
+
+def _views(document: Document) -> Iterable[RenderableType]:
+    for view in document["tables"]:
+        table = _table(_plain(f"{view['name']}: {view['says']}"), "column", "type", "unit", "")
+        for column in view["columns"]:
+            table.add_row(*(_plain(column[name]) for name in ("name", "type", "unit", "says")))
+        yield table
+
+
+def _rows(document: Document) -> Iterable[RenderableType]:
+    kinds = [{type(row[i]) for row in document["rows"]} - {type(None)} for i in range(len(document["columns"]))]
+    table = _table("")
+    for name, kind in zip(document["columns"], kinds, strict=True):
+        table.add_column(_plain(name), justify="right" if kind and kind <= {int, float} else "left", overflow="fold")
+    for row in document["rows"]:
+        table.add_row(*(_plain(_cell(value)) for value in row))
+    yield table
+    yield f"{len(document['rows']):,} row{'s' * (len(document['rows']) != 1)}."
+
+
+def _cell(value: object) -> str:
+    """As a table shows it: whole numbers whole, others to six digits."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else _text(value)
+
+
+def _text(value: object) -> str:
+    """As CSV has it: nothing for null, JSON for what is nested."""
+    import orjson
+
+    if value is None:
+        return ""
+    return orjson.dumps(value).decode() if isinstance(value, list | dict | bool) else str(value)
+
+
+def _csv(document: Document) -> Iterable[bytes]:
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(document["columns"])
+    writer.writerows([_text(value) for value in row] for row in document["rows"])
+    yield text.getvalue().encode()
 
 
 def _parts_table(title: str, parts: Iterable[Document], total: float) -> Any:

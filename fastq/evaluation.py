@@ -65,7 +65,8 @@ class Held:
     at: Situation
     following: np.ndarray  # [N] into rows
     phi: np.ndarray  # [N, P] of the logged action
-    state: np.ndarray  # [N, 1 + …] what the evaluation's own value model sees of the states
+    state: np.ndarray  # [N, 1 + absence + …] what the evaluation's own value model sees of the states
+    free: int  # the first columns of `state`, the intercept and the absence, which are not shrunk
 
 
 def hold(policy: Policy, windows: Windows) -> Held:
@@ -81,7 +82,23 @@ def hold(policy: Policy, windows: Windows) -> Held:
     at = situations(policy, windows, rows)
     # all that decides who acts and what each would do stands beside the state itself: what is left out would pass for an effect of the action
     state = np.concatenate([at.b.double().numpy(), at.psi.numpy()[:, 1:], at.expected.numpy().reshape(len(rows), -1), at.assignment.numpy()[:, 1:]], 1)
-    return Held(windows, rows, at, following, phi, np.concatenate([np.ones((len(rows), 1)), state - state.mean(0)], 1))
+    unshrunk = np.concatenate([np.ones((len(rows), 1)), absence(windows, rows)], 1)
+    return Held(windows, rows, at, following, phi, np.concatenate([unshrunk, state - state.mean(0)], 1), unshrunk.shape[1])
+
+
+def absence(windows: Windows, rows: np.ndarray, chunk: int = 65_536) -> np.ndarray:
+    """[N, A] whether nothing was seen of the player for the last 1, 2, … periods, up to `churn` of them; none that is the same for all.
+
+    A player who stays away for as long as `churn` is gone, and the way there is steep and rare: shrunk, or left to what is learned of the
+    state, values would not go down to zero at its end, and everything before it would be valued too high.
+    """
+    state = windows.platform.state
+    most = min(state.churn, state.window)
+    gone = np.zeros((len(rows), most))
+    for start in range(0, len(rows), chunk) if state.measures else ():
+        seen = np.isfinite(windows.raw(rows[start : start + chunk])[:, -most:, : len(state.measures)]).any(2)
+        gone[start : start + chunk] = ~np.logical_or.accumulate(seen[:, ::-1], axis=1)
+    return gone[:, np.ptp(gone, axis=0) > 0] if len(rows) else gone[:, :0]
 
 
 def situations(policy: Policy, windows: Windows, rows: np.ndarray, chunk: int = 16_384) -> Situation:
@@ -145,7 +162,8 @@ def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> l
         effects = np.einsum("bmtp,bp->bmt", held.at.slope.numpy(), difference).reshape(len(rows), -1)
         return np.concatenate([held.state, difference, effects], 1)
 
-    fitted = ope.fitted_q(x(held.phi), x(target.features), reward, discount, held.following, truncated, player, rng=np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    fitted = ope.fitted_q(x(held.phi), x(target.features), reward, discount, held.following, truncated, player, rng=rng, free=held.free)
     terms: list[ope.Terms] = []
     if isinstance(fitted, ope.FittedQ):
         terms += [

@@ -410,7 +410,7 @@ def _served(platform: Platform) -> pl.DataFrame:
     directory = Workspace(platform.root).served
     columns = {name: DTYPES[column.kind] for name, column in columns_of(platform, "decisions").items()}
     decisions, outcomes, instead = (_logged(platform, table) for table in ("decisions", "outcomes", "executed"))
-    action = [pl.col("action").str.json_path_match(f"$['{a}']").cast(columns[a], strict=False).alias(a) for a in platform.action_columns]
+    action = json_fields("action", {a: columns[a] for a in platform.action_columns})
     bodies = [pl.DataFrame(schema=columns), decisions.with_columns(pl.col("decided_at").cast(TIME), *action).drop("action")]
     for path in sorted(directory.glob("[!.]*.parquet")):
         with naming(str(path)):
@@ -476,10 +476,16 @@ def _read_decision_log(path: Path, table: str) -> pl.DataFrame:
         raise WorkspaceError(f"{path}: the log of served decisions cannot be read ({error}); restore it from a backup, or move it away") from None
 
 
+def json_fields(column: str, fields: Mapping[str, pl.DataType]) -> list[pl.Expr]:
+    """Fields of a column of JSON objects, null where one is not there; numbers to the last digit, which `json_path_match` would change."""
+    decoded = pl.col(column).str.json_decode(pl.Struct(dict(fields)))
+    return [decoded.struct.field(name).alias(name) for name in fields]
+
+
 def _heard(platform: Platform) -> pl.DataFrame:
     """Events that the endpoint took, in the columns of the activity log: known from when they came."""
     events = _logged(platform, "activity")
-    values = [pl.col("body").str.json_path_match(f"$['{m}']").cast(pl.Float64, strict=False).alias(m) for m in platform.state.measures]
+    values = json_fields("body", dict.fromkeys(platform.state.measures, pl.Float64()))
     return events.select("player_id", pl.col("occurred_at", "recorded_at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"), *values)
 
 

@@ -129,17 +129,28 @@ def held_out_players(player_ids: list[str], share: float, seed: int) -> np.ndarr
     return ((drawn * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)).astype(float) / 2.0**53 < share
 
 
-def _churned(platform: Platform, decisions: pl.DataFrame, activity: pl.DataFrame | None) -> np.ndarray:
-    """[N] bool: no activity for `churn` periods after the decision, and the log lasts long enough to say so."""
+def _churned(platform: Platform, decisions: pl.DataFrame, activity: pl.DataFrame | None, following: np.ndarray) -> np.ndarray:
+    """[N] bool: before the next decision, or the log's end, the player had been without activity for `churn` periods, and came back no sooner.
+
+    Decisions in the course of an absence are links of the chain like any other: to end it at the first of them would take knowledge of the
+    days after, which the last `churn` periods of a log don't have, and values learned there would not be those learned before. The clock
+    runs from the last activity; for somebody who had been gone already when the decision was made, from the decision.
+    """
     if activity is None or not platform.state.measures or activity.is_empty() or decisions.is_empty():
         return np.zeros(len(decisions), bool)
     gap = platform.state.churn * microseconds(platform)
     events = activity.select("player_id", happened=pl.col("occurred_at").dt.epoch("us")).sort("happened")
     asked = decisions.select("player_id", "moment", order=pl.int_range(pl.len())).sort("moment")
-    nearest = asked.join_asof(events, left_on="moment", right_on="happened", by="player_id", strategy="forward", check_sortedness=False).sort("order")
-    moment, happened = nearest["moment"].to_numpy(), nearest["happened"].fill_null(np.iinfo(np.int64).max).to_numpy()
+    on = {"left_on": "moment", "right_on": "happened", "by": "player_id", "check_sortedness": False}
+    before, after = (
+        asked.join_asof(events, strategy=strategy, allow_exact_matches=strategy == "backward", **on).sort("order")["happened"]  # type: ignore[arg-type]
+        for strategy in ("backward", "forward")
+    )
+    moment = decisions["moment"].to_numpy()
+    last, back = before.fill_null(np.iinfo(np.int64).min // 2).to_numpy(), after.fill_null(np.iinfo(np.int64).max).to_numpy()
+    gone_at = np.where(moment - last < gap, last, moment) + gap
     end = max(int(moment.max()), int(events["happened"].max()))  # type: ignore[arg-type]  # an int column's max
-    return (happened - moment >= gap) & (end - moment >= gap)
+    return (back >= gone_at) & (gone_at <= np.where(following >= 0, moment[following], end))
 
 
 def _partial_rows(platform: Platform, decisions: pl.DataFrame, activity: pl.DataFrame | None) -> pl.DataFrame:
@@ -286,6 +297,6 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
         reward=reward,
         following=following,
         elapsed=elapsed,
-        terminated=_churned(platform, decisions, records.activity),
+        terminated=_churned(platform, decisions, records.activity, following),
         attributes=attributes_at(platform, records.players, decisions["player_id"], decisions["decided_at"]),
     )

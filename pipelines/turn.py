@@ -144,6 +144,8 @@ def start_server() -> None:
     settings = get_current_settings()
     if settings.api.url is not None or not settings.server.ephemeral.enabled:
         return
+    # It might choose 8000, where `fastq serve` listens unless told otherwise.
+    SubprocessASGIServer._port_range = range(8001, 9000)  # noqa: SLF001 - there is no setting for it
     server, failures = SubprocessASGIServer(), []  # one per process: Prefect finds it running
 
     def start() -> None:

@@ -15,6 +15,7 @@ from serving.online import Ask, InlineState, Question
 
 MOST_PLAYERS = 1_000  # in one request
 MOST_ROWS = 10_000  # outcomes or events in one request
+MOST_SQL = 100_000  # characters of a query
 CLOCK_SKEW_SECONDS = 300  # how far ahead of ours a caller's clock may be
 
 
@@ -104,6 +105,20 @@ class ExplanationRequest(Asked):
         if (self.decision_id is None) == (self.player_id is None):
             raise RequestError("expected exactly one of decision_id and player_id")
         return Question(self.decision_id, self.player_id, self.against, self.weights)
+
+
+class QueryRequest(Asked):
+    """One SELECT over the views that `fastq query --tables` lists."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"sql": "SELECT policy, count(*) FROM decisions GROUP BY policy"}]})
+
+    sql: Annotated[StrictStr, Field(min_length=1, max_length=MOST_SQL)]
+
+
+class QueryAnswer(BaseModel):
+    columns: list[str]
+    rows: list[list[Any]]
+    truncated: bool
 
 
 class Recommended(BaseModel):

@@ -44,6 +44,8 @@ from serving.bodies import (
     Asked,
     ExplanationRequest,
     Problem,
+    QueryAnswer,
+    QueryRequest,
     RecommendationRequest,
     Recommendations,
     activity_request,
@@ -62,6 +64,7 @@ logger = logging.getLogger("fastq.serving")
 MOST_BYTES = 16 * 2**20  # of a request's body
 BATCH_ROWS = 4 * online.BATCH  # rows that one batch takes on the event loop; larger requests go to a thread
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
+QUERY_SECONDS = 20  # that an analyst's SQL may run
 NOBODY = "\x00"  # a player who cannot be: asked for to see whether the store answers
 
 OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
@@ -515,6 +518,18 @@ def create_app(platform: Platform) -> FastAPI:
         async with explaining:
             with desk.metrics.stage.labels("explain").time():
                 return reply(await asyncio.to_thread(online.explain_question, service, question))
+
+    querying = asyncio.Semaphore(1)  # a query takes a process and its memory
+
+    @route("post", "/v1/query", QueryAnswer)
+    async def query(asked: QueryRequest) -> Response:
+        """One SELECT over decisions, outcomes, explanations and the like; read-only, limited in rows, seconds and memory."""
+        from fastq import queries
+
+        desk.open()
+        async with querying:
+            answer = await asyncio.to_thread(queries.ask, platform, asked.sql, seconds=QUERY_SECONDS)
+            return reply(await asyncio.to_thread(answer.document))
 
     @route("get", "/v1/players/{player_id}")
     async def player(player_id: str) -> Response:

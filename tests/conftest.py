@@ -23,7 +23,7 @@ from fastq.environment import DEFAULTS, prepare
 def pytest_configure(config):
     """Before any test module imports torch, Prefect or Ray: they read these once."""
     os.environ["OMP_NUM_THREADS"] = "1"  # two cores shared by tests and what they start; also makes sums reproducible
-    if "PREFECT_HOME" not in os.environ:
+    if "PREFECT_HOME" not in os.environ or hasattr(config, "workerinput"):  # one for each of pytest-xdist's workers
         config.prefect_home = tempfile.TemporaryDirectory(prefix="fastq-prefect-", ignore_cleanup_errors=True)
         config.add_cleanup(config.prefect_home.cleanup)
         os.environ["PREFECT_HOME"] = config.prefect_home.name
@@ -32,7 +32,18 @@ def pytest_configure(config):
 
 
 @pytest.fixture(scope="session")
-def fastq():
+def prefect_server():
+    """The address of one Prefect server for all commands of the session: each would pay seconds for its own. `as_a_user` has them pay."""
+    from prefect.server.api.server import SubprocessASGIServer
+
+    from pipelines.turn import start_server
+
+    start_server()
+    return SubprocessASGIServer().api_url  # the one that flows in this process find running
+
+
+@pytest.fixture(scope="session")
+def fastq(prefect_server):
     """The installed command: `fastq("validate", "--json", cwd=workspace)` gives code, stdout and stderr. Never a traceback.
 
     Output goes through files: a process left behind would hold a pipe open, and the test with it.
@@ -40,7 +51,7 @@ def fastq():
     command = Path(sys.executable).with_name("fastq")
 
     def run(*arguments, cwd, code=None, timeout=600, **environment):
-        env = dict(os.environ) | {"COLUMNS": "200"} | environment  # one PREFECT_HOME for the session: migrating a fresh database takes ten seconds
+        env = dict(os.environ) | {"COLUMNS": "200", "PREFECT_API_URL": prefect_server} | environment
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             finished = subprocess.run(
                 [command, *map(str, arguments)], cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout, env=env, check=False

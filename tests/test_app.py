@@ -81,6 +81,7 @@ ROUTES = [
     ("POST", "/v1/outcomes", "recommend"),
     ("POST", "/v1/activity", "recommend"),
     ("POST", "/v1/explanations", "analyst"),
+    ("POST", "/v1/query", "analyst"),
     ("GET", "/v1/players/p1", "analyst"),
     ("GET", "/v1/models", "analyst"),
     ("GET", "/v1/decisions/d1", "analyst"),
@@ -316,6 +317,31 @@ def test_an_explanation_over_http(call, platform: Platform, player: str) -> None
         {"player_id": player, "weights": {"nothing": 1}},
     ):
         assert call("POST", "/v1/explanations", wrong)[0] == 422, wrong
+
+
+def test_sql_over_http(call, player: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decision = call("POST", "/v1/recommendations", {"players": [player]})[1]["recommendations"][0]
+    text = f"SELECT player_id, decided_at, propensity FROM decisions WHERE decision_id = '{decision['decision_id']}'"
+    status, body = call("POST", "/v1/query", {"sql": text})
+    assert (status, body["columns"], body["truncated"]) == (200, ["player_id", "decided_at", "propensity"], False)
+    assert body["rows"] == [[decision["player_id"], decision["decided_at"], decision["propensity"]]]
+    for wrong in (
+        {"sql": "DROP VIEW decisions"},
+        {"sql": "SELECT * FROM read_text('/etc/passwd')"},
+        {"sql": "SELEC"},
+        {"sql": ""},
+        {"sql": 1},
+        {"sql": "x", "rows": 1},
+        {},
+    ):
+        assert call("POST", "/v1/query", wrong)[0] == 422, wrong
+    monkeypatch.setattr(endpoint, "QUERY_SECONDS", 1)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        endless = pool.submit(call, "POST", "/v1/query", {"sql": "SELECT count(*) FROM range(10000000) a, range(10000000) b"})
+        assert call("POST", "/v1/recommendations", {"players": [player], "dry_run": True})[0] == 200  # served meanwhile
+        assert not endless.done()
+        status, problem = endless.result()
+    assert (status, "longer than 1 seconds" in problem["detail"]) == (422, True)
 
 
 def test_models_and_players_and_decisions_can_be_looked_up(call, player: str) -> None:

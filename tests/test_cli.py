@@ -16,7 +16,7 @@ from fastq.cli import answering
 from fastq.errors import GateRefused
 from fastq.platform import platform_from_tree
 
-COMMANDS = ["demo", "init", "validate", "retrain", "evaluate", "serve", "recommend", "explain", "models", "promote", "rollback", "keys"]
+COMMANDS = ["demo", "init", "validate", "retrain", "evaluate", "serve", "recommend", "explain", "query", "models", "promote", "rollback", "keys"]
 YAML = """
 version: 1
 platform: corner

@@ -160,6 +160,17 @@ def test_the_sum_is_the_weighted_sum_of_its_objectives(report, policy):
 # ---- weights -------------------------------------------------------------------------------------------------------------
 
 
+def test_absence_counts_the_periods_in_which_nothing_was_seen(policy, data):
+    rows = np.arange(0, len(data), 7)
+    found = evaluation.absence(data, rows, chunk=50)
+    seen = np.isfinite(data.raw(rows)[:, :, : len(policy.platform.state.measures)]).any(2)
+    most = min(policy.platform.state.churn, seen.shape[1])
+    away = np.array([next((k for k, there in enumerate(row[::-1]) if there), seen.shape[1]) for row in seen])
+    wanted = (away[:, None] >= np.arange(1, most + 1)).astype(float)
+    np.testing.assert_array_equal(found, wanted[:, np.ptp(wanted, axis=0) > 0])
+    assert found.shape[1] > 2, "nobody in these logs stays away, so this shows nothing"
+
+
 def test_a_behaviour_policy_weighs_by_its_chance_where_it_acted(policy, data):
     held = evaluation.hold(policy, data)
     for k, name in enumerate(data.policies):

@@ -38,7 +38,7 @@ def loaded_by(program, cwd=None):
 
 
 def test_the_public_names_are_these():
-    assert fastq.__all__ == ["FastqError", "Platform", "PlayerStates", "Policy", "Recommendation", "load_platform", "load_policy"]
+    assert fastq.__all__ == ["FastqError", "Platform", "PlayerStates", "Policy", "Recommendation", "connect", "load_platform", "load_policy"]
     assert dir(fastq) == sorted(fastq.__all__)
 
 

@@ -20,7 +20,7 @@ from polars.testing import assert_frame_equal
 
 from fastq.errors import LogsError, WorkspaceError
 from fastq.platform import Logs, Platform, platform_from_tree
-from fastq.records import Counts, read_records, read_served, read_tables, write_tables
+from fastq.records import Counts, json_fields, read_records, read_served, read_tables, write_tables
 from fastq.workspace import Workspace
 
 START = datetime.now(UTC).replace(hour=5, minute=0, second=0, microsecond=0) - timedelta(days=4)
@@ -892,3 +892,9 @@ def test_any_bytes_end_in_a_sentence(content: bytes, suffix: str) -> None:
         (root / f"logs/decisions.{suffix}").write_bytes(content)
         with pytest.raises(LogsError, match=f"decisions.{suffix}"):
             read_records(bare(root))
+
+
+def test_numbers_come_out_of_json_to_the_last_digit():
+    numbers = np.random.default_rng(0).normal(size=2_000).tolist()
+    frame = pl.DataFrame({"body": [json.dumps({"a": n}) for n in numbers] + ["{}", '{"a": null}', '{"a": 3}']})
+    assert frame.select(json_fields("body", {"a": pl.Float64()}))["a"].to_list() == [*numbers, None, None, 3.0]

@@ -323,29 +323,42 @@ def test_an_objective_without_a_future_has_none_at_the_same_moment_either():
 
 
 def test_a_player_who_leaves_is_terminated_and_one_near_the_end_of_the_log_is_truncated():
-    # churn is three periods; p leaves at day 2 and comes back at day 9, q is seen to the end, r only two days before it
+    # churn is three periods; p leaves on day 1 and comes back on day 9, q is seen to the end, r only six days before it
     decisions = [decision("p", START + d * DAY) for d in (0, 1, 2, 9)] + [decision("q", START + 8 * DAY)] + [decision("r", START + d * DAY) for d in (4, 10)]
     events = (
-        [event("p", START + d * DAY + HOUR, 1.0) for d in (0, 1, 9)] + [event("q", START + d * DAY, 1.0) for d in (8, 11)] + [event("r", START + 4 * DAY, 1.0)]
+        [event("p", START + d * DAY + HOUR, 1.0) for d in (0, 1, 9)] + [event("q", START + d * DAY, 1.0) for d in (8, 10)] + [event("r", START + 4 * DAY, 1.0)]
     )
     found = built(records_of(decisions, events))
-    #   p0: next event in an hour; p1 too; p2: in seven days: left; p9: goes on; q8: an event at the moment; r4 the same; r10: a day to the log's end
-    assert found.terminated.tolist() == [False, False, True, False, False, False, False]
+    #   p0, p1: active within the day; p2: idle since day 1, for three days on day 4, before the next decision: left; p9: near the end; q8: back in two days;
+    #   r4: idle since, left before day 10; r10: a decision for somebody gone starts a new clock, and the log ends
+    assert found.terminated.tolist() == [False, False, True, False, False, True, False]
     assert found.truncated.tolist() == [False, False, False, True, True, False, True]
     assert found.following.tolist() == [1, 2, 3, -1, -1, 6, -1]
-    same(found.discount[:, 0], [0.9, 0.9, 0, 0, 0, 0.9**6, 0])  # past a departure nothing counts, even where the player came back
+    same(found.discount[:, 0], [0.9, 0.9, 0, 0, 0, 0, 0])  # past a departure nothing counts, even where the player came back
 
 
-def test_churn_is_counted_from_the_decision_to_the_next_activity_and_to_the_log_s_end():
+def test_decisions_in_the_course_of_an_absence_are_links_of_the_chain_whenever_in_the_log_they_are():
+    """Early in a log one could look ahead and end the episode at once; late one could not. Both must be the same problem."""
+    days = [0, 1, 2]  # the platform decides daily, until the player has been idle for three periods
+    decisions = [decision(name, START + (d + late) * DAY) for name, late in (("early", 0), ("late", 10)) for d in days]
+    events = [event(name, START + late * DAY, 1.0) for name, late in (("early", 0), ("late", 10))] + [event("z", START + 13 * DAY, 1.0)]
+    found = built(records_of(decisions, events))
+    assert found.terminated.tolist() == [False, False, True] * 2
+    same(found.discount[:, 0], [0.9, 0.9, 0] * 2)
+
+
+def test_churn_is_counted_from_the_last_activity_to_the_next_and_to_the_log_s_end():
     instant = timedelta(microseconds=1)
     for gap, left in ((3 * DAY - instant, False), (3 * DAY, True)):
-        back = built(records_of([decision("p", START)], [event("p", START - HOUR, 1.0), event("p", START + gap, 1.0)]))
-        assert back.terminated.tolist() == [left], "the player is back after the gap"
-        others = built(records_of([decision("p", START)], [event("p", START - HOUR, 1.0), event("z", START + gap, 1.0)]))
+        seen, then = event("p", START - HOUR, 1.0), START - HOUR + gap
+        assert built(records_of([decision("p", START)], [seen, event("p", then, 1.0)])).terminated.tolist() == [left], "the player is back after the gap"
+        others = built(records_of([decision("p", START)], [seen, event("z", then, 1.0)]))
         assert others.terminated.tolist() == [left], "the log goes on with others"
         assert others.truncated.tolist() == [not left]
-        decided = built(records_of([decision("p", START), decision("z", START + gap)], [event("p", START - HOUR, 1.0)]))
+        decided = built(records_of([decision("p", START), decision("z", then)], [seen]))
         assert decided.terminated.tolist() == [left, False], "the log goes on with decisions"
+        never = built(records_of([decision("p", START), decision("z", START + gap)], [event("z", START, 1.0)]))
+        assert never.terminated[0] == left, "somebody never seen: from the decision on"
 
 
 def test_without_activity_nobody_is_seen_to_leave():

@@ -28,6 +28,12 @@ def test_it_was_promoted_by_the_gate_and_answered(demo):
     assert len({r["decision_id"] for r in said["recommendations"]}) == 10
 
 
+def test_it_connected_to_nobody_else(demo):
+    _, run = demo
+    assert "connect(" in run.trace.read_text(), "the trace is empty"
+    assert run.strangers() == set()
+
+
 def test_what_was_validated_is_what_was_written(demo):
     workspace, run = demo
     said = document(run)["validation"]
@@ -105,21 +111,26 @@ def test_somebody_elses_directory_is_left_alone(as_a_user, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_and_the_last_run_ends_as_if_none_had_been_stopped(demo, as_a_user, small, tmp_path):
-    """Stopped in each stage of training, as a terminal stops it; what is registered in the end is the first demo's model, bit for bit."""
+def test_ctrl_c_leaves_nothing_and_the_last_run_ends_as_if_none_had_been_stopped(as_a_user, tmp_path):
+    """Stopped in each stage of training, as a terminal stops it; what is registered in the end is what an undisturbed demo registers, bit for bit.
+
+    Of players so few that the gate refuses: then the demo ends with 1, and nothing is served.
+    """
+    few = ("--players", "300", "--days", "20")
+    (tmp_path / "stopped").mkdir()
     for stage in ("representation", "value and actor"):
-        stopped = as_a_user("demo", "shop", *small, cwd=tmp_path)
+        stopped = as_a_user("demo", "shop", *few, cwd=tmp_path / "stopped")
         stopped.shows(stage)
         stopped.interrupt()
         stopped.wait(60)
         assert stopped.code == 128 + signal.SIGINT, stopped.stderr[-2000:]
         stopped.gone()
-        assert not (tmp_path / "shop" / ".fastq" / "writing").exists()
-    last = as_a_user("demo", "shop", "--json", *small, cwd=tmp_path).wait()
-    assert last.code == demo[1].code
-    assert bundle(tmp_path / "shop") == bundle(demo[0])
-    estimates = [document(run)["estimates"] for run in (last, demo[1])]
-    assert estimates[0] == estimates[1]
+        assert not (tmp_path / "stopped" / "shop" / ".fastq" / "writing").exists()
+    last, undisturbed = (as_a_user("demo", "shop", "--json", *few, cwd=tmp_path / where).wait() for where in ("stopped", "."))
+    assert (last.code, undisturbed.code) == (1, 1)
+    assert document(last)["reasons"]
+    assert bundle(tmp_path / "stopped" / "shop") == bundle(tmp_path / "shop")
+    assert document(last)["estimates"] == document(undisturbed)["estimates"]
 
 
 def test_real_logs(as_a_user, tmp_path):

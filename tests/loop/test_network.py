@@ -1,6 +1,7 @@
 """Nothing that fastq starts turns to another machine, and nothing that it starts can be reached from one."""
 
 import json
+import shutil
 import signal
 import socket
 import sys
@@ -26,12 +27,6 @@ def test_the_trace_sees_what_leaves(as_a_user, tmp_path):
     assert {ELSEWHERE, "2001:db8::1"} <= run.strangers(), run.trace.read_text()
 
 
-def test_a_demo_connects_to_nobody_else(demo):
-    _, run = demo
-    assert "connect(" in run.trace.read_text(), "the trace is empty"
-    assert run.strangers() == set()
-
-
 def port_nobody_has():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -45,10 +40,10 @@ def on_loopback(address):
 
 
 @pytest.fixture(scope="module")
-def server(as_a_user, trained):
-    """`fastq serve`, traced, ready; stopped with SIGTERM at the end."""
-    port = port_nobody_has()
-    run = as_a_user("serve", "--port", port, cwd=trained, traced=True)
+def server(as_a_user, trained, tmp_path_factory):
+    """`fastq serve`, traced, ready, in a workspace of its own."""
+    workspace, port = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "workspace"), port_nobody_has()
+    run = as_a_user("serve", "--port", port, cwd=workspace, traced=True)
     until = time.monotonic() + 240
     while True:
         assert run.process.poll() is None and time.monotonic() < until, run.stderr[-2000:]
@@ -57,12 +52,12 @@ def server(as_a_user, trained):
                 break
         except httpx.TransportError:
             time.sleep(0.3)
-    return run, port
+    return workspace, run, port
 
 
-def test_serving_connects_to_nobody_else_and_listens_to_nobody_else(server, trained, as_a_user):
-    run, port = server
-    key = json.loads(as_a_user("keys", "create", "--role", "recommend", "--json", cwd=trained).wait(60).stdout)["key"]
+def test_serving_connects_to_nobody_else_and_listens_to_nobody_else(server, as_a_user):
+    workspace, run, port = server
+    key = json.loads(as_a_user("keys", "create", "--role", "recommend", "--json", cwd=workspace).wait(60).stdout)["key"]
     answer = httpx.post(
         f"http://127.0.0.1:{port}/v1/recommendations",
         json={"players": ["p00000"]},
@@ -80,7 +75,7 @@ def test_serving_connects_to_nobody_else_and_listens_to_nobody_else(server, trai
 
 
 def test_a_stopped_server_leaves_nothing_running(server):
-    run, port = server
+    _, run, port = server
     (traced,) = psutil.Process(run.process.pid).children()
     traced.send_signal(signal.SIGTERM)
     assert run.wait(90).code == 0

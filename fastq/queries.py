@@ -1,0 +1,799 @@
+"""Analysts' SQL: DuckDB over views of what was decided, what followed, why, and what is known of players and models.
+
+The views are laid over the accepted tables (Parquet, scanned in place) and over what was served since (SQLite, batches), so both are seen
+at once. They are made before the caller's SQL is read; then the wall is shut with DuckDB's own locks: no file but the tables, no network,
+no extension, no setting, and one statement that DuckDB's own parser takes for a SELECT. DuckDB's memory limit knows nothing of what single
+functions allocate, and an interrupt waits for them (measured: 4 GB under a limit of 0.5, 88 s under one of 3), so `ask` runs in a
+process of its own, whose memory and time the system limits.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import glob
+import json
+import logging
+import math
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from decimal import Decimal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from fastq.errors import BundleError, FastqError, RequestError, WorkspaceError
+from fastq.platform import Platform, format_duration, load_platform
+from fastq.records import json_fields, read_served
+from fastq.sources import TIME
+from fastq.workspace import Workspace, replacing
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
+
+    from fastq.features import PlayerStates
+    from fastq.policy import Policy
+
+logger = logging.getLogger("fastq.queries")
+MOST_ROWS = 10_000  # of an answer, unless more are asked for
+MOST_SECONDS = 60  # that a query may run
+MOST_MEGABYTES = 1_024  # that a query may hold in memory
+MOST_BYTES = 64 * 2**20  # of an answer
+OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside the query's own memory
+CHUNK = 4_096  # decisions explained at a time
+WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
+
+_SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log, and of a batch as far as it has it
+    "decisions": {
+        "decision_id": pl.String(),
+        "player_id": pl.String(),
+        "decided_at": pl.Int64(),
+        "policy": pl.String(),
+        "propensity": pl.Float64(),
+        "model_version": pl.String(),
+        "action": pl.String(),
+        "detail": pl.String(),
+    },
+    "outcomes": {"decision_id": pl.String(), "objective": pl.String(), "value": pl.Float64(), "recorded_at": pl.Int64()},
+    "executed": {"decision_id": pl.String(), "action": pl.String(), "recorded_at": pl.Int64()},
+    "activity": {"player_id": pl.String(), "occurred_at": pl.Int64(), "recorded_at": pl.Int64(), "body": pl.String()},
+}
+_EXPLAINED = {
+    "decision_id": pl.String(),
+    "model_version": pl.String(),
+    "objective": pl.String(),
+    "horizon": pl.String(),
+    "against": pl.String(),
+    "value": pl.Float64(),
+}
+
+
+# ---- what the views hold -----------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Column:
+    """One column of a view: its DuckDB type, its unit (empty where it has none), and a sentence."""
+
+    name: str
+    type: str
+    unit: str
+    says: str
+
+
+@dataclass(frozen=True)
+class View:
+    """One view: what a row of it is, and its columns in order."""
+
+    name: str
+    says: str
+    columns: list[Column]
+
+
+VIEWS = ("decisions", "outcomes", "recommendations", "explanations", "players", "activity", "models", "estimates")
+
+
+def views(platform: Platform) -> dict[str, View]:
+    """Every view of this platform with its columns, units and meanings, out of the platform file."""
+    text, number, moment, flag = "VARCHAR", "DOUBLE", "TIMESTAMP WITH TIME ZONE", "BOOLEAN"
+    decision = Column("decision_id", text, "", "the decision")
+    player = Column("player_id", text, "", "the player")
+    about = [decision, player, Column("decided_at", moment, "UTC", "when it was decided"), Column("policy", text, "", "the policy that acted")]
+    version = Column("model_version", text, "", "the model that decided, null if none did")
+    law = Column("propensity", number, _propensity_unit(platform), "of the executed action under the policy that acted, null if not known")
+    action, objectives = _action_columns(platform), [Column(name, number, "its own", _objective_says(platform, name)) for name in platform.objectives]
+    share = Column("assignment", number, "probability", "with which this policy was chosen to act, null if not known")
+    taken = {column.name for column in (*action, *objectives)}
+    weighted = "weighted objectives"
+
+    def ours(name: str, kind: str, unit: str, says: str) -> Column:
+        return Column(f"{name}_" if name in taken else name, kind, unit, says)  # a platform may have an objective of this name
+
+    measures = [Column(n, number, "its own", f"one event's value; a period has their {m.aggregate}") for n, m in platform.state.measures.items()]
+    attributes = [Column(n, number if a.kind == "numeric" else text, "", f"{a.kind} attribute") for n, a in platform.state.attributes.items()]
+    found = [
+        View(
+            "decisions",
+            "one decision as it was carried out: the accepted logs, and whatever fastq served since",
+            [
+                *about, law, share, version, *action, *objectives,
+                ours("origin", text, "", "'served' by fastq, or from the platform's own 'logs'"),
+                ours("accepted", flag, "", "whether the last validation accepted it, so that training has it"),
+            ],
+        ),
+        View(
+            "outcomes",
+            "one known objective of one decision; a decision that was not carried out has none",
+            [
+                decision, Column("objective", text, "", f"one of {', '.join(platform.objectives)}"),
+                Column("value", number, "that objective's", "the immediate value, unweighted"),
+                Column("recorded_at", moment, "UTC", "when it was reported to fastq, null if it came with the logs"),
+            ],
+        ),
+        View(
+            "recommendations",
+            "one decision that fastq served, as it was answered",
+            [
+                *about, version, *action, law,
+                ours("value", number, weighted, "expected discounted sum of this action, null if no model chose it or a batch did not keep it"),
+                ours("explore", flag, "", "whether the action was drawn with noise, null in batches"),
+                ours("exploration", number, "share of each range", "scale of that noise, null if no model chose"),
+                ours("degraded", text, "", "why the answer did not rest on a fresh, known state; null if it did"),
+                ours("carried_out", text, "", "'as served', 'otherwise' or 'not at all'; null if nothing was reported"),
+                ours("source", text, "", "'endpoint' (also the command line) or 'batch'"),
+            ],
+        ),
+        View(
+            "explanations",
+            "one part of the value of one served decision, by its model and state of then; none where the state was not kept or the model cannot be read",
+            [
+                decision, Column("model_version", text, "", "the model whose parts these are"), Column("objective", text, "", "which objective"),
+                Column("horizon", text, "", "'immediate' or 'long_term'"),
+                Column("against", text, "", f"null: parts of the action itself; {', '.join(platform.policies)}: less those of what this policy would do"),
+                Column("value", number, weighted, "objective times its weight; the parts of one decision and one `against` add up"),
+            ],
+        ),
+        View(
+            "players",
+            "one version of a player's attributes" if platform.logs.players else "one player who occurs in the decisions; there is no players log",
+            [player, Column("valid_from", moment, "UTC", "from when on, null: always"), *attributes],
+        ),
+        View(
+            "activity",
+            "one event: the accepted log, and what came over HTTP since" if platform.logs.activity else "empty, for fastq.yaml names no activity log",
+            [
+                player, Column("occurred_at", moment, "UTC", "when it happened"),
+                Column("known_at", moment, "UTC", "when it became known; decisions before that do not see it"), *measures,
+            ],
+        ),
+        View(
+            "models",
+            "one registered version",
+            [
+                Column("version", text, "", "as model_version elsewhere"), Column("aliases", f"{text}[]", "", "champion is what is served"),
+                Column("created_at", moment, "UTC", "when it was registered"), Column("verdict", text, "", "what the gate said, with its reasons"),
+            ],
+        ),
+        View(
+            "estimates",
+            "one off-policy estimate, made when a version was trained, on held-out players",
+            [
+                Column("model_version", text, "", "the version that was judged"),
+                Column("policy", text, "", "whose value: fastq is that version, the others are what it was held against"),
+                Column("objective", text, "", "null: the weighted sum"), Column("estimator", text, "", "how it was estimated"),
+                Column("value", number, "discounted sum", "per decision, if this policy alone acts from then on; the objective's unit, or weighted"),
+                Column("low", number, "discounted sum", "lower end of the interval"), Column("high", number, "discounted sum", "upper end"),
+                Column("ess", number, "rows", "rows that really count"), Column("verdict", text, "", "whether it may be trusted"),
+            ],
+        ),
+    ]  # fmt: skip
+    return {view.name: view for view in found}
+
+
+def tables(platform: Platform) -> dict[str, Any]:
+    """`fastq query --tables --json`: `tables: [{name, says, columns: [{name, type, unit, says}]}]`."""
+    return {"tables": [asdict(view) for view in views(platform).values()]}
+
+
+def _action_columns(platform: Platform) -> list[Column]:
+    if platform.action.kind == "catalogue":
+        return [Column("item_id", "VARCHAR", "", "the item")]
+    return [
+        Column(name, "DOUBLE", d.unit or "its own", f"{d.low:g} to {d.high:g}" + (f" in steps of {d.step:g}" if d.step else ""))
+        for name, d in platform.action.dimensions.items()
+    ]
+
+
+def _propensity_unit(platform: Platform) -> str:
+    if platform.action.kind == "catalogue":
+        return "probability"
+    return f"density per {' '.join(d.unit or name for name, d in platform.action.dimensions.items())}"
+
+
+def _objective_says(platform: Platform, name: str) -> str:
+    o = platform.objectives[name]
+    bounds = [f"{what} {bound:g}" for what, bound in (("ceiling", o.ceiling), ("floor", o.floor)) if bound is not None]
+    said = [f"weight {o.weight:g}", f"discount {o.discount:g} per {format_duration(platform.state.period)}", *bounds]
+    return f"immediate value that followed, unweighted, null until it is known ({', '.join(said)})"
+
+
+# ---- asking ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Answer:
+    """A query's rows as an Arrow table; `truncated` if there were more."""
+
+    table: Any
+    truncated: bool
+
+    def document(self) -> dict[str, Any]:
+        """`columns` (names), `rows` (lists of JSON values) and `truncated`."""
+        columns = [[_plain(value) for value in column] for column in self.table.columns]
+        rows = [list(row) for row in zip(*columns, strict=True)] if columns else []
+        return {"columns": list(self.table.column_names), "rows": rows, "truncated": self.truncated}
+
+    def write(self, path: Path) -> None:
+        """The rows as a Parquet file, types kept. Raises `RequestError` for a type that Parquet has not."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        try:
+            with replacing(path) as partial:
+                parquet.write_table(self.table, partial)
+        except pa.ArrowException as error:
+            raise RequestError(f"{path}: Parquet has no such type ({_line(error)}); cast that column to VARCHAR") from None
+        except OSError as error:
+            raise RequestError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def ask(platform: Platform, sql: str, *, rows: int = MOST_ROWS, seconds: float = MOST_SECONDS, megabytes: int = MOST_MEGABYTES) -> Answer:
+    """The answer to one SELECT over the views, in a process of its own.
+
+    Raises `RequestError` with DuckDB's message, or with the limit that was reached; `WorkspaceError` where no logs were accepted yet.
+    """
+    import pyarrow as pa
+
+    order = {"workspace": str(platform.root), "sql": sql, "rows": rows, "seconds": seconds, "megabytes": megabytes}
+    # -P: a file duckdb.py in the current directory is none of ours
+    child = subprocess.run([sys.executable, "-P", "-m", "fastq.queries"], input=json.dumps(order).encode(), capture_output=True, check=False)
+    if child.returncode == -signal.SIGALRM:
+        raise RequestError(f"the query ran longer than {seconds:g} seconds and was stopped; narrow it by time or player, or count instead of listing")
+    if child.returncode < 0:  # where memory is refused, some libraries know no other end
+        raise RequestError(_too_much_memory(megabytes))
+    if child.returncode:
+        raise RuntimeError(f"a query's process ended with {child.returncode}: {child.stderr.decode('utf-8', 'replace')[-4000:]}")
+    head, _, body = child.stdout.partition(b"\n")
+    said = json.loads(head)
+    if kind := said.get("error"):
+        raise {"WorkspaceError": WorkspaceError, "BundleError": BundleError}.get(kind, RequestError)(said["says"])
+    return Answer(pa.ipc.open_stream(body).read_all(), bool(said["truncated"]))
+
+
+def _too_much_memory(megabytes: float) -> str:
+    return f"the query needed more than {megabytes:g} MB of memory and was stopped; select fewer columns or rows, or aggregate"
+
+
+def _main() -> None:
+    """The process that `ask` starts: an order on standard input, one JSON line and an Arrow stream on standard output."""
+    import pyarrow as pa
+
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print is no part of the answer
+    order = json.loads(sys.stdin.buffer.read())
+    try:
+        platform, sql, megabytes = load_platform(order["workspace"]), order["sql"], order["megabytes"]
+        connection = _opened(platform, _named(sql), megabytes)
+        _only_a_select(connection, sql)
+        _limit(order["seconds"], megabytes)
+        batches, truncated = _run(connection, sql, order["rows"], megabytes)
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batches[0].schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+        out.write(json.dumps({"truncated": truncated}).encode() + b"\n")
+        out.write(sink.getvalue())
+    except FastqError as error:
+        kind = next((k.__name__ for k in (WorkspaceError, BundleError) if isinstance(error, k)), "RequestError")
+        out.write(json.dumps({"error": kind, "says": str(error)}).encode() + b"\n")
+    except MemoryError:
+        out.write(json.dumps({"error": "RequestError", "says": _too_much_memory(order["megabytes"])}).encode() + b"\n")
+    out.flush()
+    os._exit(0)  # DuckDB's threads may be in the middle of what nobody waits for
+
+
+def _limit(seconds: float, megabytes: float) -> None:
+    """From now on this process may take so much more memory, and ends by SIGALRM, whatever it does and whether its parent lives or not."""
+    import resource
+
+    import psutil
+
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    most = psutil.Process().memory_info().vms + int(megabytes * 2**20) + OVERHEAD
+    with contextlib.suppress(ValueError, OSError):  # where a smaller limit holds already, or the system has none
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _only_a_select(connection: DuckDBPyConnection, sql: str) -> None:
+    """Raises unless DuckDB's parser, which no comment or odd spelling deceives, finds exactly one statement, and that a SELECT."""
+    row = connection.execute("SELECT json_serialize_sql(?::VARCHAR)", [sql]).fetchone()
+    assert row is not None
+    parsed = json.loads(row[0])
+    if parsed["error"] and parsed["error_type"] != "not implemented":
+        raise RequestError(f"DuckDB: {_line(parsed['error_message'])}")
+    found = "another statement" if parsed["error"] else f"{len(parsed['statements'])} statements"
+    if parsed["error"] or len(parsed["statements"]) != 1:
+        raise RequestError(f"expected one SELECT, got {found}: the views are read-only, and no file, setting or extension is within reach")
+
+
+def _run(connection: DuckDBPyConnection, sql: str, rows: int, megabytes: float) -> tuple[list[Any], bool]:
+    """At most `rows` rows as record batches (one at least, for the columns), and whether there were more."""
+    import duckdb
+    import pyarrow as pa
+
+    kept: list[Any] = []
+    left, size = rows, 0
+    try:
+        reader = connection.execute(sql).to_arrow_reader(2_048)
+        for batch in reader:
+            kept.append(batch.slice(0, left))
+            size += kept[-1].nbytes
+            if size > MOST_BYTES:
+                raise RequestError(f"the answer is larger than {MOST_BYTES // 2**20} MB; select fewer columns or rows, or aggregate")
+            if batch.num_rows > left:
+                return kept, True
+            left -= batch.num_rows
+    except (duckdb.OutOfMemoryException, pa.ArrowMemoryError):
+        raise RequestError(_too_much_memory(megabytes)) from None
+    except (duckdb.Error, pa.ArrowException, UnicodeError) as error:
+        if "bad_alloc" in str(error) or "bad allocation" in str(error):
+            raise RequestError(_too_much_memory(megabytes)) from None
+        # its own guess of what was meant knows hidden tables, and only the views that this query names
+        there = f"; there are {', '.join(VIEWS)}" if isinstance(error, duckdb.CatalogException) and "Table with name" in str(error) else ""
+        raise RequestError(f"DuckDB: {_line(str(error).split(chr(10))[0] if there else error)}{there}") from None
+    return kept or [pa.RecordBatch.from_pylist([], schema=reader.schema)], False
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split("\n\nLINE ")[0].split())[:600]  # without DuckDB's picture of where it was
+
+
+def _plain(scalar: Any) -> Any:
+    """An Arrow scalar as a JSON value; a moment that no calendar holds (infinity, beyond the year 9999) is null."""
+    try:
+        return _json(scalar.as_py())
+    except (OverflowError, ValueError):
+        return None
+
+
+def _json(value: Any) -> Any:
+    match value:
+        case None | bool() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Decimal():
+            return _json(int(value)) if value == value.to_integral_value() and value.as_tuple().exponent == 0 else float(value)
+        case int():
+            return value if -(2**63) <= value < 2**63 else str(value)  # JSON readers take no larger numbers
+        case datetime():
+            moment = value if value.tzinfo is not None else value.replace(tzinfo=UTC)
+            return moment.astimezone(UTC).isoformat().replace("+00:00", "Z")
+        case date() | time():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case bytes():
+            return base64.b64encode(value).decode()
+        case dict():
+            return {str(key): _json(one) for key, one in value.items()}
+        case list():
+            return [_json(one) for one in value]
+        case (int(months), int(days), int(nanoseconds)) if hasattr(value, "nanoseconds"):  # an interval, as ISO 8601 has it
+            return f"P{months}M{days}DT{nanoseconds / 1e9:g}S"
+        case tuple():
+            return [_json(one) for one in value]
+    return str(value)
+
+
+# ---- the connection ----------------------------------------------------------------------------------------------------
+def connect(workspace: str | Path = ".") -> DuckDBPyConnection:
+    """A read-only DuckDB connection with all views of a workspace, as they are now, for notebooks: `connect().sql("FROM decisions").pl()`.
+
+    Temporary tables may be made; nothing else can be written, no file or network reached, no setting changed. Memory is DuckDB's own default
+    limit. Raises `WorkspaceError` where no logs were accepted yet.
+    """
+    return _opened(load_platform(workspace), frozenset(VIEWS), None)
+
+
+def _named(sql: str) -> frozenset[str]:
+    """The views that a query may read, so that one about models alone does not pay for explanations; too many rather than too few."""
+    lower = sql.lower()
+    return frozenset(VIEWS if any(word in lower for word in WHOLE_CATALOGUE) else (name for name in VIEWS if name in lower))
+
+
+def _opened(platform: Platform, wanted: frozenset[str], megabytes: float | None) -> DuckDBPyConnection:
+    """A connection with the wanted views and its wall shut; with `megabytes` for one SELECT of a stranger's, else for a notebook.
+
+    A path that may be read may be written too, so only a connection whose statements are SELECTs alone scans Parquet by path; it is up to
+    three times as fast as Arrow's scan, which the other one has.
+    """
+    import duckdb
+
+    config: dict[str, str | bool | int | float | list[str]] = {
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+        "allow_community_extensions": False,
+        "python_enable_replacements": False,  # else SQL could name variables of the program around it
+        "temp_directory": "",  # nothing is spilled: what does not fit is refused
+    }
+    if megabytes is not None:
+        config |= {"memory_limit": f"{megabytes:g}MB", "threads": max(1, min(4, (os.cpu_count() or 2)))}
+        connection = duckdb.connect(":memory:", config=config)
+    else:
+        with tempfile.TemporaryDirectory(prefix="fastq-") as directory:  # only a file can be opened read-only; it is open, so it may go
+            path = Path(directory) / "empty.db"
+            duckdb.connect(str(path)).close()
+            connection = duckdb.connect(str(path), read_only=True, config=config)
+    try:
+        _lay(_Sources(platform, connection, by_path=megabytes is not None), wanted)
+        connection.execute("SET TimeZone = 'UTC'")
+        connection.execute("SET enable_external_access = false")
+        connection.execute("SET lock_configuration = true")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class _Sources:
+    """Frames and Parquet files that a connection reads under hidden names; files stay open, so a validation meanwhile changes nothing."""
+
+    def __init__(self, platform: Platform, connection: DuckDBPyConnection, *, by_path: bool) -> None:
+        self.platform, self.connection, self._by_path = platform, connection, by_path
+        self._readable: list[str] = []
+
+    def frame(self, name: str, frame: pl.DataFrame) -> None:
+        self.connection.register(name, frame.to_arrow())
+
+    def parquet(self, name: str, path: Path) -> None:
+        if self._by_path and not glob.has_magic(str(path)):
+            self._readable.append(_text(str(path.resolve())))
+            self.connection.execute(f"SET allowed_paths = [{', '.join(self._readable)}]")
+            self.connection.execute(f"CREATE TEMP VIEW {_name(name)} AS FROM read_parquet({self._readable[-1]})")
+            return
+        import pyarrow as pa
+        from pyarrow import dataset
+
+        fragment = dataset.ParquetFileFormat().make_fragment(pa.OSFile(str(path)))
+        self.connection.register(name, dataset.FileSystemDataset([fragment], fragment.physical_schema, fragment.format))
+
+    def view(self, view: View, select: str) -> None:
+        """The view as documented: names, order and types, over a query that has its columns."""
+        columns = ", ".join(f"CAST({_name(c.name)} AS {c.type}) AS {_name(c.name)}" for c in view.columns)
+        self.connection.execute(f"CREATE TEMP VIEW {_name(view.name)} AS SELECT {columns} FROM ({select})")  # noqa: S608 - names are quoted
+
+
+def _name(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _text(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+def _lay(sources: _Sources, wanted: frozenset[str]) -> None:
+    """Create the wanted views."""
+    platform, known = sources.platform, views(sources.platform)
+    if wanted & {"decisions", "outcomes", "players"}:
+        _lay_decisions(sources, known)
+    if wanted & {"outcomes"}:
+        _lay_outcomes(sources, known["outcomes"])
+    if wanted & {"recommendations"}:
+        sources.frame("_recommendations", _recommendations(platform, known["recommendations"]))
+        sources.view(known["recommendations"], "FROM _recommendations")
+    if wanted & {"explanations"}:
+        sources.parquet("_explanations", _explained(platform))
+        sources.view(known["explanations"], "FROM _explanations")
+    if wanted & {"players"}:
+        if platform.logs.players is not None:
+            sources.parquet("_players", _accepted(platform, "players", known["players"]))
+            sources.view(known["players"], "FROM _players")
+        else:
+            sources.view(known["players"], "SELECT DISTINCT player_id, NULL AS valid_from FROM decisions")
+    if wanted & {"activity"}:
+        _lay_activity(sources, known["activity"])
+    if wanted & {"models", "estimates"}:
+        _lay_models(sources, known, wanted)
+
+
+# ---- decisions and what followed ---------------------------------------------------------------------------------------
+def _accepted(platform: Platform, table: str, view: View, ours: Iterable[str] = ()) -> Path:
+    """The file of an accepted table. Raises `WorkspaceError` where there is none, or where it has not the columns of the view but `ours`."""
+    path = Workspace(platform.root).tables / f"{table}.parquet"
+    try:
+        found = set(pl.read_parquet_schema(path))
+    except FileNotFoundError:
+        raise WorkspaceError(f"{path.parent}: no accepted logs here yet; run `fastq validate`") from None
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise WorkspaceError(f"{path}: damaged ({_line(error)}); run `fastq validate` again") from None
+    if missing := [c.name for c in view.columns if c.name not in found and c.name not in ours]:
+        raise WorkspaceError(f"{path}: was written for another fastq.yaml, it has no {', '.join(missing)}; run `fastq validate` again")
+    return path
+
+
+def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
+    """The accepted decisions, and the served ones as they stand now: outcomes may have come since the last validation."""
+    platform, view = sources.platform, known["decisions"]
+    origin, accepted = (column.name for column in view.columns[-2:])
+    path = _accepted(platform, "decisions", view, (origin, accepted))
+    sources.parquet("_accepted", path)
+    logged = f"SELECT *, 'logs' AS {_name(origin)}, true AS {_name(accepted)}"
+    served = read_served(platform)
+    if served.is_empty():
+        sources.view(view, f"{logged} FROM _accepted")
+        return
+    objectives = list(platform.objectives)
+    carried = ["assignment", *objectives]
+    exported = pl.scan_parquet(path).join(served.lazy().select("decision_id"), on="decision_id", how="semi").select("decision_id", *carried).collect()
+    undone = _latest(_logged(platform, "executed"), ["decision_id"]).filter(pl.col("action").is_null())["decision_id"]
+    done = ~pl.col("decision_id").is_in(undone.implode())
+    merged = served.join(exported, on="decision_id", how="left", suffix=" logged", maintain_order="left").with_columns(
+        # as records has it: an export of what was served adds what was not reported, unless it was not carried out
+        *(pl.when(done).then(pl.coalesce(o, f"{o} logged")).alias(o) for o in objectives),
+        pl.coalesce("assignment", "assignment logged"),
+        pl.col("decision_id").is_in(exported["decision_id"].implode()).alias(accepted),
+        pl.lit("served").alias(origin),
+    )
+    sources.frame("_served", merged.select(column.name for column in view.columns))
+    # the join costs as much again as a query over ten million rows, so only where there is something to leave out
+    but = "" if exported.is_empty() else "ANTI JOIN _served USING (decision_id)"
+    sources.view(view, f"{logged} FROM _accepted {but} UNION ALL BY NAME FROM _served")
+
+
+def _lay_outcomes(sources: _Sources, view: View) -> None:
+    reported = _latest(_logged(sources.platform, "outcomes"), ["decision_id", "objective"])
+    sources.frame("_reported", reported.select("decision_id", "objective", _moment("recorded_at")))
+    long = " UNION ALL ".join(
+        f"SELECT decision_id, {_text(o)} AS objective, {_name(o)} AS value FROM decisions WHERE {_name(o)} IS NOT NULL"  # noqa: S608 - names are quoted
+        for o in sources.platform.objectives
+    )
+    sources.view(view, f"FROM ({long}) LEFT JOIN _reported USING (decision_id, objective)")
+
+
+def _recommendations(platform: Platform, view: View) -> pl.DataFrame:
+    """What was served, by the endpoint, the command line and in batches, as it was answered."""
+    value, explore, exploration, degraded, carried_out, source = (column.name for column in view.columns[-6:])
+    live = _logged(platform, "decisions")
+
+    answered = pl.col("detail").str.json_decode(
+        pl.Struct({"value": pl.Float64(), "explore": pl.Boolean(), "exploration": pl.Float64(), "degraded": pl.String()})
+    )
+    action = _action(platform)
+    live = live.with_columns(*action, _moment("decided_at"), answered.alias("detail"), pl.lit("endpoint").alias(source)).drop("action")
+    ours = {value: "value", explore: "explore", exploration: "exploration", degraded: "degraded"}
+    live = live.with_columns(pl.col("detail").struct.field(name).alias(shown) for shown, name in ours.items()).drop("detail")
+    names = ["decision_id", "player_id", "decided_at", "policy", "model_version", *platform.action_columns, "propensity"]
+    batches = [
+        frame.select(pl.col(name).cast(live.schema[name]) for name in names if name in frame.columns).with_columns(pl.lit("batch").alias(source))
+        for frame in _batches(platform)
+    ]
+    served = pl.concat([live, *batches], how="diagonal").unique("decision_id", keep="first", maintain_order=True)
+    done = _latest(_logged(platform, "executed"), ["decision_id"]).with_columns(action)
+    done = done.select("decision_id", pl.col("action").is_null().alias("?not"), *(pl.col(a).alias(f"{a} done") for a in platform.action_columns))
+    served = served.join(done, on="decision_id", how="left", maintain_order="left")
+    same = pl.all_horizontal(pl.col(f"{a} done") == pl.col(a) for a in platform.action_columns)
+    verdict = pl.when("?not").then(pl.lit("not at all")).when(same).then(pl.lit("as served")).when(pl.col("?not").is_not_null()).then(pl.lit("otherwise"))
+    return served.with_columns(verdict.alias(carried_out)).select(column.name for column in view.columns)
+
+
+def _batches(platform: Platform) -> Iterator[pl.DataFrame]:
+    for path in sorted(Workspace(platform.root).served.glob("[!.]*.parquet")):
+        try:
+            yield pl.read_parquet(path)
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise WorkspaceError(f"{path}: a batch of served decisions cannot be read ({_line(error)}); restore it from a backup, or move it away") from None
+
+
+def _action(platform: Platform) -> list[pl.Expr]:
+    kind = pl.Float64() if platform.dimension_names else pl.String()
+    return json_fields("action", dict.fromkeys(platform.action_columns, kind))
+
+
+def _moment(column: str) -> pl.Expr:
+    return pl.col(column).cast(TIME)
+
+
+def _latest(frame: pl.DataFrame, key: list[str]) -> pl.DataFrame:
+    """What was recorded last of each, whichever server took it."""
+    return frame.sort("recorded_at").unique(key, keep="last", maintain_order=True)
+
+
+def _logged(platform: Platform, table: str) -> pl.DataFrame:
+    """One table of all servers' logs; a log of an earlier version may lack it."""
+    schema = _SERVED[table]
+    found = [pl.DataFrame(schema=schema)]
+    for path in sorted(Workspace(platform.root).served.glob("[!.]*.db")):
+        with _reading(path) as database:
+            if database.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)).fetchone():
+                query = f"SELECT {', '.join(schema)} FROM {table}"  # noqa: S608 - constants only
+                found.append(pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None))
+    return pl.concat(found)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[sqlite3.Connection]:
+    """One server's log, which may be written to meanwhile."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as database:
+            yield database
+    except (sqlite3.Error, pl.exceptions.PolarsError) as error:
+        raise WorkspaceError(f"{path}: the log of served decisions cannot be read ({_line(error)}); restore it from a backup, or move it away") from None
+
+
+def _lay_activity(sources: _Sources, view: View) -> None:
+    """The accepted events, and those that came over HTTP and are not among them; an export of such an event is the same event."""
+    platform = sources.platform
+    if platform.logs.activity is None:
+        sources.view(view, f"SELECT {', '.join(f'NULL AS {_name(c.name)}' for c in view.columns)} WHERE false")
+        return
+    sources.parquet("_activity", _accepted(platform, "activity", view))
+    heard = _logged(platform, "activity").sort("recorded_at").unique(["player_id", "occurred_at", "body"], keep="first", maintain_order=True)
+    body = pl.col("body").str.json_decode(pl.Struct(dict.fromkeys(platform.state.measures, pl.Float64())))
+    values = [body.struct.field(m).alias(m) for m in platform.state.measures]
+    heard = heard.with_columns(_moment("occurred_at"), pl.max_horizontal("recorded_at", "occurred_at").cast(TIME).alias("known_at"), *values)
+    sources.frame("_heard", heard.select(column.name for column in view.columns))
+    # of what is counted a value says nothing; and exports are often float32
+    same = " AND ".join(
+        f"(h.{_name(n)} IS NULL) = (a.{_name(n)} IS NULL)" if m.aggregate == "count"
+        else f"CAST(h.{_name(n)} AS FLOAT) IS NOT DISTINCT FROM CAST(a.{_name(n)} AS FLOAT)"
+        for n, m in platform.state.measures.items()
+    )  # fmt: skip
+    on = "h.player_id = a.player_id AND h.occurred_at = a.occurred_at" + (f" AND {same}" if same else "")
+    sources.view(view, f"FROM _activity UNION ALL BY NAME FROM _heard AS h ANTI JOIN _activity AS a ON {on}")
+
+
+# ---- models ------------------------------------------------------------------------------------------------------------
+def _lay_models(sources: _Sources, known: Mapping[str, View], wanted: frozenset[str]) -> None:
+    from fastq import registry
+
+    platform = sources.platform
+    versions = registry.models(platform)
+    if "models" in wanted:
+        schema = {"version": pl.String(), "aliases": pl.List(pl.String()), "created_at": pl.String(), "verdict": pl.String()}
+        sources.frame("_models", pl.DataFrame(versions, schema=schema))
+        sources.view(known["models"], "FROM _models")
+    if "estimates" in wanted:
+        numbers = {"value", "low", "high", "ess"}
+        schema = {c.name: pl.Float64() if c.name in numbers else pl.String() for c in known["estimates"].columns}
+        rows = []
+        for model in versions:
+            report = _bundle(platform, str(model["version"]))[1].get("details", {}).get("evaluation") or {}
+            rows += [{**{name: row.get(name) for name in schema}, "model_version": str(model["version"])} for row in report.get("estimates", [])]
+        sources.frame("_estimates", pl.DataFrame(rows, schema=schema))
+        sources.view(known["estimates"], "FROM _estimates")
+
+
+def _bundle(platform: Platform, version: str) -> tuple[Path, dict[str, Any]]:
+    """A version's bundle and its description; the verified copy that is here, else fetched. Raises `BundleError`."""
+    from fastq import registry
+
+    directory = Workspace(platform.root).models / version
+    directory = directory if directory.exists() else registry.fetch(platform, version)
+    return directory, registry.verify(directory)
+
+
+# ---- explanations ------------------------------------------------------------------------------------------------------
+def _explained(platform: Platform) -> Path:
+    """The file of all served decisions' parts. What was decided never changes, so each is computed once and kept."""
+    workspace = Workspace(platform.root)
+    directory = workspace.state / "queries"
+    path = directory / "explanations.parquet"
+    workspace.make(directory)
+    with workspace.lock("queries", wait_seconds=600):
+        kept = pl.DataFrame(schema=_EXPLAINED)
+        with contextlib.suppress(OSError, pl.exceptions.PolarsError):  # only a copy: made anew
+            kept = pl.read_parquet(path)
+        explained = set(kept["decision_id"].unique()) if kept.schema == pl.Schema(_EXPLAINED) else set()
+        kept = kept if explained else pl.DataFrame(schema=_EXPLAINED)
+        served, fresh = set(), []
+        for log in sorted(workspace.served.glob("[!.]*.db")):
+            with _reading(log) as database:
+                ids = [row[0] for row in database.execute("SELECT decision_id FROM decisions WHERE state IS NOT NULL AND model_version IS NOT NULL")]
+                served.update(ids)
+                missing = [i for i in ids if i not in explained]
+                explained.update(missing)
+                for start in range(0, len(missing), CHUNK):
+                    query = "SELECT decision_id, model_version, action, state FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))"
+                    fresh.append(_parts(platform, database.execute(query, (json.dumps(missing[start : start + CHUNK]),)).fetchall()))
+        still = kept.filter(pl.col("decision_id").is_in(pl.Series(sorted(served), dtype=pl.String).implode()))
+        if fresh or still.height < kept.height or not path.exists():
+            with replacing(path) as partial:
+                pl.concat([still, *fresh]).write_parquet(partial)
+    return path
+
+
+def _parts(platform: Platform, decisions: list[tuple[str, str, str, bytes]]) -> pl.DataFrame:
+    """The weighted parts of decisions (id, version, action, state), and what they have over each behaviour policy's; as `fastq.explanation` has them."""
+    import numpy as np
+
+    from fastq.explanation import HORIZONS
+
+    found = [pl.DataFrame(schema=_EXPLAINED)]
+    for version in dict.fromkeys(row[1] for row in decisions):
+        try:
+            policy = _policy(platform, version)
+        except FastqError as error:
+            logger.warning("decisions of model version %s are not explained: %s", version, error)
+            continue
+        rows = [(i, json.loads(action), state) for i, v, action, state in decisions if v == version]
+        rows = [row for row in rows if None not in row[1].values()]  # a catalogue's default may be no item
+        if not rows:
+            continue
+        columns = policy.platform.action_columns
+        given = np.array([r[1]["item_id"] for r in rows], object) if policy.catalogue is not None else np.array([[r[1][c] for c in columns] for r in rows])
+        encoded = policy.encode(_states(policy, [r[2] for r in rows]))
+        vectors = policy.as_actions(given) if policy.catalogue is not None else given.astype(float)
+        parts = policy.parts(encoded, np.concatenate([vectors[:, None], policy.expert_actions(encoded)], 1)) * policy.platform.weights[:, None]
+        parts[:, 1:] = parts[:, :1] - parts[:, 1:]
+        against, objectives = [None, *policy.policies], list(policy.platform.objectives)
+        one, other, objective, horizon = np.indices(parts.shape).reshape(4, -1)
+
+        def named(names: list[Any], at: Any) -> pl.Series:
+            return pl.Series(names, dtype=pl.String).gather(at)
+
+        columns_of = {
+            "decision_id": named([r[0] for r in rows], one),
+            "objective": named(objectives, objective),
+            "horizon": named(list(HORIZONS), horizon),
+            "against": named(against, other),
+            "value": pl.Series(parts.ravel()),
+        }
+        found.append(pl.DataFrame(columns_of).with_columns(model_version=pl.lit(version)).select(list(_EXPLAINED)))
+    return pl.concat(found)
+
+
+def _policy(platform: Platform, version: str) -> Policy:
+    from fastq.policy import Policy
+
+    try:
+        return Policy.load(_bundle(platform, version)[0], version=version)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{platform.platform} version {version}: cannot be read by this release ({_line(error)})") from None
+
+
+def _states(policy: Policy, packed: list[bytes]) -> PlayerStates:
+    """States as `serving.online.pack_state` keeps them (a JSON line, then float32 arrays; compressed), as one batch."""
+    import numpy as np
+
+    from fastq.features import PlayerStates
+
+    arrays: dict[str, list[Any]] = {"history": [], "actions": [], "objectives": []}
+    attributes, policies = [], []
+    for one in packed:
+        head, _, body = zlib.decompress(one).partition(b"\n")
+        header, at = json.loads(head), 0
+        for name, shape in header["shapes"].items():
+            size = int(np.prod(shape)) * 4
+            arrays[name].append(np.frombuffer(body[at : at + size], "<f4").reshape(shape))
+            at += size
+        attributes.append(header["attributes"])
+        policies.append(header["policy"])
+    frame = pl.DataFrame(
+        {
+            name: pl.Series([row.get(name) for row in attributes], dtype=pl.Float64 if a.kind == "numeric" else pl.String)
+            for name, a in policy.platform.state.attributes.items()
+        }
+    )
+    history, actions, objectives = (np.stack(arrays[name]) for name in ("history", "actions", "objectives"))
+    return PlayerStates(history, frame if frame.width else pl.DataFrame(height=len(packed)), actions, objectives, policies)
+
+
+if __name__ == "__main__":
+    _main()
