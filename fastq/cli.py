@@ -495,7 +495,7 @@ def _alternative(platform: Platform, text: str) -> str | dict[str, float] | dict
 def _nothing_to_trust(document: Document, platform: Platform) -> bool:
     """Whether no estimate of the weighted sum of any model, as opposed to the behaviour policies, may be trusted."""
     verdicts = [row["verdict"] for row in document["estimates"] if row["objective"] is None and row["policy"] not in platform.policies]
-    return not any(verdict == "trust" for verdict in verdicts)
+    return not any(verdict.startswith("trust") for verdict in verdicts)
 
 
 def _who() -> str:

@@ -7,10 +7,15 @@ What the user has set already wins, save for the time zone.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import random
+import socket
 import time
+from pathlib import Path
 
+from fastq.errors import WorkspaceError
 from fastq.workspace import Workspace
 
 DEFAULTS = {
@@ -67,3 +72,22 @@ def prepare(workspace: Workspace | None = None) -> None:
         home = workspace.prefect.resolve()
         os.environ.setdefault("PREFECT_HOME", str(home))
         os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(home / "results"))  # small JSON files, from which a stopped flow resumes
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports of loopback that nobody listens on now, all different.
+
+    Below those that the system gives to outgoing connections, where that leaves enough: one of them could take a port before it is listened on.
+    """
+    try:
+        given_out_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError):  # not Linux
+        given_out_from = 32_768
+    found: list[int] = []
+    for port in random.sample(range(10_000, max(given_out_from, 20_000)), 1_000):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == n:
+            return found
+    raise WorkspaceError(f"there are no {n} free ports between 10000 and {given_out_from}")

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastq import worlds
+from fastq.environment import free_ports
 from fastq.errors import ConfigurationError, FastqError
 from fastq.platform import FILE_NAME, OWN_POLICY, Platform, load_platform
 from fastq.workspace import Workspace, replacing
@@ -229,9 +229,7 @@ def served(platform: Platform) -> Iterator[Any]:
         )
         for role in ("recommend", "analyst")
     }
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     log = (platform.root / ".fastq" / "serve.log").open("w")
     server = subprocess.Popen(
         [*command, "serve", "--port", str(port)], cwd=platform.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from fastq.environment import prepare
+from fastq.environment import free_ports, prepare
 from fastq.errors import ConfigurationError, WorkspaceError
 from fastq.platform import Platform, load_platform
 from fastq.workspace import Workspace
@@ -170,7 +170,7 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
     token.write_text(secrets.token_hex(32))
     proxy = directory / "haproxy"
     proxy.mkdir(exist_ok=True)
-    stats, metrics, fallback = _free_ports(3)
+    stats, metrics, fallback = free_ports(3)
     os.environ.update(
         {
             MARK: str(platform.root),  # by which `sweep` knows our processes
@@ -209,13 +209,13 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: stopped.set())  # Ray has put its own there
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        ray_serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"))
-        if not stopped.is_set():
-            try:
+        try:
+            ray_serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"))
+            if not stopped.is_set():
                 ray_serve.run(build({"workspace": str(platform.root)}), route_prefix="/", name="fastq")
-            except RuntimeError as error:
-                reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-                raise WorkspaceError(f"{platform.root}: the endpoint could not start; .fastq/logs/serving.log says why ({reason})") from error
+        except (RuntimeError, ray.exceptions.RayError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise WorkspaceError(f"{platform.root}: the endpoint could not start; .fastq/logs/serving.log may say why ({reason})") from error
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         if not stopped.is_set() and _answers(url, host, port, stopped):
             sys.stderr.write(f"fastq serves {platform.platform}, model {version}, at {url} until Ctrl-C; the console is at {url}/console\n")
@@ -273,15 +273,6 @@ exec {binary} "$@"
     )
     script.chmod(0o700)
     return script
-
-
-def _free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on now, all different."""
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(n)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def sweep(root: Path, directory: Path) -> None:

@@ -21,6 +21,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from fastq import registry
+from fastq.environment import free_ports
 from fastq.errors import BundleError, ConfigurationError, WorkspaceError
 from fastq.platform import Platform, load_platform
 from fastq.workspace import Workspace
@@ -549,9 +550,7 @@ def test_serve_from_start_to_kill_to_start_to_a_clean_end(trained: Path, tmp_pat
     """kill -9 of the whole group loses nothing that was acknowledged; SIGTERM ends with 0, frees the port and leaves no process and no file of Ray's."""
     workspace = shutil.copytree(trained, tmp_path / "workspace")
     key = auth.create_key(Workspace(workspace), "analyst")["key"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     log, url, bearer = tmp_path / "log", f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
     process = start(workspace, port, log)
     try:

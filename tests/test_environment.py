@@ -1,13 +1,16 @@
 """The table of variables: telemetry off in every dependency, the user's own choice respected, UTC whatever was set."""
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from fastq.environment import DEFAULTS, prepare
+from fastq.environment import DEFAULTS, free_ports, prepare
 from fastq.workspace import Workspace
 
 
@@ -58,3 +61,13 @@ def test_the_libraries_themselves_say_that_they_report_nothing(question, tmp_pat
     program = f"from fastq.environment import prepare; prepare(); {question}"
     answer = subprocess.run([sys.executable, "-c", program], env=clean, capture_output=True, text=True, check=False, timeout=120)
     assert answer.stdout.strip() == "True", answer.stderr[-1000:]
+
+
+def test_free_ports_are_free_different_and_never_given_to_a_connection():
+    found = free_ports(5)
+    assert len(set(found)) == 5
+    given_out_from = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert max(found) < max(given_out_from, 20_000)
+    with contextlib.ExitStack() as held:
+        for port in found:
+            held.enter_context(socket.socket()).bind(("127.0.0.1", port))

@@ -12,6 +12,8 @@ import httpx
 import psutil
 import pytest
 
+from fastq.environment import free_ports
+
 ELSEWHERE = "192.0.2.1"  # reserved for examples: RFC 5737
 
 
@@ -27,12 +29,6 @@ def test_the_trace_sees_what_leaves(as_a_user, tmp_path):
     assert {ELSEWHERE, "2001:db8::1"} <= run.strangers(), run.trace.read_text()
 
 
-def port_nobody_has():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def on_loopback(address):
     """Also where IPv6 wraps an address of IPv4."""
     found = ip_address(address)
@@ -42,7 +38,7 @@ def on_loopback(address):
 @pytest.fixture(scope="module")
 def server(as_a_user, trained, tmp_path_factory):
     """`fastq serve`, traced, ready, in a workspace of its own."""
-    workspace, port = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "workspace"), port_nobody_has()
+    workspace, port = shutil.copytree(trained, tmp_path_factory.mktemp("served") / "workspace"), *free_ports(1)
     run = as_a_user("serve", "--port", port, cwd=workspace, traced=True)
     until = time.monotonic() + 240
     while True:
