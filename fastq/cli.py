@@ -745,7 +745,7 @@ def run(arguments: list[str]) -> int:
     except SystemExit as stop:  # Lightning leaves by this when it is interrupted, with codes that say success
         code = stop.code if isinstance(stop.code, int) and stop.code else 128 + signal.SIGTERM
     except Exception as error:  # noqa: BLE001 - the last one to see it
-        if not received:  # else it only tells that Prefect's server, which Ctrl-C reached too, ended before us
+        if not received:  # else it only tells what the signal ended before us, as Prefect's server
             code = _failure(error)
     if received:
         sys.stderr.write(f"\nstopped by {signal.Signals(received[0]).name}\n")

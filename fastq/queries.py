@@ -17,7 +17,6 @@ import logging
 import math
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ import polars as pl
 
 from fastq.errors import BundleError, FastqError, RequestError, WorkspaceError
 from fastq.platform import Platform, format_duration, load_platform
-from fastq.records import json_fields, read_served
+from fastq.records import decision_logs, json_fields, read_served, reading_log, served_log
 from fastq.sources import TIME
 from fastq.workspace import Workspace, replacing
 
@@ -52,21 +51,6 @@ OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside 
 CHUNK = 4_096  # decisions explained at a time
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
-_SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log, and of a batch as far as it has it
-    "decisions": {
-        "decision_id": pl.String(),
-        "player_id": pl.String(),
-        "decided_at": pl.Int64(),
-        "policy": pl.String(),
-        "propensity": pl.Float64(),
-        "model_version": pl.String(),
-        "action": pl.String(),
-        "detail": pl.String(),
-    },
-    "outcomes": {"decision_id": pl.String(), "objective": pl.String(), "value": pl.Float64(), "recorded_at": pl.Int64()},
-    "executed": {"decision_id": pl.String(), "action": pl.String(), "recorded_at": pl.Int64()},
-    "activity": {"player_id": pl.String(), "occurred_at": pl.Int64(), "recorded_at": pl.Int64(), "body": pl.String()},
-}
 _EXPLAINED = {
     "decision_id": pl.String(),
     "model_version": pl.String(),
@@ -542,7 +526,7 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
     objectives = list(platform.objectives)
     carried = ["assignment", *objectives]
     exported = pl.scan_parquet(path).join(served.lazy().select("decision_id"), on="decision_id", how="semi").select("decision_id", *carried).collect()
-    undone = _latest(_logged(platform, "executed"), ["decision_id"]).filter(pl.col("action").is_null())["decision_id"]
+    undone = _latest(served_log(platform, "executed"), ["decision_id"]).filter(pl.col("action").is_null())["decision_id"]
     done = ~pl.col("decision_id").is_in(undone.implode())
     merged = served.join(exported, on="decision_id", how="left", suffix=" logged", maintain_order="left").with_columns(
         # as records has it: an export of what was served adds what was not reported, unless it was not carried out
@@ -558,7 +542,7 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
 
 
 def _lay_outcomes(sources: _Sources, view: View) -> None:
-    reported = _latest(_logged(sources.platform, "outcomes"), ["decision_id", "objective"])
+    reported = _latest(served_log(sources.platform, "outcomes"), ["decision_id", "objective"])
     sources.frame("_reported", reported.select("decision_id", "objective", _moment("recorded_at")))
     long = " UNION ALL ".join(
         f"SELECT decision_id, {_text(o)} AS objective, {_name(o)} AS value FROM decisions WHERE {_name(o)} IS NOT NULL"  # noqa: S608 - names are quoted
@@ -570,7 +554,7 @@ def _lay_outcomes(sources: _Sources, view: View) -> None:
 def _recommendations(platform: Platform, view: View) -> pl.DataFrame:
     """What was served, by the endpoint, the command line and in batches, as it was answered."""
     value, explore, exploration, degraded, carried_out, source = (column.name for column in view.columns[-6:])
-    live = _logged(platform, "decisions")
+    live = served_log(platform, "decisions", {"detail": pl.String()})
 
     answered = pl.col("detail").str.json_decode(
         pl.Struct({"value": pl.Float64(), "explore": pl.Boolean(), "exploration": pl.Float64(), "degraded": pl.String()})
@@ -585,7 +569,7 @@ def _recommendations(platform: Platform, view: View) -> pl.DataFrame:
         for frame in _batches(platform)
     ]
     served = pl.concat([live, *batches], how="diagonal").unique("decision_id", keep="first", maintain_order=True)
-    done = _latest(_logged(platform, "executed"), ["decision_id"]).with_columns(action)
+    done = _latest(served_log(platform, "executed"), ["decision_id"]).with_columns(action)
     done = done.select("decision_id", pl.col("action").is_null().alias("?not"), *(pl.col(a).alias(f"{a} done") for a in platform.action_columns))
     served = served.join(done, on="decision_id", how="left", maintain_order="left")
     same = pl.all_horizontal(pl.col(f"{a} done") == pl.col(a) for a in platform.action_columns)
@@ -615,28 +599,6 @@ def _latest(frame: pl.DataFrame, key: list[str]) -> pl.DataFrame:
     return frame.sort("recorded_at").unique(key, keep="last", maintain_order=True)
 
 
-def _logged(platform: Platform, table: str) -> pl.DataFrame:
-    """One table of all servers' logs; a log of an earlier version may lack it."""
-    schema = _SERVED[table]
-    found = [pl.DataFrame(schema=schema)]
-    for path in sorted(Workspace(platform.root).served.glob("[!.]*.db")):
-        with _reading(path) as database:
-            if database.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?", (table,)).fetchone():
-                query = f"SELECT {', '.join(schema)} FROM {table}"  # noqa: S608 - constants only
-                found.append(pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None))
-    return pl.concat(found)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[sqlite3.Connection]:
-    """One server's log, which may be written to meanwhile."""
-    try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as database:
-            yield database
-    except (sqlite3.Error, pl.exceptions.PolarsError) as error:
-        raise WorkspaceError(f"{path}: the log of served decisions cannot be read ({_line(error)}); restore it from a backup, or move it away") from None
-
-
 def _lay_activity(sources: _Sources, view: View) -> None:
     """The accepted events, and those that came over HTTP and are not among them; an export of such an event is the same event."""
     platform = sources.platform
@@ -644,9 +606,8 @@ def _lay_activity(sources: _Sources, view: View) -> None:
         sources.view(view, f"SELECT {', '.join(f'NULL AS {_name(c.name)}' for c in view.columns)} WHERE false")
         return
     sources.parquet("_activity", _accepted(platform, "activity", view))
-    heard = _logged(platform, "activity").sort("recorded_at").unique(["player_id", "occurred_at", "body"], keep="first", maintain_order=True)
-    body = pl.col("body").str.json_decode(pl.Struct(dict.fromkeys(platform.state.measures, pl.Float64())))
-    values = [body.struct.field(m).alias(m) for m in platform.state.measures]
+    heard = served_log(platform, "activity").sort("recorded_at").unique(["player_id", "occurred_at", "body"], keep="first", maintain_order=True)
+    values = json_fields("body", dict.fromkeys(platform.state.measures, pl.Float64()))
     heard = heard.with_columns(_moment("occurred_at"), pl.max_horizontal("recorded_at", "occurred_at").cast(TIME).alias("known_at"), *values)
     sources.frame("_heard", heard.select(column.name for column in view.columns))
     # of what is counted a value says nothing; and exports are often float32
@@ -703,8 +664,8 @@ def _explained(platform: Platform) -> Path:
         explained = set(kept["decision_id"].unique()) if kept.schema == pl.Schema(_EXPLAINED) else set()
         kept = kept if explained else pl.DataFrame(schema=_EXPLAINED)
         served, fresh = set(), []
-        for log in sorted(workspace.served.glob("[!.]*.db")):
-            with _reading(log) as database:
+        for log in decision_logs(platform):
+            with reading_log(log) as database:
                 ids = [row[0] for row in database.execute("SELECT decision_id FROM decisions WHERE state IS NOT NULL AND model_version IS NOT NULL")]
                 served.update(ids)
                 missing = [i for i in ids if i not in explained]

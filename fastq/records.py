@@ -11,7 +11,7 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -409,7 +409,7 @@ def _served(platform: Platform) -> pl.DataFrame:
     """As `read_served`, with `?executed`: false where the platform said that a decision was not carried out."""
     directory = Workspace(platform.root).served
     columns = {name: DTYPES[column.kind] for name, column in columns_of(platform, "decisions").items()}
-    decisions, outcomes, instead = (_logged(platform, table) for table in ("decisions", "outcomes", "executed"))
+    decisions, outcomes, instead = (served_log(platform, table) for table in ("decisions", "outcomes", "executed"))
     action = json_fields("action", {a: columns[a] for a in platform.action_columns})
     bodies = [pl.DataFrame(schema=columns), decisions.with_columns(pl.col("decided_at").cast(TIME), *action).drop("action")]
     for path in sorted(directory.glob("[!.]*.parquet")):
@@ -457,21 +457,29 @@ _SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log
 }
 
 
-def _logged(platform: Platform, table: str) -> pl.DataFrame:
-    """One table of all servers' logs; a log of an earlier version may lack it."""
-    paths = sorted(Workspace(platform.root).served.glob("[!.]*.db"))
-    return pl.concat([pl.DataFrame(schema=_SERVED[table]), *(_read_decision_log(path, table) for path in paths)])
+def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
+    """One table of all servers' logs, with `more` columns if asked for; a log of an earlier version may lack the table."""
+    schema = _SERVED[table] | dict(more or {})
+    found = [pl.DataFrame(schema=schema)]
+    for path in decision_logs(platform):
+        with reading_log(path) as database:
+            if database.execute("select 1 from sqlite_master where type = 'table' and name = ?", (table,)).fetchone():
+                query = f"select {', '.join(schema)} from {table}"  # noqa: S608 - constants only
+                found.append(pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None))
+    return pl.concat(found)
 
 
-def _read_decision_log(path: Path, table: str) -> pl.DataFrame:
-    """One table of one server's log, which may be written to meanwhile."""
-    types = _SERVED[table]
+def decision_logs(platform: Platform) -> list[Path]:
+    """The logs of all servers of a workspace."""
+    return sorted(Workspace(platform.root).served.glob("[!.]*.db"))
+
+
+@contextlib.contextmanager
+def reading_log(path: Path) -> Iterator[sqlite3.Connection]:
+    """One server's log, which may be written to meanwhile. Raises `WorkspaceError` where it cannot be read."""
     try:
         with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as database:
-            if not database.execute("select 1 from sqlite_master where type = 'table' and name = ?", (table,)).fetchone():
-                return pl.DataFrame(schema=types)
-            query = f"select {', '.join(types)} from {table}"  # noqa: S608 - constants only
-            return pl.read_database(query, database, schema_overrides=types, infer_schema_length=None)
+            yield database
     except (sqlite3.Error, pl.exceptions.PolarsError) as error:
         raise WorkspaceError(f"{path}: the log of served decisions cannot be read ({error}); restore it from a backup, or move it away") from None
 
@@ -484,7 +492,7 @@ def json_fields(column: str, fields: Mapping[str, pl.DataType]) -> list[pl.Expr]
 
 def _heard(platform: Platform) -> pl.DataFrame:
     """Events that the endpoint took, in the columns of the activity log: known from when they came."""
-    events = _logged(platform, "activity")
+    events = served_log(platform, "activity")
     values = json_fields("body", dict.fromkeys(platform.state.measures, pl.Float64()))
     return events.select("player_id", pl.col("occurred_at", "recorded_at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"), *values)
 

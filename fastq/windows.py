@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -141,11 +142,14 @@ def _churned(platform: Platform, decisions: pl.DataFrame, activity: pl.DataFrame
     gap = platform.state.churn * microseconds(platform)
     events = activity.select("player_id", happened=pl.col("occurred_at").dt.epoch("us")).sort("happened")
     asked = decisions.select("player_id", "moment", order=pl.int_range(pl.len())).sort("moment")
-    on = {"left_on": "moment", "right_on": "happened", "by": "player_id", "check_sortedness": False}
-    before, after = (
-        asked.join_asof(events, strategy=strategy, allow_exact_matches=strategy == "backward", **on).sort("order")["happened"]  # type: ignore[arg-type]
-        for strategy in ("backward", "forward")
-    )
+
+    def seen(strategy: Literal["backward", "forward"], *, at_the_moment: bool) -> pl.Series:
+        found = asked.join_asof(
+            events, left_on="moment", right_on="happened", by="player_id", strategy=strategy, allow_exact_matches=at_the_moment, check_sortedness=False
+        )
+        return found.sort("order")["happened"]
+
+    before, after = seen("backward", at_the_moment=True), seen("forward", at_the_moment=False)
     moment = decisions["moment"].to_numpy()
     last, back = before.fill_null(np.iinfo(np.int64).min // 2).to_numpy(), after.fill_null(np.iinfo(np.int64).max).to_numpy()
     gone_at = np.where(moment - last < gap, last, moment) + gap

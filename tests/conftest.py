@@ -19,6 +19,8 @@ import pytest
 
 from fastq.environment import DEFAULTS, prepare
 
+FASTQ = str(Path(sys.executable).with_name("fastq"))
+
 
 def pytest_configure(config):
     """Before any test module imports torch, Prefect or Ray: they read these once."""
@@ -48,13 +50,12 @@ def fastq(prefect_server):
 
     Output goes through files: a process left behind would hold a pipe open, and the test with it.
     """
-    command = Path(sys.executable).with_name("fastq")
 
     def run(*arguments, cwd, code=None, timeout=600, **environment):
         env = dict(os.environ) | {"COLUMNS": "200", "PREFECT_API_URL": prefect_server} | environment
         with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
             finished = subprocess.run(
-                [command, *map(str, arguments)], cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout, env=env, check=False
+                [FASTQ, *map(str, arguments)], cwd=cwd, stdin=subprocess.DEVNULL, stdout=out, stderr=err, timeout=timeout, env=env, check=False
             )
             out.seek(0)
             err.seek(0)
@@ -69,7 +70,6 @@ def fastq(prefect_server):
 
 
 # ---- as a user runs it ------------------------------------------------------------------------------------------------------
-FASTQ = str(Path(sys.executable).with_name("fastq"))
 MARKED = "FASTQ_TEST_RUN"  # in the environment of whatever a command starts, so that the test finds what it left behind
 CALLS = "connect,sendto,sendmsg,sendmmsg"
 ADDRESS = re.compile(r'inet_addr\("([^"]+)"\)|inet_pton\(AF_INET6, "([^"]+)"')
