@@ -8,13 +8,17 @@ What was not known strictly before a decision is not in its state: late events b
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import math
+import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 import numpy as np
+import orjson
 import polars as pl
 
 from fastq.errors import RequestError
@@ -237,9 +241,111 @@ def attributes_at(platform: Platform, players: pl.DataFrame | None, player_ids: 
     return joined.sort("order").select(pl.col(name).cast(types[name]) for name in names)
 
 
-# ---- online: one row per player, rolled to the moment it is read -------------------------------------------------------------
+# ---- online: what is kept of each player, rolled to the moment it is read ---------------------------------------------------
+NEVER = 0  # microseconds since 1970 of what never happened
+_MARK = 8  # bytes in front of a packed state that say what features it holds
+
+
+@dataclass(frozen=True)
+class OnlineStates:
+    """What the online store keeps of B players, as arrays; `states_at` turns it into states. Oldest period first, NaN marks what is not known.
+
+    window [B, W, F] float32, counts [B, W, measures] float32 and decided [B, W] int64 as in `PlayerRows`; period [B] int64, that of the newest row.
+    policies [B]: who acted last. seen_at [B] int64: when the player was seen last, microseconds since 1970, `NEVER` for never.
+    read_at [B] int64: decisions and outcomes from before it are in the row, later ones may be. heard [B]: per server's log, `recorded_at` of the
+    newest event that is in the row; events are in it up to there and no further, so none is counted twice. attributes: name to values [B].
+    stored [B] bool: False where nothing at all is kept of the player; such a row is empty.
+    """
+
+    player_ids: list[str]
+    window: np.ndarray
+    counts: np.ndarray
+    decided: np.ndarray
+    period: np.ndarray
+    policies: list[str | None]
+    seen_at: np.ndarray
+    read_at: np.ndarray
+    heard: list[dict[str, int]]
+    attributes: dict[str, np.ndarray | list[str | None]]
+    stored: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.player_ids)
+
+    @property
+    def known(self) -> np.ndarray:
+        """[B] bool: whether anything at all is known of the player: that they were seen, or an attribute."""
+        found = self.seen_at != NEVER
+        for values in self.attributes.values():
+            found |= ~np.isnan(values) if isinstance(values, np.ndarray) else np.array([v is not None for v in values], bool)
+        return found
+
+    def attribute_frame(self) -> pl.DataFrame:
+        """The attributes in the platform file's order, null where unknown."""
+        columns = {name: pl.Series(v).fill_nan(None) if isinstance(v, np.ndarray) else pl.Series(v, dtype=pl.String) for name, v in self.attributes.items()}
+        return pl.DataFrame(columns)
+
+
+def online_states(platform: Platform, frame: pl.DataFrame) -> OnlineStates:
+    """An online frame as arrays, which share no memory with it."""
+    n, w, n_measures = len(frame), platform.state.window, len(platform.state.measures)
+
+    def stacked(column: str, dtype: type) -> np.ndarray:
+        rows = frame[column]
+        return np.array((rows.list.to_array(len(rows[0])) if rows.dtype == pl.List else rows).to_numpy(), dtype)
+
+    def epoch(column: str) -> np.ndarray:
+        return frame[column].dt.epoch("us").fill_null(NEVER).to_numpy().copy()
+
+    attributes: dict[str, np.ndarray | list[str | None]] = {
+        name: frame[name].cast(pl.Float64).fill_null(np.nan).to_numpy().copy() if a.kind == "numeric" else frame[name].to_list()
+        for name, a in platform.state.attributes.items()
+    }
+    return OnlineStates(
+        frame["player_id"].to_list(),
+        stacked("window", np.float32).reshape(n, w, -1) if n else np.empty((0, w, row_width(platform, None)), np.float32),
+        stacked("counts", np.float32)[:, : w * n_measures].reshape(n, w, n_measures) if n else np.empty((0, w, n_measures), np.float32),
+        stacked("decided", np.float64).astype(np.int64).reshape(n, w) if n else np.empty((0, w), np.int64),
+        frame["period"].to_numpy().copy(),
+        frame["policy"].to_list(),
+        epoch("seen_at"),
+        epoch("event_timestamp"),
+        [json.loads(text) if text else {} for text in frame["heard"]],
+        attributes,
+        np.ones(n, bool),
+    )
+
+
+def online_table(platform: Platform, states: OnlineStates) -> pl.DataFrame:
+    """The inverse of `online_states`."""
+    n, schema = len(states), online_schema(platform)
+
+    def moments(values: np.ndarray) -> pl.Series:
+        return pl.Series(values).replace(NEVER, None).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+
+    columns: dict[str, pl.Series] = {
+        "player_id": pl.Series(states.player_ids, dtype=pl.String),
+        "event_timestamp": moments(states.read_at),
+        "window": pl.Series(states.window.reshape(n, -1) if n else [], dtype=None if n else schema["window"]),
+        "counts": pl.Series(
+            (states.counts.reshape(n, -1) if states.counts.shape[2] else np.zeros((n, 1), np.float32)) if n else [], dtype=None if n else schema["counts"]
+        ),
+        "decided": pl.Series(states.decided.astype(float) if n else [], dtype=None if n else schema["decided"]),
+        "period": pl.Series(states.period),
+        "policy": pl.Series(states.policies, dtype=pl.String),
+        "seen_at": moments(states.seen_at),
+        "heard": pl.Series([json.dumps(heard) if heard else None for heard in states.heard], dtype=pl.String),
+    }
+    frame = pl.DataFrame(columns)
+    return (frame.hstack(states.attribute_frame()) if states.attributes else frame).select(pl.col(name).cast(kind) for name, kind in schema.items())
+
+
 def online_frame(platform: Platform, records: Records, at: datetime, rows: PlayerRows | None = None) -> pl.DataFrame:
-    """What the online store keeps of every player at `at`; `states_at` turns it into states. Columns: see `online_schema`."""
+    """What the online store keeps of every player at `at`, as a frame with the columns of `online_schema`; `states_at` turns it into states.
+
+    `event_timestamp` is when the records were read, if that was before `at`: what was said since is not in them.
+    """
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
     now = epoch_microseconds(at)
     moment = pl.lit(now).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     known = Records(
@@ -253,6 +359,7 @@ def online_frame(platform: Platform, records: Records, at: datetime, rows: Playe
         metrics=records.metrics,
         warnings=records.warnings,
     )
+    read_at = min(at, records.read_at or at)
     rows = rows or build_rows(platform, known)
     newest = rows.frame.group_by("player_id", maintain_order=True).agg(pl.col("row").first().alias("first"), pl.col("row").last(), pl.col("period").last())
     idx = newest["row"].to_numpy()[:, None] + np.arange(-platform.state.window + 1, 1)
@@ -271,21 +378,26 @@ def online_frame(platform: Platform, records: Records, at: datetime, rows: Playe
         {
             "player_id": ids,
             "window": pl.Series(rows.matrix[idx].reshape(len(ids), idx.shape[1] * rows.matrix.shape[1])),
-            "counts": pl.Series(rows.counts[idx].reshape(len(ids), idx.shape[1] * rows.counts.shape[1]))
-            if rows.counts.shape[1]
-            else pl.Series([[0.0]] * len(ids), dtype=pl.Array(pl.Float32, 1)),
+            "counts": pl.Series(
+                rows.counts[idx].reshape(len(ids), idx.shape[1] * rows.counts.shape[1]) if rows.counts.shape[1] else np.zeros((len(ids), 1), np.float32)
+            ),
             "decided": pl.Series(rows.decided[idx].astype(float)),
             "period": pl.concat([newest["period"], pl.Series([now // microseconds(platform) - 1] * strangers, dtype=pl.Int64)]),
         }
     )
     frame = frame.join(acted, on="player_id", how="left", maintain_order="left").join(seen_at, on="player_id", how="left", maintain_order="left")
-    moments = pl.Series("at", [at if at.tzinfo else at.replace(tzinfo=UTC)], dtype=pl.Datetime("us", "UTC")).new_from_index(0, len(frame))
+    moments = pl.Series("at", [at], dtype=pl.Datetime("us", "UTC")).new_from_index(0, len(frame))
     frame = frame.hstack(attributes_at(platform, records.players, frame["player_id"], moments))
-    return frame.with_columns(event_timestamp=moments).select(list(online_schema(platform)))
+    said = pl.lit(epoch_microseconds(read_at)).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    heard = pl.lit(json.dumps(dict(records.heard)) if records.heard else None, pl.String)
+    return frame.with_columns(event_timestamp=said, heard=heard).select(list(online_schema(platform)))
 
 
 def online_schema(platform: Platform) -> dict[str, pl.DataType | type[pl.DataType]]:
-    """Names and types of the online frame, in order; `window`, `counts` and `decided` are flattened, oldest period first."""
+    """Names and types of the online frame, in order; `window`, `counts` and `decided` are flattened, oldest period first.
+
+    `event_timestamp` is `OnlineStates.read_at`, `heard` its cursors as JSON.
+    """
     return {
         "player_id": pl.String,
         "event_timestamp": pl.Datetime("us", "UTC"),
@@ -295,23 +407,9 @@ def online_schema(platform: Platform) -> dict[str, pl.DataType | type[pl.DataTyp
         "period": pl.Int64,
         "policy": pl.String,
         "seen_at": pl.Datetime("us", "UTC"),
+        "heard": pl.String,
         **{name: pl.Float64 if a.kind == "numeric" else pl.String for name, a in platform.state.attributes.items()},
     }
-
-
-def _unpack(platform: Platform, frame: pl.DataFrame) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """window [B, W, F], counts [B, W, measures], decided [B, W] of an online frame, writable copies."""
-    n, window, n_measures = len(frame), platform.state.window, len(platform.state.measures)
-
-    def stacked(column: str, dtype: type) -> np.ndarray:
-        if not n:
-            return np.empty((0, 0), dtype)
-        rows = frame[column]
-        return np.array((rows.list.to_array(len(rows[0])) if rows.dtype == pl.List else rows).to_numpy(), dtype)
-
-    values = stacked("window", np.float32).reshape(n, window, -1) if n else np.empty((0, window, row_width(platform, None)), np.float32)
-    counts = stacked("counts", np.float32)[:, : window * n_measures].reshape(n, window, n_measures)
-    return values, counts, stacked("decided", np.float64).reshape(n, window)
 
 
 def _rolled(values: np.ndarray, shift: np.ndarray, fill: float) -> np.ndarray:
@@ -323,98 +421,141 @@ def _rolled(values: np.ndarray, shift: np.ndarray, fill: float) -> np.ndarray:
     return np.where(inside.reshape(inside.shape + (1,) * (values.ndim - 2)), moved, fill).astype(values.dtype)
 
 
-def states_at(platform: Platform, frame: pl.DataFrame, at: datetime) -> PlayerStates:
-    """The states of the players of an online frame as they are at `at`: rolled to the period under way, without what is not yet known."""
+def states_at(platform: Platform, online: OnlineStates | pl.DataFrame, at: datetime) -> PlayerStates:
+    """The states of players (an online frame, or its arrays) as they are at `at`: rolled to the period under way, without what is not yet known."""
+    online = online_states(platform, online) if isinstance(online, pl.DataFrame) else online
     now = epoch_microseconds(at)
-    values, _, decided = _unpack(platform, frame)
-    shift = np.maximum(now // microseconds(platform) - 1 - frame["period"].to_numpy(), 0)
-    values, decided = _rolled(values, shift, np.nan), _rolled(decided, shift, 0.0)
+    shift = np.maximum(now // microseconds(platform) - 1 - online.period, 0)
+    values, decided = _rolled(online.window, shift, np.nan), _rolled(online.decided, shift, 0)
     split_at = [len(platform.state.measures), values.shape[2] - len(platform.objectives)]
     history, actions, objectives = np.split(values, split_at, axis=2)
     unknown = decided[:, :, None] + known_delay(platform) >= now
-    return PlayerStates(
-        history, frame.select(list(platform.state.attributes)), actions, np.where(unknown, np.nan, objectives).astype(np.float32), frame["policy"].to_list()
-    )
+    known = np.where(unknown, np.float32(np.nan), objectives)
+    return PlayerStates(history, online.attribute_frame(), actions, known, online.policies)
 
 
 def with_events(platform: Platform, frame: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
     """The online frame after new activity (`player_id`, `occurred_at`, measures): the same cells that the offline table would hold.
 
-    Events older than the window change nothing; players who are not in the frame get a row of their own.
+    Events that carry the server's `log` they came from and their `recorded_at` (microseconds) count once, however often they are brought: those
+    that a row has heard are left out. Events older than the window change nothing; players who are not in the frame get a row of their own.
     """
     frame = _including(platform, frame, events["player_id"])
     if events.is_empty():
         return frame
-    values, counts, decided = _unpack(platform, frame)
-    cells = (
-        aggregate_events(platform, events.lazy())
-        .join(frame.lazy().select("player_id", pl.int_range(pl.len()).alias("at")), on="player_id")
-        .sort("player_id", "period")
-        .collect()
-    )
-    period, newest = frame["period"].to_numpy().copy(), frame["period"].to_numpy().copy()
+    states = online_states(platform, frame)
+    where = {player: i for i, player in enumerate(states.player_ids)}
+    heard = states.heard
+    if "log" in events.columns:
+        about = events.select("player_id", "log", "recorded_at").rows()
+        events = events.filter(pl.Series([moment > heard[where[player]].get(log, NEVER) for player, log, moment in about], dtype=pl.Boolean))
+        for player, log, moment in about:
+            heard[where[player]][log] = max(moment, heard[where[player]].get(log, NEVER))
+    window, counts, decided = states.window, states.counts, states.decided
+    cells = aggregate_events(platform, events.lazy()).collect()
+    row, when = np.array([where[player] for player in cells["player_id"]], np.int64), cells["period"].to_numpy()
+    newest = states.period.copy()
     if platform.state.measures:  # without any, events have no place in a row
-        np.maximum.at(newest, cells["at"].to_numpy(), cells["period"].to_numpy())
-    values, counts, decided, period = _advanced(values, counts, decided, period, newest)
-    row, slot = cells["at"].to_numpy(), cells["period"].to_numpy() - period[cells["at"].to_numpy()] + platform.state.window - 1
+        np.maximum.at(newest, row, when)
+    window, counts, decided, period = _advanced(window, counts, decided, states.period, newest)
+    slot = when - period[row] + platform.state.window - 1
     for j, (name, measure) in enumerate(platform.state.measures.items()):
         inside = (slot >= 0) & (cells[f"{name}#"].to_numpy() > 0)
         r, s = row[inside], slot[inside]
         new, extra = cells[name].cast(pl.Float64).to_numpy()[inside], cells[f"{name}#"].to_numpy()[inside]
-        values[r, s, j] = _combined(measure, values[r, s, j].astype(float), counts[r, s, j], new, extra)
+        window[r, s, j] = _combined(measure, window[r, s, j].astype(float), counts[r, s, j], new, extra)
         counts[r, s, j] += extra
-    seen = events.group_by("player_id").agg(pl.col("occurred_at").max().alias("?newly"))
-    frame = frame.join(seen, on="player_id", how="left", maintain_order="left").with_columns(seen_at=pl.max_horizontal("seen_at", "?newly"))
-    return _packed(platform, frame, values, counts, decided, period)
+    seen_at = states.seen_at.copy()
+    np.maximum.at(seen_at, [where[player] for player in events["player_id"]], events["occurred_at"].dt.epoch("us").to_numpy())
+    return online_table(platform, replace(states, window=window, counts=counts, decided=decided, period=period, seen_at=seen_at))
 
 
 def with_decisions(platform: Platform, frame: pl.DataFrame, decisions: pl.DataFrame, catalogue: Catalogue | None = None) -> pl.DataFrame:
-    """The online frame after served decisions (canonical columns, sorted by time): their actions and outcomes become lagged features."""
+    """The online frame after served decisions (canonical columns): their actions and outcomes become lagged features."""
     frame = _including(platform, frame, decisions["player_id"])
     if decisions.is_empty():
         return frame
-    values, counts, decided = _unpack(platform, frame)
+    states = online_states(platform, frame)
+    where = {player: i for i, player in enumerate(states.player_ids)}
     decisions = decisions.sort("decided_at", "decision_id")
-    last = decisions.with_columns(_moment(platform, "decided_at"), decided=pl.col("decided_at").dt.epoch("us"))
-    last = (
-        last.group_by("player_id", "period", maintain_order=True)
-        .last()
-        .join(frame.select("player_id", pl.int_range(pl.len()).alias("at")), on="player_id", maintain_order="left")
+    return online_table(
+        platform,
+        lay_decisions(
+            platform,
+            states,
+            np.array([where[player] for player in decisions["player_id"]], np.int64),
+            decisions["decided_at"].dt.epoch("us").to_numpy(),
+            decisions["policy"].to_list(),
+            action_matrix(platform, decisions, catalogue),
+            decisions.select(pl.col(list(platform.objectives)).cast(pl.Float64)).to_numpy(),
+        ),
     )
-    row, when = last["at"].to_numpy(), last["period"].to_numpy()
-    period, newest = frame["period"].to_numpy().copy(), frame["period"].to_numpy().copy()
+
+
+def lay_decisions(
+    platform: Platform,
+    states: OnlineStates,
+    row: np.ndarray,
+    decided_at: np.ndarray,
+    policies: Sequence[str],
+    actions: np.ndarray,
+    objectives: np.ndarray,
+) -> OnlineStates:
+    """The states after N decisions in the order of time: whose `row` [N], when `decided_at` [N] (microseconds), actions [N, D], objectives [N, M].
+
+    Laying a decision twice changes nothing; an objective that is NaN here and known in the row stays known.
+    """
+    if not len(row):
+        return states
+    n_measures, n_objectives = len(platform.state.measures), len(platform.objectives)
+    when = decided_at // microseconds(platform)
+    newest = states.period.copy()
     np.maximum.at(newest, row, when)
-    values, counts, decided, period = _advanced(values, counts, decided, period, newest)
-    slot = when - period[row] + platform.state.window - 1
-    moment = last["decided"].to_numpy()
-    inside = slot >= 0
-    inside[inside] = decided[row[inside], slot[inside]] <= moment[inside]  # a later decision of the same period stands
-    r, s, n_measures = row[inside], slot[inside], len(platform.state.measures)
-    values[r, s, n_measures : values.shape[2] - len(platform.objectives)] = action_matrix(platform, last, catalogue)[inside]
-    values[r, s, values.shape[2] - len(platform.objectives) :] = last.select(pl.col(list(platform.objectives)).cast(pl.Float64)).to_numpy()[inside]
-    decided[r, s] = moment[inside]
-    acted = decisions.group_by("player_id", maintain_order=True).agg(
-        pl.col("policy").last().alias("?acted"), pl.col("decided_at").last().alias("?newly"), _seen(platform).max().alias("?seen")
+    window, counts, decided, period = _advanced(states.window, states.counts, states.decided, states.period, newest)
+    _, last = np.unique(np.stack([row, when])[:, ::-1], axis=1, return_index=True)  # of several in one period the last one stands
+    last = len(row) - 1 - last
+    slot = when[last] - period[row[last]] + platform.state.window - 1
+    last, slot = last[slot >= 0], slot[slot >= 0]
+    stands = decided[row[last], slot] <= decided_at[last]  # unless the row holds a later one already
+    last, slot = last[stands], slot[stands]
+    r = row[last]
+    told = objectives[last]
+    same = (decided[r, slot] == decided_at[last])[:, None] & np.isnan(told)
+    window[r, slot, n_measures : window.shape[2] - n_objectives] = actions[last]
+    window[r, slot, window.shape[2] - n_objectives :] = np.where(same, window[r, slot, window.shape[2] - n_objectives :], told)
+    decided[r, slot] = decided_at[last]
+
+    acted, seen_at, newest_decision = list(states.policies), states.seen_at.copy(), decided.max(1)
+    ours_counts = platform.logs.activity is None
+    for i, at, policy in zip(row.tolist(), decided_at.tolist(), policies, strict=True):
+        if at >= newest_decision[i]:  # an outcome may be told of a decision that others have followed
+            acted[i] = policy
+        if (ours_counts or policy != OWN_POLICY) and at > seen_at[i]:  # as `_seen` has it
+            seen_at[i] = at
+    return replace(states, window=window, counts=counts, decided=decided, period=period, policies=acted, seen_at=seen_at)
+
+
+def empty_states(platform: Platform, player_ids: Sequence[str], width: int, period: int = 0) -> OnlineStates:
+    """Online rows of players of whom nothing is known; `width` is F."""
+    n, window = len(player_ids), platform.state.window
+    return OnlineStates(
+        list(player_ids),
+        np.full((n, window, width), np.nan, np.float32),
+        np.zeros((n, window, len(platform.state.measures)), np.float32),
+        np.zeros((n, window), np.int64),
+        np.full(n, period, np.int64),
+        [None] * n,
+        np.full(n, NEVER, np.int64),
+        np.full(n, NEVER, np.int64),
+        [{} for _ in range(n)],
+        {name: np.full(n, np.nan) if a.kind == "numeric" else [None] * n for name, a in platform.state.attributes.items()},
+        np.zeros(n, bool),
     )
-    frame = frame.join(acted, on="player_id", how="left", maintain_order="left")
-    newer = pl.col("?newly").dt.epoch("us") >= pl.Series(decided.max(1))  # an outcome may be told of a decision that others have followed
-    frame = frame.with_columns(policy=pl.when(newer).then("?acted").otherwise("policy"), seen_at=pl.max_horizontal("seen_at", "?seen"))
-    return _packed(platform, frame, values, counts, decided, period)
 
 
 def empty_frame(platform: Platform, player_ids: pl.Series, width: int, period: int = 0) -> pl.DataFrame:
-    """Online rows of players of whom nothing is known; `width` is F."""
-    n, window = len(player_ids), platform.state.window
-    blank: dict[str, np.ndarray] = {
-        "window": np.full((n, window * width), np.nan, np.float32),
-        "counts": np.zeros((n, max(window * len(platform.state.measures), 1)), np.float32),
-        "decided": np.zeros((n, window)),
-    }
-    schema = online_schema(platform)
-    columns = {name: pl.Series([None] * n, dtype=kind) for name, kind in schema.items()}
-    columns |= {name: pl.Series(values).cast(schema[name]) for name, values in blank.items()}
-    columns |= {"player_id": player_ids, "period": pl.Series([period] * n, dtype=pl.Int64)}
-    return pl.DataFrame(columns)
+    """`empty_states` as an online frame."""
+    return online_table(platform, empty_states(platform, player_ids.to_list(), width, period))
 
 
 def _including(platform: Platform, frame: pl.DataFrame, player_ids: pl.Series) -> pl.DataFrame:
@@ -448,11 +589,124 @@ def _combined(measure: Measure, old: np.ndarray, n_old: np.ndarray, new: np.ndar
     return np.where(n_old > 0, both, new)
 
 
-def _packed(platform: Platform, frame: pl.DataFrame, values: np.ndarray, counts: np.ndarray, decided: np.ndarray, period: np.ndarray) -> pl.DataFrame:
-    flat = counts.reshape(len(frame), -1) if counts.shape[2] else np.zeros((len(frame), 1), np.float32)
-    columns = {"window": values.reshape(len(frame), -1), "counts": flat, "decided": decided, "period": period}
-    schema = online_schema(platform)
-    return frame.with_columns(pl.Series(name, array).cast(schema[name]) for name, array in columns.items()).select(list(schema))
+# ---- one player's state as bytes -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Packing:
+    """How the rows of one platform are packed for the online store: a record of fixed size, then what is text, as JSON.
+
+    `mark` says what features a record holds; bytes that were written for other ones are as good as absent. No pickle.
+    """
+
+    mark: bytes
+    window: int
+    measures: int
+    numeric: tuple[str, ...]
+    categorical: tuple[str, ...]
+
+    def record(self, width: int) -> np.dtype:
+        """The record's type where a row has `width` numbers (F)."""
+        return _record(self.window, self.measures, len(self.numeric), width)
+
+
+def packing(platform: Platform) -> Packing:
+    """The packing of a platform's rows."""
+    kinds = {name: attribute.kind for name, attribute in platform.state.attributes.items()}
+    mark = bytes.fromhex(fingerprint(platform))[:_MARK]
+    numeric = tuple(name for name, kind in kinds.items() if kind == "numeric")
+    return Packing(mark, platform.state.window, len(platform.state.measures), numeric, tuple(name for name in kinds if name not in numeric))
+
+
+@functools.cache
+def _record(window: int, measures: int, numeric: int, width: int) -> np.dtype:
+    return np.dtype(
+        [
+            ("mark", f"S{_MARK}"), ("width", "<i8"), ("period", "<i8"), ("seen_at", "<i8"), ("read_at", "<i8"),
+            ("window", "<f4", (window, width)), ("counts", "<f4", (window, measures)), ("decided", "<i8", (window,)), ("numeric", "<f8", (numeric,)),
+        ]
+    )  # fmt: skip
+
+
+def pack_online(how: Packing, states: OnlineStates) -> list[bytes]:
+    """Each player's row as the online store keeps it; `unpack_online` reads it, bit for bit."""
+    n, width = len(states), states.window.shape[2]
+    table = np.zeros(n, how.record(width))
+    table["mark"], table["width"] = how.mark, width
+    for name in ("period", "seen_at", "read_at", "window", "counts", "decided"):
+        table[name] = getattr(states, name)
+    for j, name in enumerate(how.numeric):
+        table["numeric"][:, j] = states.attributes[name]
+    texts = zip(states.policies, states.heard, *(states.attributes[name] for name in how.categorical), strict=True)
+    return [fixed.tobytes() + orjson.dumps(text) for fixed, text in zip(table, texts, strict=True)]
+
+
+def packed_width(how: Packing, packed: Sequence[bytes | None]) -> int:
+    """F of the states among these that were written last; 0 where none holds the features of now."""
+    newest = max((value[_MARK : _MARK + 40] for value in packed if value is not None and value.startswith(how.mark)), key=_read_at, default=None)
+    return 0 if newest is None else int.from_bytes(newest[:8], "little")
+
+
+def _read_at(head: bytes) -> int:
+    return int.from_bytes(head[24:32], "little", signed=True)
+
+
+def unpack_online(how: Packing, player_ids: Sequence[str], packed: Sequence[bytes | None], width: int) -> OnlineStates:
+    """The rows of players out of their bytes, one per player in their order; where there are none, or they hold other features, an empty one."""
+    record = how.record(width)
+    blank = _blank(how, width)
+    size, head = record.itemsize, blank[: _MARK + 8]
+    stored = [value is not None and value.startswith(head) for value in packed]
+    kept = [value if there and value is not None else blank for value, there in zip(packed, stored, strict=True)]
+    table = np.frombuffer(b"".join([value[:size] for value in kept]), record)
+    texts = [orjson.loads(value[size:]) for value in kept]
+    attributes: dict[str, np.ndarray | list[str | None]] = {name: table["numeric"][:, j] for j, name in enumerate(how.numeric)}
+    attributes |= {name: [text[2 + j] for text in texts] for j, name in enumerate(how.categorical)}
+    return OnlineStates(
+        list(player_ids), table["window"], table["counts"], table["decided"], table["period"], [text[0] for text in texts], table["seen_at"],
+        table["read_at"], [text[1] for text in texts], attributes, np.array(stored, bool),
+    )  # fmt: skip
+
+
+@functools.cache
+def _blank(how: Packing, width: int) -> bytes:
+    table = np.zeros(1, how.record(width))
+    table["mark"], table["width"], table["window"], table["numeric"] = how.mark, width, np.nan, np.nan
+    return table[0].tobytes() + orjson.dumps([None, {}, *([None] * len(how.categorical))])
+
+
+def pack_state(states: PlayerStates, row: int) -> bytes:
+    """One state, compressed, bit for bit (float32) as the policy saw it, for the decision log; `unpack_states` reads it. No pickle."""
+    arrays = {name: np.ascontiguousarray(getattr(states, name)[row], "<f4") for name in _STATE_PARTS}
+    attributes = states.attributes.row(row, named=True) if isinstance(states.attributes, pl.DataFrame) and states.attributes.width else {}
+    header = {
+        "shapes": {name: array.shape for name, array in arrays.items()},
+        "attributes": attributes,
+        "policy": states.policies[row] if states.policies else None,
+    }
+    return zlib.compress(json.dumps(header).encode() + b"\n" + b"".join(array.tobytes() for array in arrays.values()), 1)
+
+
+_STATE_PARTS = ("history", "actions", "objectives")
+
+
+def unpack_states(platform: Platform, packed: Sequence[bytes]) -> PlayerStates:
+    """States that `pack_state` kept, as one batch in their order."""
+    arrays: dict[str, list[np.ndarray]] = {name: [] for name in _STATE_PARTS}
+    attributes, policies = [], []
+    for one in packed:
+        head, _, body = zlib.decompress(one).partition(b"\n")
+        header, at = json.loads(head), 0
+        for name, shape in header["shapes"].items():
+            size = math.prod(shape) * 4
+            arrays[name].append(np.frombuffer(body[at : at + size], "<f4").reshape(shape))
+            at += size
+        attributes.append(header["attributes"])
+        policies.append(header["policy"])
+    columns = {
+        name: pl.Series([row.get(name) for row in attributes], dtype=pl.Float64 if a.kind == "numeric" else pl.String)
+        for name, a in platform.state.attributes.items()
+    }
+    frame = pl.DataFrame(columns) if columns else pl.DataFrame(height=len(packed))
+    return PlayerStates(np.stack(arrays["history"]), frame, np.stack(arrays["actions"]), np.stack(arrays["objectives"]), policies)
 
 
 # ---- states as the networks' inputs --------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -39,7 +38,6 @@ from fastq.workspace import Workspace, replacing
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-    from fastq.features import PlayerStates
     from fastq.policy import Policy
 
 logger = logging.getLogger("fastq.queries")
@@ -684,6 +682,7 @@ def _parts(platform: Platform, decisions: list[tuple[str, str, str, bytes]]) -> 
     """The weighted parts of decisions (id, version, action, state), and what they have over each behaviour policy's; as `fastq.explanation` has them."""
     import numpy as np
 
+    from fastq import features
     from fastq.explanation import HORIZONS
 
     found = [pl.DataFrame(schema=_EXPLAINED)]
@@ -699,7 +698,7 @@ def _parts(platform: Platform, decisions: list[tuple[str, str, str, bytes]]) -> 
             continue
         columns = policy.platform.action_columns
         given = np.array([r[1]["item_id"] for r in rows], object) if policy.catalogue is not None else np.array([[r[1][c] for c in columns] for r in rows])
-        encoded = policy.encode(_states(policy, [r[2] for r in rows]))
+        encoded = policy.encode(features.unpack_states(policy.platform, [r[2] for r in rows]))
         vectors = policy.as_actions(given) if policy.catalogue is not None else given.astype(float)
         parts = policy.parts(encoded, np.concatenate([vectors[:, None], policy.expert_actions(encoded)], 1)) * policy.platform.weights[:, None]
         parts[:, 1:] = parts[:, :1] - parts[:, 1:]
@@ -727,33 +726,6 @@ def _policy(platform: Platform, version: str) -> Policy:
         return Policy.load(_bundle(platform, version)[0], version=version)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"{platform.platform} version {version}: cannot be read by this release ({_line(error)})") from None
-
-
-def _states(policy: Policy, packed: list[bytes]) -> PlayerStates:
-    """States as `serving.online.pack_state` keeps them (a JSON line, then float32 arrays; compressed), as one batch."""
-    import numpy as np
-
-    from fastq.features import PlayerStates
-
-    arrays: dict[str, list[Any]] = {"history": [], "actions": [], "objectives": []}
-    attributes, policies = [], []
-    for one in packed:
-        head, _, body = zlib.decompress(one).partition(b"\n")
-        header, at = json.loads(head), 0
-        for name, shape in header["shapes"].items():
-            size = int(np.prod(shape)) * 4
-            arrays[name].append(np.frombuffer(body[at : at + size], "<f4").reshape(shape))
-            at += size
-        attributes.append(header["attributes"])
-        policies.append(header["policy"])
-    frame = pl.DataFrame(
-        {
-            name: pl.Series([row.get(name) for row in attributes], dtype=pl.Float64 if a.kind == "numeric" else pl.String)
-            for name, a in policy.platform.state.attributes.items()
-        }
-    )
-    history, actions, objectives = (np.stack(arrays[name]) for name in ("history", "actions", "objectives"))
-    return PlayerStates(history, frame if frame.width else pl.DataFrame(height=len(packed)), actions, objectives, policies)
 
 
 if __name__ == "__main__":

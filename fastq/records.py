@@ -12,7 +12,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal, Protocol, get_args
@@ -35,7 +35,7 @@ KEYS: dict[Table, list[str]] = {
     "proposals": ["decision_id", "policy"],
     "items": ["item_id"],
 }
-CONFLICT, EXECUTED = "?conflict", "?executed"  # columns beside a row's own, as in `sources`
+CONFLICT, EXECUTED, LOG = "?conflict", "?executed", "?log"  # columns beside a row's own, as in `sources`
 BOUND_TOLERANCE = 1e-6  # of a dimension's range: actions logged in float32 miss their own bounds by less
 PROBABILITY_TOLERANCE = 1e-6
 
@@ -63,6 +63,8 @@ class Records:
     counts      by table
     metrics     number of rows (or of whatever the rule counts) that break each rule, by rule name; 0 where all is well
     warnings    sentences
+    read_at     when reading began; what the platform said of served decisions since may not be in the tables
+    heard       per server's log, `recorded_at` (microseconds) of the newest event that is in the tables: all up to there are, none after
     """
 
     decisions: pl.DataFrame
@@ -74,6 +76,8 @@ class Records:
     counts: dict[str, Counts]
     metrics: dict[str, int]
     warnings: list[str]
+    read_at: datetime | None = None
+    heard: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,8 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
     counts: dict[str, Counts] = {}
     findings: list[Finding] = []
     served, heard = _served(platform), _heard(platform)
+    up_to = dict(heard.group_by(LOG).agg(pl.col("recorded_at").max().dt.epoch("us")).rows())
+    heard = heard.drop(LOG)
     earlier = pl.Series(dtype=pl.String)  # ids of decisions before `since`
 
     for table in ("items", "players", "activity", "decisions", "proposals"):  # decisions name items, and proposals decisions
@@ -288,6 +294,8 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
         counts={table: counts[table] for table in TABLES if table in counts},
         metrics={finding.rule: finding.failed for finding in findings},
         warnings=[finding.sentence for finding in findings if finding.failed and finding.sentence],
+        read_at=now,
+        heard=up_to,
     )
 
 
@@ -457,15 +465,16 @@ _SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log
 }
 
 
-def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] | None = None) -> pl.DataFrame:
-    """One table of all servers' logs, with `more` columns if asked for; a log of an earlier version may lack the table."""
+def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] | None = None, *, named: bool = False) -> pl.DataFrame:
+    """One table of all servers' logs, with `more` columns if asked for; a log of an earlier version may lack the table. `named`: `?log`, the file's name."""
     schema = _SERVED[table] | dict(more or {})
-    found = [pl.DataFrame(schema=schema)]
+    found = [pl.DataFrame(schema=schema | ({LOG: pl.String()} if named else {}))]
     for path in decision_logs(platform):
         with reading_log(path) as database:
             if database.execute("select 1 from sqlite_master where type = 'table' and name = ?", (table,)).fetchone():
                 query = f"select {', '.join(schema)} from {table}"  # noqa: S608 - constants only
-                found.append(pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None))
+                rows = pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None)
+                found.append(rows.with_columns(pl.lit(path.name).alias(LOG)) if named else rows)
     return pl.concat(found)
 
 
@@ -491,10 +500,10 @@ def json_fields(column: str, fields: Mapping[str, pl.DataType]) -> list[pl.Expr]
 
 
 def _heard(platform: Platform) -> pl.DataFrame:
-    """Events that the endpoint took, in the columns of the activity log: known from when they came."""
-    events = served_log(platform, "activity")
+    """Events that the endpoint took, in the columns of the activity log: known from when they came; and `?log`, the server's file that holds them."""
+    events = served_log(platform, "activity", named=True)
     values = json_fields("body", dict.fromkeys(platform.state.measures, pl.Float64()))
-    return events.select("player_id", pl.col("occurred_at", "recorded_at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"), *values)
+    return events.select(LOG, "player_id", pl.col("occurred_at", "recorded_at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"), *values)
 
 
 def _with_heard(platform: Platform, frame: pl.DataFrame, heard: pl.DataFrame) -> pl.DataFrame:
@@ -549,7 +558,8 @@ def write_tables(records: Records, workspace: Workspace) -> None:
                 if (frame := getattr(records, table)) is not None:
                     frame.write_parquet(partial / f"{table}.parquet")
             counts = {table: [c.accepted, c.quarantined, c.repeated] for table, c in records.counts.items()}
-            summary = json.dumps({"counts": counts, "metrics": records.metrics, "warnings": records.warnings})
+            read_at = records.read_at.isoformat() if records.read_at else None
+            summary = json.dumps({"counts": counts, "metrics": records.metrics, "warnings": records.warnings, "read_at": read_at, "heard": records.heard})
             (partial / "summary.json").write_text(summary, encoding="utf-8")
             if workspace.tables.exists():
                 workspace.tables.rename(replaced)
@@ -570,6 +580,7 @@ def read_tables(platform: Platform) -> Records:
         frames = {path.stem: pl.read_parquet(path) for path in directory.glob("*.parquet")}
         counts = {table: Counts(*numbers) for table, numbers in summary["counts"].items()}
         metrics, warnings = summary["metrics"], summary["warnings"]
+        read_at, heard = datetime.fromisoformat(summary["read_at"]) if summary.get("read_at") else None, dict(summary.get("heard", {}))
         decisions, quarantine = frames["decisions"], frames["quarantine"]
     except FileNotFoundError:
         raise WorkspaceError(f"{directory}: no accepted logs here yet; run `fastq validate`") from None
@@ -581,5 +592,15 @@ def read_tables(platform: Platform) -> Records:
         if (frames[table].schema if table in frames else None) != wanted:
             raise WorkspaceError(f"{directory}: {table} was written for another fastq.yaml; run `fastq validate` again")
     return Records(
-        decisions, frames.get("activity"), frames.get("players"), frames.get("proposals"), frames.get("items"), quarantine, counts, metrics, warnings
+        decisions,
+        frames.get("activity"),
+        frames.get("players"),
+        frames.get("proposals"),
+        frames.get("items"),
+        quarantine,
+        counts,
+        metrics,
+        warnings,
+        read_at,
+        heard,
     )

@@ -1,7 +1,7 @@
 """Feast's objects for one platform, generated from its `fastq.yaml` and `fastq.features`; nothing is stated here a second time.
 
 player_rows    offline: one row per player and period, a pointer (`row`) into the matrix of `fastq.features.PlayerRows`, and attributes
-player_state   online: what `fastq.features.online_frame` keeps of each player, the window as one array of W x F numbers
+player_state   online: what `fastq.features.OnlineStates` keeps of each player, as one value: read in one look-up, whatever the number of features
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import polars as pl
-
 from fastq import features
 from fastq.platform import Platform
 from fastq.workspace import Workspace
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from feast import Entity, FeatureView
 
 ROWS_VIEW = "player_rows"
-STATE_VIEW = "player_state"
+STATE_VIEW, STATE_FIELD = "player_state", "state"
 ROWS_FILE = "player_rows.parquet"
 STATE_FILE = "player_state.parquet"
 
@@ -48,23 +46,12 @@ def attribute_fields(platform: Platform) -> dict[str, str]:
     return {name: f"attribute_{i}_{re.sub(r'[^A-Za-z0-9_]', '_', name)}" for i, name in enumerate(platform.state.attributes)}
 
 
-def state_columns(platform: Platform) -> dict[str, Any]:
-    """Columns of the online frame, by the name of their Feast field, with their Polars type; keys and event time are left out."""
-    fields = attribute_fields(platform)
-    schema = features.online_schema(platform)
-    return {fields.get(name, name): kind for name, kind in schema.items() if name not in ("player_id", "event_timestamp")}
-
-
 def definitions(platform: Platform) -> Definitions:
     """Entity and feature views of a platform; the Parquet files behind them are named by absolute path, so any directory will do to apply them."""
     from feast import Entity, FeatureView, Field, FileSource, PushSource, ValueType
     from feast.data_format import ParquetFormat
-    from feast.types import Array, Float32, Float64, Int64, String
+    from feast.types import Bytes, Float64, Int64, String
 
-    kinds = {
-        pl.List(pl.Float32): Array(Float32), pl.List(pl.Float64): Array(Float64), pl.Int64: Int64, pl.Float64: Float64, pl.String: String,
-        pl.Datetime("us", "UTC"): Float64,  # microseconds since 1970, exact until 2255; Feast's own timestamps hold whole seconds
-    }  # fmt: skip
     directory = Workspace(platform.root).features
     attributes = {field: Float64 if platform.state.attributes[name].kind == "numeric" else String for name, field in attribute_fields(platform).items()}
 
@@ -84,7 +71,7 @@ def definitions(platform: Platform) -> Definitions:
     player_state = FeatureView(
         name=STATE_VIEW, entities=[player], online=True,
         source=PushSource(name="player_state_push", batch_source=source("player_state_source", STATE_FILE)),
-        schema=[Field(name="player_id", dtype=String), *(Field(name=field, dtype=kinds[kind]) for field, kind in state_columns(platform).items())],
+        schema=[Field(name="player_id", dtype=String), Field(name=STATE_FIELD, dtype=Bytes)],
         tags={"fingerprint": features.fingerprint(platform)},
     )  # fmt: skip
     return Definitions(player, player_rows, player_state)

@@ -1,4 +1,4 @@
-"""The one seam to Feast: open, apply, find rows point in time, materialise, read and push.
+"""The one seam to Feast: open, apply, find rows point in time, materialise, read, push and remove.
 
 The configuration is built in code from absolute paths (Feast resolves relative ones against the current directory); `feature_store.yaml`
 beside this file says the same for people who use the `feast` command. Processes that read or write run under TZ=UTC
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import sqlite3
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -18,31 +17,45 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import polars as pl
 
 from fastq import features
-from fastq.errors import ConfigurationError, LogsError, WorkspaceError
+from fastq.errors import ConfigurationError, FastqError, LogsError, WorkspaceError
+from fastq.features import OnlineStates, Packing
 from fastq.platform import Platform
 from fastq.workspace import Workspace, replacing
-from feature_repo.definitions import ROWS_FILE, ROWS_VIEW, STATE_FILE, STATE_VIEW, attribute_fields, definitions, feature_directory, project_name, state_columns
+from feature_repo import online
+from feature_repo.definitions import ROWS_FILE, ROWS_VIEW, STATE_FIELD, STATE_FILE, STATE_VIEW, attribute_fields, definitions, feature_directory, project_name
 
 if TYPE_CHECKING:
     from feast import FeatureStore, RepoConfig
 
-BATCH = 10_000  # players written in one transaction: readers wait for a short one, and memory stays flat
-CHUNK = 1_000  # players read in one query; SQLite takes 32,766 parameters at most
+BATCH = 2_000  # players written in one transaction: who pushes waits for one of these, and memory stays flat
+CHUNK = 1_000  # players read at once where progress is told
+PATIENCE = 60.0  # seconds to wait for another process's read, change and write of some states
 _DRIVERS = {"redis": "redis", "postgres": "psycopg"}
 
 
 @dataclass(frozen=True)
 class PlayerStore:
-    """An open feature store. `online` is the embedded online store's file and `identity` which file it was on opening; None for a server."""
+    """An open feature store; any thread may read from it.
+
+    `online` is the embedded online store's file and `identity` which file it was on opening, None for a server; `values` reads what Feast wrote there,
+    by keys that begin with `prefix`.
+    """
 
     platform: Platform
     feast: FeatureStore
     online: Path | None
     identity: tuple[int, int] | None
+    values: online.Values
+    prefix: bytes
+    packing: Packing
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self.values.close()
+        _close(self.feast)
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -61,7 +74,8 @@ def online_store_config(platform: Platform) -> dict[str, Any]:
         parts += [f"username={urllib.parse.unquote(url.username)}"] if url.username else []
         parts += [f"password={urllib.parse.unquote(url.password)}"] if url.password else []
         parts += ["ssl=true"] if url.scheme == "rediss" else []
-        return {"type": "redis", "connection_string": ",".join(parts)}
+        # Feast would silently drop a write whose time is not newer than what is there: a corrected value, or a host whose clock is behind
+        return {"type": "redis", "connection_string": ",".join(parts), "skip_dedup": True}
     if url.scheme in ("postgresql", "postgres") and url.hostname and url.path.strip("/"):
         options = dict(urllib.parse.parse_qsl(url.query))
         return {
@@ -113,24 +127,34 @@ def open_store(platform: Platform) -> PlayerStore:
     workspace = Workspace(platform.root)
     if not (workspace.feast / "registry.db").exists():
         raise WorkspaceError(f"{workspace.feast}: no feature store here yet; run `fastq retrain` to fill it")
-    online = workspace.feast / "online.db" if platform.services.online_store == "sqlite" else None
-    return PlayerStore(platform, _feature_store(platform), online, _identity(online))
+    file = workspace.feast / "online.db" if platform.services.online_store == "sqlite" else None
+    return _opened(platform, _feature_store(platform), file)
+
+
+def _opened(platform: Platform, feast: FeatureStore, file: Path | None) -> PlayerStore:
+    with _translated(platform, file):
+        identity, values = _identity(file), online.open_values(feast, file)
+    return PlayerStore(platform, feast, file, identity, values, online.entity_prefix(), features.packing(platform))
 
 
 def apply(platform: Platform) -> PlayerStore:
     """Register the platform's entity and views, create the online table, and open the store. Repeating it changes nothing."""
+    feast, file = _applied(platform)
+    return _opened(platform, feast, file)
+
+
+def _applied(platform: Platform) -> tuple[FeatureStore, Path | None]:
     workspace = Workspace(platform.root)
     workspace.make(workspace.feast, workspace.features)
-    online = workspace.feast / "online.db" if platform.services.online_store == "sqlite" else None
+    file = workspace.feast / "online.db" if platform.services.online_store == "sqlite" else None
     with workspace.lock("feast", wait_seconds=120):
         store = _feature_store(platform)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Feast's notices of its own next release
             store.apply(definitions(platform).objects())
-        if online is not None:
-            with contextlib.closing(sqlite3.connect(online)) as connection:
-                connection.execute("PRAGMA journal_mode=WAL")  # kept in the file: readers go on while states are written
-    return PlayerStore(platform, store, online, _identity(online))
+        with _translated(platform, file):
+            online.prepare(store, file)
+    return store, file
 
 
 def _feature_store(platform: Platform) -> FeatureStore:
@@ -142,14 +166,23 @@ def _feature_store(platform: Platform) -> FeatureStore:
         return FeatureStore(config=config)
 
 
-def _identity(online: Path | None) -> tuple[int, int] | None:
+def _close(feast: FeatureStore) -> None:
+    """Close the connection that Feast keeps to an online store; it has no way of its own to do so."""
+    kept = feast._get_provider().online_store  # noqa: SLF001
+    for name in ("_conn", "_client"):
+        if (connection := getattr(kept, name, None)) is not None:
+            connection.close()
+            setattr(kept, name, None)
+
+
+def _identity(file: Path | None) -> tuple[int, int] | None:
     """Which file the embedded store is; raises `WorkspaceError` if there is none."""
-    if online is None:
+    if file is None:
         return None
     try:
-        found = online.stat()
+        found = file.stat()
     except OSError:
-        raise WorkspaceError(f"{online}: the online store is not there; run `fastq retrain` to fill it again, or put it back") from None
+        raise WorkspaceError(f"{file}: the online store is not there; run `fastq retrain` to fill it again, or put it back") from None
     return found.st_dev, found.st_ino
 
 
@@ -170,7 +203,7 @@ def historical_pointers(platform: Platform, decisions: pl.DataFrame) -> pl.DataF
     """
     if not (feature_directory(platform) / ROWS_FILE).exists():
         raise WorkspaceError(f"{feature_directory(platform) / ROWS_FILE}: no feature rows yet; run `fastq retrain`")
-    store = apply(platform).feast
+    store, _ = _applied(platform)
     asked = decisions.select("decision_id", "player_id", pl.col("decided_at").alias("event_timestamp"))
     if asked.is_empty():
         return pl.DataFrame(schema={"decision_id": pl.String, "row": pl.Int64})
@@ -190,21 +223,20 @@ def historical_pointers(platform: Platform, decisions: pl.DataFrame) -> pl.DataF
 def materialize(platform: Platform, frame: pl.DataFrame) -> int:
     """Make `frame` (`fastq.features.online_frame`) what the online store answers; returns the number of players.
 
-    The Parquet file behind the view is replaced whole, then Feast materialises it in batches, each one transaction.
+    The Parquet file behind the view is replaced whole, then Feast materialises it in batches, each one transaction. What was pushed after `frame` was
+    read is overwritten: bring it again (`OnlineStates.heard` says what a row holds).
     """
-    path = feature_directory(platform) / STATE_FILE
+    path, now = feature_directory(platform) / STATE_FILE, datetime.now(UTC)
     with replacing(path) as partial:
-        _stored(platform, frame).write_parquet(partial)
-    store = apply(platform)
+        _stored(platform, frame, now).write_parquet(partial)
+    feast, file = _applied(platform)
     if frame.is_empty():
         return 0
-    times = frame["event_timestamp"]
-    first, last = times.min(), times.max()
-    assert isinstance(first, datetime) and isinstance(last, datetime)
     # Feast announces itself on stdout and draws a bar on stderr; stdout belongs to --json
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _translated(platform, file):
         warnings.simplefilter("ignore")
-        store.feast.materialize(start_date=first - timedelta(seconds=1), end_date=last + timedelta(seconds=1), feature_views=[STATE_VIEW])
+        feast.materialize(start_date=now - timedelta(seconds=1), end_date=now + timedelta(seconds=1), feature_views=[STATE_VIEW])
+    _close(feast)
     return len(frame)
 
 
@@ -212,99 +244,80 @@ def materialized(platform: Platform) -> pl.DataFrame:
     """The frame that was materialised last: the file behind the online view. Newer pushes are in the store only."""
     path = feature_directory(platform) / STATE_FILE
     try:
-        return _restored(platform, pl.read_parquet(path, glob=False))
+        kept = pl.read_parquet(path, glob=False, columns=["player_id", STATE_FIELD])
     except FileNotFoundError:
         raise WorkspaceError(f"{path}: no player states yet; run `fastq retrain`") from None
+    except pl.exceptions.ColumnNotFoundError:
+        raise WorkspaceError(f"{path}: was written by an earlier release; run `fastq retrain`") from None
+    packed = kept[STATE_FIELD].to_list()
+    packing = features.packing(platform)
+    width = features.packed_width(packing, packed)
+    return features.online_table(platform, features.unpack_online(packing, kept["player_id"].to_list(), packed, width))
+
+
+@contextlib.contextmanager
+def exclusive(platform: Platform) -> Iterator[None]:
+    """Hold this while states are read, changed and pushed: of two processes that do so at once one would lose what the other added."""
+    with Workspace(platform.root).lock("online", wait_seconds=PATIENCE):
+        yield
 
 
 def push(store: PlayerStore, frame: pl.DataFrame) -> None:
-    """Write these players' states (columns of `online_frame`) to the online store now; the next read sees them.
-
-    Their event time becomes this moment: Redis keeps the newest event and ignores an equal one, SQLite and PostgreSQL the last one written.
-    """
+    """Write these players' states (columns of `online_frame`) to the online store now; the next read sees them. The last one to write stands."""
     _present(store)
-    now = datetime.now(UTC)
-    for batch in _stored(store.platform, frame.with_columns(event_timestamp=pl.lit(now, pl.Datetime("us", "UTC")))).iter_slices(BATCH):
-        with warnings.catch_warnings(), _translated(store):
+    for batch in _stored(store.platform, frame, datetime.now(UTC)).iter_slices(BATCH):
+        with warnings.catch_warnings(), _translated(store.platform, store.online):
             warnings.simplefilter("ignore")
             store.feast.write_to_online_store(STATE_VIEW, df=batch.to_pandas())
 
 
-def read_online(store: PlayerStore, player_ids: Sequence[str], progress: Callable[[int], None] | None = None) -> pl.DataFrame:
-    """The stored rows of these players (columns of `online_frame`), in their order; players of whom nothing is stored are left out.
+def read_states(store: PlayerStore, player_ids: Sequence[str], width: int) -> OnlineStates:
+    """What is kept of these players, one row each in their order, as arrays; `width` is F (`fastq.features.row_width`), that of the model to be asked.
 
-    Raises `WorkspaceError` if the store is gone or was replaced since it was opened: open it again, or answer without a state.
-    `event_timestamp` is exact to the second. Feast applies no time to live online: the reader judges age by `seen_at` and `period`.
+    A player of whom nothing is stored, or whose state holds other features than fastq.yaml or the catalogue describe now, has an empty row and `stored`
+    False. Nothing expires here: `seen_at`, `period` and `read_at` say how old a row is. Raises `WorkspaceError` if the store is gone or was replaced since
+    it was opened: open it again, or answer without states.
     """
-    _present(store)
-    parts = []
+    return features.unpack_online(store.packing, player_ids, _values(store, player_ids), width)
+
+
+def read_online(store: PlayerStore, player_ids: Sequence[str], progress: Callable[[int], None] | None = None) -> pl.DataFrame:
+    """The stored rows of these players (columns of `online_frame`), in their order; players of whom nothing is stored are left out. As `read_states`."""
+    packed: list[bytes | None] = []
     for start in range(0, len(player_ids), CHUNK):
-        parts.append(_read(store, list(player_ids[start : start + CHUNK])))
+        packed += _values(store, player_ids[start : start + CHUNK])
         if progress:
-            progress(min(start + CHUNK, len(player_ids)))
-    return pl.concat(parts) if parts else pl.DataFrame(schema=features.online_schema(store.platform))
+            progress(len(packed))
+    _present(store)
+    there = [i for i, value in enumerate(packed) if value is not None and value.startswith(store.packing.mark)]
+    width = features.packed_width(store.packing, packed)
+    states = features.unpack_online(store.packing, [player_ids[i] for i in there], [packed[i] for i in there], width)
+    return features.online_table(store.platform, states).filter(pl.Series(states.stored))
 
 
-def _read(store: PlayerStore, player_ids: list[str]) -> pl.DataFrame:
-    schema, fields = features.online_schema(store.platform), attribute_fields(store.platform)
-    columns = {name: fields.get(name, name) for name in schema if name not in ("player_id", "event_timestamp")}
-    with _translated(store):
-        wanted = [f"{STATE_VIEW}:{field}" for field in columns.values()]
-        answer = store.feast.get_online_features(features=wanted, entity_rows=[{"player_id": p} for p in player_ids]).proto  # as dicts it would cost twice
-    at = {name: position for position, name in enumerate(answer.metadata.feature_names.val)}
-    periods = answer.results[at["period"]]
-    there = [i for i, value in enumerate(periods.values) if value.WhichOneof("val") is not None]
-    data: dict[str, pl.Series] = {
-        "player_id": pl.Series([player_ids[i] for i in there], dtype=pl.String),
-        "event_timestamp": _moments(pl.Series([periods.event_timestamps[i].seconds * 1_000_000 for i in there], dtype=pl.Int64)),
-    }
-    for name, field in columns.items():
-        data[name] = _column([answer.results[at[field]].values[i] for i in there], schema[name])
-    return pl.DataFrame(data).select(list(schema))
+def remove(store: PlayerStore, player_id: str) -> int:
+    """Delete what the online store keeps of a player; returns the number of its rows."""
+    _present(store)
+    with _translated(store.platform, store.online):
+        return store.values.remove(online.entity_keys(store.prefix, [player_id])[0])
 
 
-def _column(values: list[Any], kind: Any) -> pl.Series:
-    """Feast's values as a column; in numbers that may be missing Feast writes NaN for null."""
-    if kind == pl.List(pl.Float32):
-        return _arrays([v.float_list_val.val for v in values], np.float32).cast(kind)
-    if kind == pl.List(pl.Float64):
-        return _arrays([v.double_list_val.val for v in values], np.float64).cast(kind)
-    if kind == pl.String:
-        return pl.Series([v.string_val if v.WhichOneof("val") else None for v in values], dtype=pl.String)
-    if kind == pl.Int64:
-        return pl.Series([v.int64_val for v in values], dtype=pl.Int64)
-    numbers = pl.Series([v.double_val if v.WhichOneof("val") else None for v in values], dtype=pl.Float64).fill_nan(None)
-    return numbers if kind == pl.Float64 else _moments(numbers)
+def _values(store: PlayerStore, player_ids: Sequence[str]) -> list[bytes | None]:
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    _present(store)
+    with _translated(store.platform, store.online):
+        found = store.values.read(online.entity_keys(store.prefix, player_ids))
+    return [None if value is None else Value.FromString(value).bytes_val for value in found]
 
 
-def _moments(microseconds: pl.Series) -> pl.Series:
-    """Microseconds since 1970 as moments in UTC."""
-    return microseconds.cast(pl.Int64).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-
-
-def _arrays(values: list[Any], dtype: type) -> pl.Series:
-    if not values:
-        return pl.Series([], dtype=pl.List(pl.Float32 if dtype is np.float32 else pl.Float64))
-    return pl.Series(np.stack([np.array(v, dtype) for v in values]))
-
-
-def _stored(platform: Platform, frame: pl.DataFrame) -> pl.DataFrame:
-    """An online frame with Feast's field names and types, and `created_timestamp`."""
-    fields = attribute_fields(platform)
-    schema = features.online_schema(platform)
-    moments = [name for name, kind in schema.items() if kind == pl.Datetime("us", "UTC") and name != "event_timestamp"]
-    frame = frame.select(pl.col(name).cast(kind) for name, kind in schema.items())
-    frame = frame.with_columns(pl.col(name).dt.epoch("us").cast(pl.Float64) for name in moments)
-    kept = ["player_id", "event_timestamp", *state_columns(platform)]
-    return frame.rename(fields).select(kept).with_columns(created_timestamp=pl.col("event_timestamp"))
-
-
-def _restored(platform: Platform, stored: pl.DataFrame) -> pl.DataFrame:
-    """The inverse of `_stored`."""
-    schema, names = features.online_schema(platform), {field: name for name, field in attribute_fields(platform).items()}
-    frame = stored.rename(names)
-    moments = [name for name, kind in schema.items() if kind == pl.Datetime("us", "UTC") and name != "event_timestamp"]
-    return frame.with_columns(_moments(frame[name]) for name in moments).select(list(schema))
+def _stored(platform: Platform, frame: pl.DataFrame, now: datetime) -> pl.DataFrame:
+    """An online frame as the view's rows. Their event time is that of writing; what a state knows of time is inside it, to the microsecond."""
+    packed = features.pack_online(features.packing(platform), features.online_states(platform, frame))
+    moment = pl.lit(now, pl.Datetime("us", "UTC"))
+    return pl.DataFrame({"player_id": frame["player_id"], STATE_FIELD: pl.Series(packed, dtype=pl.Binary)}).with_columns(
+        event_timestamp=moment, created_timestamp=moment
+    )
 
 
 def _present(store: PlayerStore) -> None:
@@ -314,11 +327,13 @@ def _present(store: PlayerStore) -> None:
 
 
 @contextlib.contextmanager
-def _translated(store: PlayerStore) -> Iterator[None]:
+def _translated(platform: Platform, file: Path | None) -> Iterator[None]:
     """Feast and its drivers raise what they like; to us the store either answers or is unavailable."""
     try:
         yield
+    except FastqError:
+        raise
     except Exception as error:
-        where = store.online or store.platform.services.online_store.rsplit("@", 1)[-1]
+        where = file or platform.services.online_store.rsplit("@", 1)[-1]
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise WorkspaceError(f"{where}: the online store does not answer ({said}); check services.online_store, or run `fastq retrain`") from error

@@ -77,7 +77,7 @@ class OutcomeConflict(RequestError):
 
 @dataclass(frozen=True)
 class Decision:
-    """One served decision. `detail`: what the answer said beside the columns, and what a replay needs; `state`: see `online.pack_state`."""
+    """One served decision. `detail`: what the answer said beside the columns, and what a replay needs; `state`: see `fastq.features.pack_state`."""
 
     decision_id: str
     player_id: str

@@ -14,7 +14,6 @@ import os
 import secrets
 import threading
 import time
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -291,35 +290,6 @@ def _attribute(value: float | str | None, kind: str) -> float | str | None:
     return float(value) if kind == "numeric" else str(value)
 
 
-def pack_state(states: PlayerStates, row: int) -> bytes:
-    """One state, compressed, bit for bit (float32) as the policy saw it; `unpack_state` reads it. No pickle."""
-    arrays = {name: np.ascontiguousarray(getattr(states, name)[row], "<f4") for name in ("history", "actions", "objectives")}
-    attributes = states.attributes.row(row, named=True) if isinstance(states.attributes, pl.DataFrame) and states.attributes.width else {}
-    header = {
-        "shapes": {name: array.shape for name, array in arrays.items()},
-        "attributes": attributes,
-        "policy": states.policies[row] if states.policies else None,
-    }
-    return zlib.compress(json.dumps(header).encode() + b"\n" + b"".join(array.tobytes() for array in arrays.values()), 1)
-
-
-def unpack_state(platform: Platform, packed: bytes) -> PlayerStates:
-    """The state that `pack_state` kept, as a batch of one."""
-    head, _, body = zlib.decompress(packed).partition(b"\n")
-    header, arrays, at = json.loads(head), {}, 0
-    for name, shape in header["shapes"].items():
-        size = int(np.prod(shape)) * 4
-        arrays[name] = np.frombuffer(body[at : at + size], "<f4").reshape(1, *shape).copy()
-        at += size
-    columns = {
-        name: pl.Series(name, [header["attributes"].get(name)], dtype=pl.Float64 if a.kind == "numeric" else pl.String)
-        for name, a in platform.state.attributes.items()
-    }
-    return PlayerStates(
-        arrays["history"], pl.DataFrame(columns) if columns else pl.DataFrame(height=1), arrays["actions"], arrays["objectives"], [header["policy"]]
-    )
-
-
 def online_rows(service: Service, model: Model, player_ids: Sequence[str], at: datetime) -> tuple[pl.DataFrame, list[bool], list[datetime | None]]:
     """The online rows of distinct players with what was served and reported since; whether anything is known of each, and when it was seen last.
 
@@ -474,7 +444,7 @@ def replay(service: Service, decision: Decision) -> Recommendation:
     if decision.state is None or decision.model_version is None or "seed" not in decision.detail:
         raise RequestError(f"{decision.decision_id}: was not drawn by a model, so there is nothing to draw again")
     detail, slot = decision.detail, int(decision.detail["slot"])
-    states = take(unpack_state(service.platform, decision.state), np.zeros(BATCH, np.int64))
+    states = take(features.unpack_states(service.platform, [decision.state]), np.zeros(BATCH, np.int64))
     ask = Ask(
         explore=detail["explore"], exploration=detail["exploration"], limits=detail.get("limits"), eligible=detail.get("eligible"), top_k=detail.get("top_k")
     )
@@ -550,7 +520,7 @@ def _decision(
     moment = features.epoch_microseconds(at)
     detail = {name: value for name, value in detail.items() if value is not None}
     return Decision(
-        new_id(moment), player_id, moment, policy, propensity if np.isfinite(propensity) else None, version, action, detail, pack_state(states, row)
+        new_id(moment), player_id, moment, policy, propensity if np.isfinite(propensity) else None, version, action, detail, features.pack_state(states, row)
     )
 
 
@@ -720,7 +690,7 @@ def explain_question(service: Service, question: Question) -> dict[str, Any]:
             )
         policy, states, action, player_id = (
             service.policy_of(decision.model_version),
-            unpack_state(platform, decision.state),
+            features.unpack_states(platform, [decision.state]),
             decision.action,
             decision.player_id,
         )

@@ -79,6 +79,7 @@ def states(platform: Platform, n: int, at: datetime, seed: int = 0) -> pl.DataFr
             "period": pl.Series(rng.integers(20_000, 20_500, n)),
             "policy": [None if i % 3 == 0 else "retain" for i in range(n)],
             "seen_at": [None if i % 4 == 0 else at - timedelta(microseconds=int(ago)) for i, ago in enumerate(rng.integers(1, 10**12, n))],
+            "heard": [None if i % 7 == 0 else f'{{"0000.db": {i}}}' for i in range(n)],
             "tenure.days": [None if i % 5 == 0 else float(i) / 3 for i in range(n)],
             "region": [None if i % 2 else "in" for i in range(n)],
         }
@@ -89,7 +90,7 @@ def states(platform: Platform, n: int, at: datetime, seed: int = 0) -> pl.DataFr
 def bits(frame: pl.DataFrame) -> dict[str, object]:
     """Content in which NaN equals NaN."""
     arrays = {name: np.array(frame[name].to_list(), np.float64).tobytes() for name in ("window", "counts", "decided")}
-    return arrays | frame.drop(*arrays, "event_timestamp").to_dict(as_series=False)
+    return arrays | frame.drop(*arrays).to_dict(as_series=False)
 
 
 def test_pointers_are_point_in_time(platform: Platform) -> None:
@@ -137,6 +138,9 @@ def test_online_round_trip_is_bit_for_bit(platform: Platform, capsys: pytest.Cap
     assert read["player_id"].to_list() == ["p3", "p0", "p56"]
     assert bits(read) == bits(frame[[3, 0, 56]])
     assert read["event_timestamp"].to_list() == [START] * 3
+    arrays = feature_store.read_states(opened, wanted, 4)
+    assert (arrays.player_ids, arrays.stored.tolist()) == (wanted, [True, False, True, True])
+    assert bits(features.online_table(platform, arrays).filter(pl.Series(arrays.stored))) == bits(read)
     assert feature_store.read_online(opened, ["nobody"]).is_empty()
     assert feature_store.read_online(opened, []).schema == features.online_schema(platform)
 
@@ -197,7 +201,7 @@ def test_definitions_follow_the_platform(platform: Platform) -> None:
     found = definitions(platform)
     fields = attribute_fields(platform)
     assert list(fields.values()) == ["attribute_0_tenure_days", "attribute_1_region"]
-    assert [f.name for f in found.player_state.features] == ["window", "counts", "decided", "period", "policy", "seen_at", *fields.values()]
+    assert [f.name for f in found.player_state.features] == ["state"]
     assert found.player_rows.ttl == 2 * DAY
     assert found.player_rows.batch_source.created_timestamp_column == "created_timestamp"
 
@@ -217,8 +221,8 @@ def test_the_yaml_says_what_the_code_does(platform: Platform, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("service", "expected"),
     [
-        ("redis://:s%40crt@cache:6380/2", {"type": "redis", "connection_string": "cache:6380,db=2,password=s@crt"}),
-        ("redis://cache", {"type": "redis", "connection_string": "cache:6379,db=0"}),
+        ("redis://:s%40crt@cache:6380/2", {"type": "redis", "connection_string": "cache:6380,db=2,password=s@crt", "skip_dedup": True}),
+        ("redis://cache", {"type": "redis", "connection_string": "cache:6379,db=0", "skip_dedup": True}),
         (
             "postgresql://u:p@db/feast?sslmode=disable",
             {"type": "postgres", "host": "db", "port": 5432, "database": "feast", "db_schema": "public", "user": "u", "password": "p", "sslmode": "disable"},

@@ -520,10 +520,12 @@ def test_rows_are_the_same_from_lists_as_from_arrays_and_never_shared_with_the_f
     assert (arrays.schema["window"], lists.schema["window"]) == (pl.Array(pl.Float32, 30), pl.List(pl.Float32))
     history = features.states_at(NARROW, arrays, START + 4 * DAY).history
     for frame in (arrays, lists, pl.concat([lists[:1], lists[1:]], rechunk=False)):
-        for name, part in zip(("window", "counts", "decided"), features._unpack(NARROW, frame), strict=True):
-            assert part.dtype == (np.float64 if name == "decided" else np.float32)
+        states = features.online_states(NARROW, frame)
+        for name in ("window", "counts", "decided"):
+            part = getattr(states, name)
+            assert part.dtype == (np.int64 if name == "decided" else np.float32)
             np.testing.assert_array_equal(part.reshape(len(frame), -1), np.array(frame[name].to_list(), part.dtype))
-            part[:] = -1.0
+            part[:] = -1
         same(features.states_at(NARROW, frame, START + 4 * DAY).history, history)
 
 

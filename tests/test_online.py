@@ -165,14 +165,14 @@ def test_a_decision_can_be_drawn_again_bit_for_bit_and_hardly_depends_on_who_els
         assert dict(zip(service.platform.dimension_names, again.action[0].tolist(), strict=True)) == decision.action
         assert float(again.propensity[0]) == decision.propensity
         assert float(again.value[0]) == decision.detail["value"]
-        alone = online.draw(service.current().policy, online.unpack_state(service.platform, decision.state), Ask(), again.seeds)
+        alone = online.draw(service.current().policy, features.unpack_states(service.platform, [decision.state]), Ask(), again.seeds)
         np.testing.assert_allclose(alone.action, again.action, rtol=1e-5)
 
 
 def test_a_state_is_kept_bit_for_bit(service: Service, players: list[str]) -> None:
     reading = online.read_states(service, service.current(), players[:3], datetime.now(UTC))
     for row in range(3):
-        back = online.unpack_state(service.platform, online.pack_state(reading.states, row))
+        back = features.unpack_states(service.platform, [features.pack_state(reading.states, row)])
         for name in ("history", "actions", "objectives"):
             np.testing.assert_array_equal(getattr(back, name)[0], getattr(reading.states, name)[row])
         assert back.attributes.rows() == reading.states.attributes[row].rows()

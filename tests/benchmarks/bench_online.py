@@ -1,0 +1,120 @@
+"""One player's whole state out of the online store, 100,000 players, window 30 x 20 and attributes, on SQLite, Redis and PostgreSQL.
+
+Bars: p99 of one player 0.5 ms (PostgreSQL 1 ms), of 100 players in one call 5 ms (PostgreSQL 8 ms); no read refused while states are written.
+`make bench-online`; a machine that does other work too shows its own pauses in a p99, so the bar is held to the best of three rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from fastq import features
+from fastq.environment import prepare
+from fastq.platform import Platform, platform_from_tree
+from feature_repo import store
+from feature_repo.definitions import STATE_FIELD, STATE_VIEW
+
+PLAYERS, WINDOW, MEASURES, DIMENSIONS, OBJECTIVES = 100_000, 30, 12, 4, 4
+WIDTH = MEASURES + DIMENSIONS + OBJECTIVES
+ONE, HUNDRED = {"sqlite": 0.5, "redis": 0.5, "postgres": 1.0}, {"sqlite": 5.0, "redis": 5.0, "postgres": 8.0}  # ms
+ROUNDS = 3
+
+
+def platform_at(root: Path, service: str) -> Platform:
+    attributes = {f"number_{i}": {"kind": "numeric"} for i in range(4)} | {f"category_{i}": {"kind": "categorical"} for i in range(2)}
+    tree = {
+        "platform": "bench", "logs": {"decisions": "d.parquet", "activity": "a.parquet", "players": "p.parquet"},
+        "state": {"period": "1d", "window": WINDOW, "measures": {f"m{i}": {} for i in range(MEASURES)}, "attributes": attributes},
+        "policies": ["stretch", "retain"],
+        "action": {"kind": "continuous", "dimensions": {f"a{i}": {"low": 0, "high": 1} for i in range(DIMENSIONS)}},
+        "objectives": {f"o{i}": {} for i in range(OBJECTIVES)},
+        "services": {"online_store": service},
+    }  # fmt: skip
+    return platform_from_tree(tree, root, "fastq.yaml")
+
+
+def states(platform: Platform, n: int) -> features.OnlineStates:
+    """Noise: what is measured is time."""
+    rng, now = np.random.default_rng(0), time.time_ns() // 1000
+    return features.OnlineStates(
+        [f"player-{i:06d}" for i in range(n)], rng.random((n, WINDOW, WIDTH), np.float32), np.ones((n, WINDOW, MEASURES), np.float32),
+        np.full((n, WINDOW), now), np.full(n, now // features.microseconds(platform) - 1), ["retain"] * n, np.full(n, now), np.full(n, now),
+        [{"0000.db": now}] * n, {f"number_{i}": rng.random(n) for i in range(4)} | {f"category_{i}": ["somewhere"] * n for i in range(2)}, np.ones(n, bool),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sqlite", "redis", "postgres"])
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Platform, store.PlayerStore, pl.DataFrame]]:
+    prepare()
+    server = None if request.param == "sqlite" else request.getfixturevalue(f"{request.param}_server")
+    platform = platform_at(tmp_path_factory.mktemp(request.param), server.url if server else "sqlite")
+    frame = features.online_table(platform, states(platform, PLAYERS))
+    started = time.perf_counter()
+    store.materialize(platform, frame)
+    print(f"\n{request.param}: {PLAYERS:,} players materialised in {time.perf_counter() - started:.1f} s")
+    found = store.open_store(platform)
+    yield request.param, platform, found, frame
+    found.close()
+
+
+def milliseconds(call: Callable[[list[str]], object], ids: list[str], players: int, times: int) -> np.ndarray:
+    rng, took = np.random.default_rng(1), []
+    for _ in range(times):
+        asked = [ids[i] for i in rng.integers(0, len(ids), players)]
+        started = time.perf_counter()
+        call(asked)
+        took.append(1e3 * (time.perf_counter() - started))
+    return np.array(took)
+
+
+def said(name: str, took: list[np.ndarray]) -> float:
+    """Prints median and p99 of each round; returns the smallest p99."""
+    p99 = [float(np.percentile(t, 99)) for t in took]
+    print(f"{name}: p50 {statistics.median(float(np.median(t)) for t in took):.3f} ms, p99 {min(p99):.3f} ms (rounds {', '.join(f'{p:.3f}' for p in p99)})")
+    return min(p99)
+
+
+def test_online_reads(opened: tuple[str, Platform, store.PlayerStore, pl.DataFrame]) -> None:
+    kind, _, found, frame = opened
+    ids = frame["player_id"].to_list()
+
+    def ours(asked: list[str]) -> None:
+        assert store.read_states(found, asked, WIDTH).stored.all()
+
+    def feast(asked: list[str]) -> None:
+        found.feast.get_online_features([f"{STATE_VIEW}:{STATE_FIELD}"], [{"player_id": p} for p in asked])
+
+    milliseconds(ours, ids, 1, 200)
+    milliseconds(feast, ids, 1, 20)
+    one, hundred, feast_one, feast_hundred = [], [], [], []
+    for _ in range(ROUNDS):  # alternating, so that whatever else the machine does falls on both
+        one.append(milliseconds(ours, ids, 1, 2_000))
+        hundred.append(milliseconds(ours, ids, 100, 300))
+        feast_one.append(milliseconds(feast, ids, 1, 300))
+        feast_hundred.append(milliseconds(feast, ids, 100, 30))
+    print()
+    single, batch = said(f"{kind}, 1 player", one), said(f"{kind}, 100 players", hundred)
+    said(f"{kind}, 1 player, Feast's get_online_features of the same value", feast_one)
+    said(f"{kind}, 100 players, Feast's", feast_hundred)
+    assert single <= ONE[kind]
+    assert batch <= HUNDRED[kind]
+
+
+def test_reads_while_states_are_written(opened: tuple[str, Platform, store.PlayerStore, pl.DataFrame]) -> None:
+    kind, platform, found, frame = opened
+    ids = frame["player_id"].to_list()
+    writing = threading.Thread(target=store.materialize, args=(platform, frame[:20_000]))
+    writing.start()
+    took = []
+    while writing.is_alive():
+        took.append(milliseconds(lambda asked: store.read_states(found, asked, WIDTH), ids, 1, 20))
+    writing.join()
+    said(f"\n{kind}, 1 player while 20,000 are written in the same process ({sum(map(len, took)):,} reads, none refused)", [np.concatenate(took)])
