@@ -506,6 +506,13 @@ def _heard(platform: Platform) -> pl.DataFrame:
     return events.select(LOG, "player_id", pl.col("occurred_at", "recorded_at").cast(pl.Datetime("us")).dt.replace_time_zone("UTC"), *values)
 
 
+def read_heard(platform: Platform, after: Mapping[str, int]) -> pl.DataFrame:
+    """Events that the endpoint took and that `after` (a `Records.heard`) does not reach, as `features.with_events` takes them."""
+    events = _heard(platform).with_columns(pl.col("recorded_at").dt.epoch("us"), log=pl.col(LOG))
+    known = pl.col("log").replace_strict(dict(after), default=0, return_dtype=pl.Int64) if after else pl.lit(0)
+    return events.filter(pl.col("recorded_at") > known).drop(LOG).sort("recorded_at")
+
+
 def _with_heard(platform: Platform, frame: pl.DataFrame, heard: pl.DataFrame) -> pl.DataFrame:
     """Events that came over HTTP beside the platform's own; one that was exported again is one row, known from when either says that it was."""
     if heard.is_empty():

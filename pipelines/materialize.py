@@ -44,8 +44,29 @@ def build_features(workspace: str, turn: str) -> dict[str, Any]:
     frame = features.online_frame(platform, read, now, rows if _known_by(read, now) else None)
     tell("building features", 3, steps, {})
     players = store.materialize(platform, frame)
+    _catch_up(platform, frame, read)
     tell("building features", steps, steps, {})
     return {"rows": len(rows.frame), "decisions": len(pointers), "without_history": pointers["row"].null_count(), "players": players, "at": now.isoformat()}
+
+
+def _catch_up(platform: Platform, frame: pl.DataFrame, read: Records) -> None:
+    """Events that the endpoint took since the logs were read: servers pushed them onto states that have just been replaced.
+
+    Each state says what it has heard, so whatever a server pushes meanwhile counts once.
+    """
+    with store.exclusive(platform):
+        events = records.read_heard(platform, read.heard)
+        if events.is_empty() or frame.is_empty():
+            return
+        players = events["player_id"].unique()
+        concerned = frame.filter(pl.col("player_id").is_in(players.implode()))
+        # one row at least, from which the width of a new player's is read
+        changed = features.with_events(platform, concerned if len(concerned) else frame[:1], events).filter(pl.col("player_id").is_in(players.implode()))
+        opened = store.open_store(platform)
+        try:
+            store.push(opened, changed)
+        finally:
+            opened.close()
 
 
 @functools.lru_cache(maxsize=1)

@@ -103,9 +103,10 @@ def remember(workspace: str, decisions: pl.DataFrame) -> None:
     opened = store.open_store(platform)
     for start in range(0, len(decisions), store.CHUNK):
         batch = decisions[start : start + store.CHUNK]
-        frame = store.read_online(opened, batch["player_id"].to_list())
-        if len(frame):
-            store.push(opened, features.with_decisions(platform, frame, batch.filter(pl.col("player_id").is_in(frame["player_id"].implode())), catalogue))
+        with store.exclusive(platform):
+            frame = store.read_online(opened, batch["player_id"].to_list())
+            if len(frame):
+                store.push(opened, features.with_decisions(platform, frame, batch.filter(pl.col("player_id").is_in(frame["player_id"].implode())), catalogue))
         progress.get()("keeping states", min(start + store.CHUNK, len(decisions)), len(decisions), {})
 
 

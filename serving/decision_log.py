@@ -131,11 +131,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Event:
-    """One event of a player; `body` maps measures to values."""
+    """One event of a player; `body` maps measures to values. `recorded_at`: when a log kept it, later than any event before it in that log; 0: not yet."""
 
     player_id: str
     occurred_at: int
     body: dict[str, float]
+    recorded_at: int = field(default=0, compare=False)
 
 
 def now_us() -> int:
@@ -159,6 +160,7 @@ class DecisionLog:
         self._lock = lock
         self._jobs: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
         self._waiting_since: float | None = None
+        self._heard: int | None = None  # `recorded_at` of this file's newest event; the writer's
         self._readers: dict[Path, sqlite3.Connection] = {}
         self._reading = threading.RLock()
         self._batches: dict[Path, tuple[int, pl.DataFrame]] = {}
@@ -333,12 +335,17 @@ class DecisionLog:
 
     def record_activity(self, events: Sequence[Event]) -> Future[tuple[int, int]]:
         """Store events; yields how many were new and how many were there already, equal in every part."""
-        rows = [(e.player_id, e.occurred_at, now_us(), json.dumps(e.body, sort_keys=True)) for e in events]
+        rows = [(e.player_id, e.occurred_at, json.dumps(e.body, sort_keys=True)) for e in events]
 
         def job(database: sqlite3.Connection) -> tuple[int, int]:
-            new = sum(
-                database.execute("INSERT OR IGNORE INTO activity(player_id, occurred_at, recorded_at, body) VALUES (?, ?, ?, ?)", row).rowcount for row in rows
-            )
+            if self._heard is None:
+                self._heard = int(database.execute("SELECT coalesce(max(recorded_at), 0) FROM activity").fetchone()[0])
+            new = 0
+            for player, occurred_at, body in rows:
+                # later than the one before, whatever the clock says: up to which event a state is complete is told by this moment alone
+                self._heard = max(now_us(), self._heard + 1)
+                row = (player, occurred_at, self._heard, body)
+                new += database.execute("INSERT OR IGNORE INTO activity(player_id, occurred_at, recorded_at, body) VALUES (?, ?, ?, ?)", row).rowcount
             return new, len(rows) - new
 
         return self._submit(job)
@@ -348,10 +355,12 @@ class DecisionLog:
         with self._reading:
             rows = (
                 self._reader(self.path)
-                .execute("SELECT rowid, player_id, occurred_at, body FROM activity WHERE applied = 0 ORDER BY recorded_at, rowid LIMIT ?", (limit,))
+                .execute(
+                    "SELECT rowid, player_id, occurred_at, body, recorded_at FROM activity WHERE applied = 0 ORDER BY recorded_at, rowid LIMIT ?", (limit,)
+                )
                 .fetchall()
             )
-        return [(row[0], Event(row[1], row[2], json.loads(row[3]))) for row in rows]
+        return [(row[0], Event(row[1], row[2], json.loads(row[3]), row[4])) for row in rows]
 
     def applied(self, keys: Sequence[int]) -> Future[None]:
         """Mark events as known to the online store."""

@@ -31,6 +31,7 @@ from serving.decision_log import Action, Decision, DecisionLog, Event, now_us, o
 
 logger = logging.getLogger("fastq.serving")
 BATCH = CHUNKS[0]  # rows per forward pass: always the same, so that a row's floats never depend on who else asked
+COMMITTING_US = 60_000_000  # a decision made before a state was read may have been committed after; to lay one twice changes nothing
 RETRY_SECONDS = 1.0  # how long an online store that failed is left alone
 KEPT_POLICIES = 4  # older model versions held in memory for explanations
 
@@ -308,7 +309,9 @@ def online_rows(service: Service, model: Model, player_ids: Sequence[str], at: d
         # Older decisions are in the row already, with outcomes that may have come with the platform's own logs: only what is news is laid over it.
         written = frame.select("player_id", pl.col("event_timestamp").dt.epoch("us").alias("written"))
         recent = (
-            recent.join(written, on="player_id", maintain_order="left").filter(pl.col("said_at") >= pl.col("written").fill_null(0)).drop("said_at", "written")
+            recent.join(written, on="player_id", maintain_order="left")
+            .filter(pl.col("said_at") >= pl.col("written").fill_null(0) - COMMITTING_US)
+            .drop("said_at", "written")
         )
         frame = features.with_decisions(platform, frame, recent.sort("decided_at"), model.policy.catalogue)
     order = {p: i for i, p in enumerate(frame["player_id"].to_list())}
@@ -638,26 +641,33 @@ def recommend(
 def apply_activity(service: Service) -> int:
     """Bring events that were stored into the online store; returns how many. Raises `StoreUnavailable`, after which they wait for the next call."""
     platform, done = service.platform, 0
-    with service._pushing:  # noqa: SLF001 - two at once would each read a row, add to it and lose the other's addition
+    if not service.log.unapplied(1):
+        return 0
+    from feature_repo import store
+
+    with service._pushing, store.exclusive(platform):  # noqa: SLF001 - two at once would each read a row, add to it and lose the other's addition
         while waiting := service.log.unapplied():
             events = [event for _, event in waiting]
             at = datetime.now(UTC)
             players = list(dict.fromkeys(e.player_id for e in events))
             frame, _, _ = online_rows(service, service.current(), players, at)
-            frame = features.with_events(platform, frame, event_frame(platform, events)).with_columns(event_timestamp=pl.lit(at).cast(pl.Datetime("us", "UTC")))
+            frame = features.with_events(platform, frame, event_frame(platform, events, service.log.path.name)).with_columns(
+                event_timestamp=pl.lit(at).cast(pl.Datetime("us", "UTC"))
+            )
             service.write(frame)
             service.log.applied([key for key, _ in waiting]).result()
             done += len(events)
     return done
 
 
-def event_frame(platform: Platform, events: Sequence[Event]) -> pl.DataFrame:
-    """Events as `features.with_events` takes them."""
+def event_frame(platform: Platform, events: Sequence[Event], log: str) -> pl.DataFrame:
+    """Events of a log as `features.with_events` takes them: what a row holds already does not count again."""
     columns: dict[str, Any] = {
         "player_id": pl.Series([e.player_id for e in events], dtype=pl.String),
         "occurred_at": pl.Series([e.occurred_at for e in events], dtype=pl.Int64),
     }
     columns |= {name: pl.Series([e.body.get(name) for e in events], dtype=pl.Float64) for name in platform.state.measures}
+    columns |= {"log": pl.Series([log] * len(events), dtype=pl.String), "recorded_at": pl.Series([e.recorded_at for e in events], dtype=pl.Int64)}
     return pl.DataFrame(columns).with_columns(pl.from_epoch("occurred_at", time_unit="us").dt.replace_time_zone("UTC"))
 
 
