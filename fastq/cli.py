@@ -386,6 +386,38 @@ def rollback(
         answer({"model": platform.platform, "version": str(version), "promoted": True}, _promoted)
 
 
+@app.command()
+def pause(
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Whose proposals are served meanwhile; default: the holdout's policy, else the default action.")
+    ] = None,
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Take fastq out of every decision at once, also in servers that run."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq.assignment import pause as pause_platform
+
+        made, changed = pause_platform(platform, policy, who=_who(), reason=reason.strip())
+        answer({"paused": True, "policy": made.policy, "since": made.since, "changed": changed}, _pause)
+
+
+@app.command()
+def resume(
+    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Let fastq decide again."""
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq.assignment import resume as resume_platform
+
+        answer({"paused": False, "changed": resume_platform(platform, who=_who(), reason=reason.strip())}, _pause)
+
+
 # ---- in and out --------------------------------------------------------------------------------------------------------
 
 
@@ -711,6 +743,14 @@ def _models(document: Document) -> Iterable[RenderableType]:
 
 def _promoted(document: Document) -> Iterable[RenderableType]:
     yield f"[green]{document['model']} version {document['version']} is the champion.[/]"
+
+
+def _pause(document: Document) -> Iterable[RenderableType]:
+    if document["paused"]:
+        instead = f"every player gets the proposal of {document['policy']}" if document["policy"] else "every player gets the default action"
+        yield f"[yellow]Paused[/] since {document['since']}: {_plain(instead)}. `fastq resume` ends it."
+    else:
+        yield "[green]fastq decides again.[/]" if document["changed"] else "fastq was not paused."
 
 
 def _plain(text: str) -> str:

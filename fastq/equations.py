@@ -66,7 +66,7 @@ def action_features(u: Tensor, polynomial: bool) -> Tensor:
     if d > CROSS_UP_TO:
         return torch.cat([u, u.square(), u**3], -1)
     i, j = torch.triu_indices(d, d, device=u.device)
-    return torch.cat([u, u[..., i] * u[..., j], u**3], -1)
+    return torch.cat([u, u.index_select(-1, i) * u.index_select(-1, j), u**3], -1)
 
 
 def feature_count(d: int, polynomial: bool) -> int:

@@ -182,9 +182,39 @@ class Holdout(_Branch):
     policy: str | None = None
 
 
+class Challenger(_Branch):
+    """A second model beside the champion. Whose decisions a player gets is a function of their id alone."""
+
+    version: str | None = None  # default: the registry's alias `challenger`
+    share: float = Field(0.0, ge=0, lt=1)  # of the players who are not held out
+    shadow: bool = False  # what it would have done is logged beside every decision of the champion's, and served to nobody
+
+
+class Cap(_Branch):
+    """At most `most` per player in the last `per`: decisions of fastq's, or the sum of one action dimension over them."""
+
+    most: float = Field(ge=0)
+    per: Duration | None = None  # default: a period
+
+
+class Tokens(_Branch):
+    """JSON Web Tokens of somebody else's sign-in, beside our own keys."""
+
+    jwks: str  # file or https URL of the issuer's public keys
+    issuer: str
+    audience: str
+    role_claim: str = "role"  # recommend, analyst or admin, or a list of them
+
+
 class Serving(_Branch):
     exploration: float = Field(0.05, ge=0, le=1)  # standard deviation of the logged noise, as a share of each dimension's range
     holdout: Holdout = Holdout()
+    challenger: Challenger = Challenger()
+    frequency: Cap | None = None  # decisions of fastq's per player; past it the default action is served
+    item_frequency: Cap | None = None  # the same item to the same player; past it the item is not eligible
+    budgets: dict[str, Cap] = {}  # by action dimension; what is left of it is a limit of the law
+    rate_limit: float = Field(0, ge=0)  # requests per second and key; 0: none
+    tokens: Tokens | None = None
     exclude: str | None = None  # file with a column player_id: players who are never recommended anything
     stale_after: int = Field(3, ge=1)  # periods without anything seen after which an answer is marked degraded
 
@@ -239,6 +269,10 @@ class Platform(_Branch):
             raise ValueError("logs.items: expected a path, since action.features names item features")
         if self.serving.holdout.policy is not None and self.serving.holdout.policy not in self.policies:
             raise ValueError(f"serving.holdout.policy: expected one of {', '.join(self.policies)}")
+        if unknown := [name for name in self.serving.budgets if name not in self.dimension_names]:
+            raise ValueError(f"serving.budgets: {unknown[0]!r} is no action dimension; expected {', '.join(self.dimension_names) or 'none for a catalogue'}")
+        if self.serving.item_frequency is not None and self.dimension_names:
+            raise ValueError("serving.item_frequency: expected only where actions are items of a catalogue")
         return self
 
     @property

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fastq.explanation import Explanation
 
 ROUNDS = ((64, 1.0), (32, 0.15), (16, 0.04))  # candidates per round, and the share of the evidence's reach over which they are spread
-CHUNKS = (64, 4096)  # states per forward pass: a row's floats depend on its batch's size, so sizes are fixed and batches are padded
+CHUNKS = (4, 8, 16, 32, 64, 512, 4096)  # states per batch: a row's floats depend on the size of its batch and its place there, so sizes are fixed
 NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
 REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts; measured in infra/log.md
 OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
@@ -49,6 +49,7 @@ class Recommendation:
 
     action [B, D] raw units, or [B] item ids; value [B] and by_objective [B, M] of that action; propensity [B] density per raw units, or
     probability; mean [B, D] the noise-free action (item ids for a catalogue); seeds [B] uint64, from which the noise is drawn again;
+    slots [B, 2] the size of the batch that a row was computed in and its place there, without which its floats cannot be had again bit for bit;
     ranking: per player the `top_k` items, first the recommended one.
     """
 
@@ -58,7 +59,18 @@ class Recommendation:
     propensity: np.ndarray
     mean: np.ndarray
     seeds: np.ndarray
+    slots: np.ndarray
     ranking: list[list[str]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, rows: slice) -> Recommendation:
+        ranking = None if self.ranking is None else self.ranking[rows]
+        return Recommendation(*(getattr(self, name)[rows] for name in _DRAWN), ranking=ranking)
+
+
+_DRAWN = ("action", "value", "by_objective", "propensity", "mean", "seeds", "slots")
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,11 @@ class Encoded:
     def __getitem__(self, rows: slice | np.ndarray) -> Encoded:
         index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
         return Encoded(self.x[index], self.v[index], self.branch[index])
+
+    def padded(self, size: int) -> Encoded:
+        """`size` rows: these, then the first one again and again."""
+        n = len(self)
+        return self if n == size else Encoded(*(torch.cat([part, part[:1].expand(size - n, *part.shape[1:])]) for part in (self.x, self.v, self.branch)))
 
 
 @dataclass(frozen=True)
@@ -195,15 +212,10 @@ class Policy:
         """`situation` in padded batches of fixed sizes, without gradients."""
         if len(enc) == 0:
             raise RequestError("expected at least one state")
-        size = CHUNKS[0] if len(enc) <= CHUNKS[0] else CHUNKS[1]
         parts = []
         with torch.no_grad():
-            for start in range(0, len(enc), size):
-                piece = enc[start : start + size]
-                n = len(piece)
-                if n < size:
-                    piece = piece[np.concatenate([np.arange(n), np.zeros(size - n, int)])]
-                whole = self.situation(piece)
+            for start, n, size in pieces(len(enc)):
+                whole = self.situation(enc[start : start + n].padded(size))
                 parts.append(Situation(**{name: getattr(whole, name)[:n].cpu() for name in whole.__dataclass_fields__}))
         return parts[0] if len(parts) == 1 else Situation(**{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0].__dataclass_fields__})
 
@@ -253,12 +265,12 @@ class Policy:
 
     def _scores(self, at: Situation, phi: Tensor, w: np.ndarray, doubt: Tensor) -> dict[str, Tensor]:
         """What ranks candidates [B, C, P]: value - caution - guardrail = total, each [B, C]."""
-        totals = self.totals(at, phi)
         difference = phi - at.reference[:, None]
-        sd = torch.einsum("bcp,bpq,bcq->bc", difference, doubt, difference).clamp(min=0).sqrt()
-        value = totals[..., 0] @ torch.from_numpy(w)
-        caution = self.platform.training.caution * sd
-        guardrail = totals[..., 1] @ torch.from_numpy(self.multipliers)
+        prices = torch.from_numpy(np.stack([w, self.multipliers]))  # of the value, and of the immediate value
+        level, slope = torch.einsum("bmt,tm->bt", at.level, prices), torch.einsum("bmtp,tm->bpt", at.slope, prices)
+        value, guardrail = (level[:, None] + difference @ slope).unbind(-1)  # weighted before candidates are met, which are many
+        variance = ((difference @ doubt) * difference) @ difference.new_ones(difference.shape[-1])  # so short a sum is quicker as a product
+        caution = self.platform.training.caution * variance.clamp(min=0).sqrt()
         return {"value": value, "caution": caution, "guardrail": guardrail, "total": value - caution - guardrail}
 
     def best_units(self, at: Situation, w: np.ndarray, low: np.ndarray, high: np.ndarray) -> Tensor:
@@ -266,8 +278,8 @@ class Policy:
 
         What the networks propose, then ever finer rounds of fixed directions around the best so far: a function of state and model alone.
         """
-        if len(at) > CHUNKS[1]:  # so that the candidates of a large batch need not all be in memory at once
-            return torch.cat([self.best_units(at[start : start + CHUNKS[1]], w, low, high) for start in range(0, len(at), CHUNKS[1])])
+        if len(at) > CHUNKS[-1]:  # so that the candidates of a large batch need not all be in memory at once
+            return torch.cat([self.best_units(at[start : start + CHUNKS[-1]], w, low, high) for start in range(0, len(at), CHUNKS[-1])])
         doubt, d = self.shape_of_doubt(at, w), at.proposal.shape[1]
         allowed = [torch.from_numpy(self.units.standard(edge)) for edge in (low, high)]
         lowest, highest = (torch.minimum(torch.maximum(edge, allowed[0]), allowed[1]) for edge in at.reach[:, :, None].unbind(1))
@@ -286,7 +298,9 @@ class Policy:
     def _distance(self, at: Situation, u: Tensor) -> Tensor:
         """[B, C] distance of candidates [B, C, D] to the nearest policy that acts in such a state, in standard deviations of its own noise."""
         d, spread = u.shape[-1], torch.from_numpy(np.maximum(self.spread, 1e-6))
-        apart = ((u[:, :, None] - at.expected[:, None, :, :d]) / spread).square().sum(-1)
+        apart = torch.zeros(*u.shape[:2], len(spread), dtype=u.dtype, device=u.device)
+        for i in range(d):  # few and short: a sum over the last axis would take longer
+            apart += ((u[:, :, None, i] - at.expected[:, None, :, i]) / spread[:, i]).square()
         return torch.where(acting(at.assignment)[:, None], apart, torch.inf).amin(-1).sqrt()
 
     def served_features(self, mean: Tensor) -> Tensor:
@@ -434,23 +448,71 @@ class Policy:
         `seeds` [B] uint64 make the draw repeatable; `limits` narrow dimensions, `eligible` narrows a catalogue, `exploration` caps the noise.
         Raises `RequestError` for a wrong shape and for limits that leave no action.
         """
-        at = self.situations(self.encode(states))
-        seeds = np.random.default_rng().integers(0, 2**63, len(at), dtype=np.uint64) if seeds is None else np.asarray(seeds, np.uint64)
-        if self.catalogue is not None:
-            return self._recommend_items(at, explore, seeds, eligible, top_k, self._exploration(exploration), limits)
+        enc = self.encode(states)
+        seeds = np.random.default_rng().integers(0, 2**63, len(enc), dtype=np.uint64) if seeds is None else np.asarray(seeds, np.uint64)
+        return self.draw(enc, explore, seeds, limits=limits, exploration=exploration, eligible=eligible, top_k=top_k)
+
+    def draw(
+        self,
+        enc: Encoded,
+        explore: bool,
+        seeds: np.ndarray,
+        *,
+        limits: Mapping[str, Mapping[str, float]] | None = None,
+        exploration: float | None = None,
+        eligible: Sequence[str] | None = None,
+        top_k: int = 1,
+    ) -> Recommendation:
+        """`recommend` for states that are encoded already, all of it in padded batches of fixed sizes."""
+        if len(enc) == 0:
+            raise RequestError("expected at least one state")
+        share = self._exploration(exploration)
+        parts = []
+        with torch.inference_mode():
+            for start, n, size in pieces(len(enc)):
+                at = self.situation(enc[start : start + n].padded(size))
+                own = np.resize(seeds[start : start + n], size)
+                whole = (
+                    self._draw_actions(at, explore, own, limits, share, eligible, top_k)
+                    if self.catalogue is None
+                    else self._draw_items(at, explore, own, limits, share, eligible, top_k)
+                )
+                parts.append(whole[:n])
+        if len(parts) == 1:
+            return parts[0]
+        ranking = None if parts[0].ranking is None else [ranked for part in parts for ranked in part.ranking or []]
+        return Recommendation(*(np.concatenate([getattr(part, name) for part in parts]) for name in _DRAWN), ranking=ranking)
+
+    def draw_again(self, enc: Encoded, seed: int, slot: tuple[int, int], explore: bool, **narrowed: Any) -> Recommendation:
+        """What `draw` gave for one state at a place in a batch, bit for bit on the same machine: that batch, filled with this state alone."""
+        size, place = slot
+        if size not in CHUNKS:
+            raise RequestError(f"slot: expected a batch of {', '.join(map(str, CHUNKS))} states, got one of {size}")
+        return self.draw(enc.padded(size), explore, np.full(size, seed, np.uint64), **narrowed)[place : place + 1]
+
+    def _draw_actions(
+        self,
+        at: Situation,
+        explore: bool,
+        seeds: np.ndarray,
+        limits: Mapping[str, Mapping[str, float]] | None,
+        share: float,
+        eligible: Sequence[str] | None,
+        top_k: int,
+    ) -> Recommendation:
         if eligible is not None or top_k != 1:
             raise RequestError("eligible, top_k: expected only where actions are items of a catalogue")
         low, high = self.edges(limits)
         mean = self.on_grid(self.units.raw(self.best_units(at, self.platform.weights, low, high).numpy()), low, high)
-        action, share = mean, self._exploration(exploration)
+        action, propensity = mean, np.full(len(at), np.nan)
         if explore and share > 0:
             sd, left, right = self.law(low, high, share)
             below, above = ndtr((left - mean) / sd), ndtr((right - mean) / sd)
             drawn = mean + sd * ndtri(below + uniforms(seeds, mean.shape[1]) * (above - below))
             action = self.on_grid(np.clip(drawn, low, high), low, high)
-        propensity = self.density(action, mean, limits, share) if explore and share > 0 else np.full(len(at), np.nan)
+            propensity = self.density(action, mean, limits, share)
         by_objective = self.totals(at, action_features(self._units(action), True)[:, None])[:, 0, :, 0].numpy()
-        return Recommendation(action, by_objective @ self.platform.weights, by_objective, propensity, mean, seeds)
+        return Recommendation(action, by_objective @ self.platform.weights, by_objective, propensity, mean, seeds, _slots(len(at)))
 
     def item_scores(self, at: Situation, w: np.ndarray, eligible: Sequence[str] | None) -> tuple[Tensor, np.ndarray]:
         """Totals [B, C] and positions [B, C] of the items that are re-ranked: all eligible ones, or the nearest to what is proposed."""
@@ -484,8 +546,8 @@ class Policy:
         floor = UNIFORM_SHARE if share > 0 else 0.0
         return (1 - floor) * torch.softmax(total / temperature[:, None], 1) + floor / total.shape[1]
 
-    def _recommend_items(
-        self, at: Situation, explore: bool, seeds: np.ndarray, eligible: Sequence[str] | None, top_k: int, share: float, limits: object
+    def _draw_items(
+        self, at: Situation, explore: bool, seeds: np.ndarray, limits: object, share: float, eligible: Sequence[str] | None, top_k: int
     ) -> Recommendation:
         assert self.catalogue is not None
         if limits:
@@ -503,7 +565,8 @@ class Policy:
         vectors = torch.from_numpy(self.catalogue.embedding[items[rows, first]]).double()
         by_objective = self.totals(at, vectors[:, None])[:, 0, :, 0].numpy()
         ranking = [list(ids[items[row, order[row]]]) for row in rows]
-        return Recommendation(ids[items[rows, first]], by_objective @ self.platform.weights, by_objective, propensity, ids[items[rows, best]], seeds, ranking)
+        best_items, weighted = ids[items[rows, best]], by_objective @ self.platform.weights
+        return Recommendation(ids[items[rows, first]], weighted, by_objective, propensity, best_items, seeds, _slots(len(at)), ranking)
 
     def explain(
         self, states: PlayerStates, actions: Any = None, against: Any = None, weights: Mapping[str, float] | None = None, *, attributions: bool = True
@@ -590,6 +653,23 @@ class Policy:
 
     def with_version(self, version: str) -> Policy:
         return replace(self, version=version)
+
+
+def pieces(n: int) -> list[tuple[int, int, int]]:
+    """How n states are cut into batches: the first row of each, its rows, and its size with padding; at most three quarters of a batch are padding."""
+    found, start = [], 0
+    while start < n:
+        left = n - start
+        fits = next((size for size in CHUNKS if size >= left), CHUNKS[-1])
+        size = fits if fits <= max(4 * left, CHUNKS[0]) else max(size for size in CHUNKS if size <= left)
+        found.append((start, min(left, size), size))
+        start += size
+    return found
+
+
+def _slots(size: int) -> np.ndarray:
+    """[size, 2] the size of a batch and each row's place in it."""
+    return np.stack([np.full(size, size), np.arange(size)], 1)
 
 
 def acting(assignment: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ def promote(platform: Platform, version: str, *, reason: str = "", forced: bool 
             before = aliases.get(CHAMPION)
             if before == chosen:
                 return chosen
-            _audit(workspace, who, "promote", version=chosen, previous=before, reason=reason, forced=forced)
+            workspace.record(who, "promote", version=chosen, previous=before, reason=reason, forced=forced)
             if forced and verdict != "promoted":
                 client.set_model_version_tag(platform.platform, chosen, "forced", reason)
             if before is not None:
@@ -293,7 +293,7 @@ def rollback(platform: Platform, *, who: str = "fastq", reason: str = "") -> str
         back, now = aliases.get(PREVIOUS), aliases.get(CHAMPION)
         if back is None or back == now:
             raise UnknownPlayerError(f"{platform.platform}: there is no champion before this one; see `fastq models`, and `fastq promote VERSION`")
-        _audit(workspace, who, "rollback", version=back, previous=now, reason=reason, forced=False)
+        workspace.record(who, "rollback", version=back, previous=now, reason=reason, forced=False)
         client.set_registered_model_alias(platform.platform, CHAMPION, back)
         if now is not None:
             client.set_registered_model_alias(platform.platform, PREVIOUS, now)
@@ -343,16 +343,6 @@ def _sentence(tags: Mapping[str, str]) -> str:
     verdict = {"promoted": "passed", "refused": "refused"}.get(tags.get("verdict", ""), "not judged")
     said = f"{verdict}: {reasons}" if reasons else verdict
     return f"{said}; forced: {tags['forced']}" if "forced" in tags else said
-
-
-def _audit(workspace: Workspace, who: str, action: str, **said: Any) -> None:
-    """Append one JSON line, durably, before what it tells is done: a line too many can be read, a promotion without one cannot."""
-    workspace.make()
-    line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"), "who": who, "action": action, **said})
-    with workspace.audit.open("a", encoding="utf-8") as log:
-        log.write(line + "\n")
-        log.flush()
-        os.fsync(log.fileno())
 
 
 # ---- bundles -------------------------------------------------------------------------------------------------------------

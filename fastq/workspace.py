@@ -6,11 +6,14 @@ One directory holds all of a platform's state, so deleting it deletes everything
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -84,6 +87,11 @@ class Workspace:
         """Append-only JSON lines: promotions, rollbacks, pauses, who, when, why."""
         return self.state / "audit.jsonl"
 
+    @property
+    def paused(self) -> Path:
+        """There while fastq is paused; says since when, by whom, and who decides instead (JSON)."""
+        return self.state / "paused.json"
+
     def make(self, *directories: Path) -> None:
         """Create directories (default: the state directory) for this user only."""
         for directory in directories or (self.state,):
@@ -91,6 +99,15 @@ class Workspace:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             except OSError as error:
                 raise WorkspaceError(f"{directory}: cannot be created ({error.strerror}); check the directory's owner and the disk's free space") from None
+
+    def record(self, who: str, action: str, **said: Any) -> None:
+        """Append one line to the audit, durably, before what it tells is done: a line too many can be read, a deed without one cannot."""
+        self.make()
+        line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"), "who": who, "action": action, **said})
+        with self.audit.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+            log.flush()
+            os.fsync(log.fileno())
 
     @contextlib.contextmanager
     def lock(self, name: str, wait_seconds: float = 0.0) -> Iterator[None]:
