@@ -12,10 +12,12 @@ import functools
 import hashlib
 import json
 import math
+import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import orjson
@@ -30,16 +32,19 @@ CLIP = 8.0  # standard deviations; beyond them a heavy-tailed measure would drow
 UNSEEN = ""  # slot 0 of every vocabulary: values that training never saw, and nulls
 
 
+Columns = Mapping[str, np.ndarray | list[str | None]]  # attribute to values [B]: float64 with NaN, or text with None
+
+
 @dataclass(frozen=True)
 class PlayerStates:
     """A batch of player states in raw units, oldest period first; NaN marks what is not known.
 
-    history [B, window, measures]; attributes: one row per player, a frame or [B, G] in the platform file's order;
+    history [B, window, measures]; attributes: one row per player, a frame, columns by name, or [B, G] in the platform file's order;
     actions [B, window, D] and objectives [B, window, M]: what was done and what followed; policies [B]: who acted last.
     """
 
     history: np.ndarray
-    attributes: pl.DataFrame | np.ndarray | None = None
+    attributes: pl.DataFrame | Columns | np.ndarray | None = None
     actions: np.ndarray | None = None
     objectives: np.ndarray | None = None
     policies: Sequence[str | None] | None = None
@@ -57,8 +62,11 @@ class Catalogue:
 
     def positions(self, ids: Sequence[str | None]) -> np.ndarray:
         """[N] int64 position of each id, -1 where the catalogue does not hold it."""
-        where = {item: position for position, item in enumerate(self.ids)}
-        return np.array([where.get(item, -1) if item is not None else -1 for item in ids], np.int64)
+        return np.array([self._where.get(item, -1) if item is not None else -1 for item in ids], np.int64)
+
+    @functools.cached_property
+    def _where(self) -> dict[str, int]:
+        return {item: position for position, item in enumerate(self.ids)}
 
 
 def build_catalogue(platform: Platform, items: pl.DataFrame) -> Catalogue:
@@ -422,16 +430,20 @@ def _rolled(values: np.ndarray, shift: np.ndarray, fill: float) -> np.ndarray:
 
 
 def states_at(platform: Platform, online: OnlineStates | pl.DataFrame, at: datetime) -> PlayerStates:
-    """The states of players (an online frame, or its arrays) as they are at `at`: rolled to the period under way, without what is not yet known."""
+    """The states of players (an online frame, or its arrays) as they are at `at`: rolled to the period under way, without what is not yet known.
+
+    Their attributes are a frame where a frame was given, else columns.
+    """
+    framed = isinstance(online, pl.DataFrame)
     online = online_states(platform, online) if isinstance(online, pl.DataFrame) else online
     now = epoch_microseconds(at)
     shift = np.maximum(now // microseconds(platform) - 1 - online.period, 0)
-    values, decided = _rolled(online.window, shift, np.nan), _rolled(online.decided, shift, 0)
+    values, decided = (_rolled(online.window, shift, np.nan), _rolled(online.decided, shift, 0)) if shift.any() else (online.window, online.decided)
     split_at = [len(platform.state.measures), values.shape[2] - len(platform.objectives)]
     history, actions, objectives = np.split(values, split_at, axis=2)
     unknown = decided[:, :, None] + known_delay(platform) >= now
     known = np.where(unknown, np.float32(np.nan), objectives)
-    return PlayerStates(history, online.attribute_frame(), actions, known, online.policies)
+    return PlayerStates(history, online.attribute_frame() if framed else online.attributes, actions, known, online.policies)
 
 
 def with_events(platform: Platform, frame: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
@@ -673,40 +685,69 @@ def _blank(how: Packing, width: int) -> bytes:
     return table[0].tobytes() + orjson.dumps([None, {}, *([None] * len(how.categorical))])
 
 
-def pack_state(states: PlayerStates, row: int) -> bytes:
-    """One state, compressed, bit for bit (float32) as the policy saw it, for the decision log; `unpack_states` reads it. No pickle."""
-    arrays = {name: np.ascontiguousarray(getattr(states, name)[row], "<f4") for name in _STATE_PARTS}
-    attributes = states.attributes.row(row, named=True) if isinstance(states.attributes, pl.DataFrame) and states.attributes.width else {}
-    header = {
-        "shapes": {name: array.shape for name, array in arrays.items()},
-        "attributes": attributes,
-        "policy": states.policies[row] if states.policies else None,
-    }
-    return zlib.compress(json.dumps(header).encode() + b"\n" + b"".join(array.tobytes() for array in arrays.values()), 1)
-
-
 _STATE_PARTS = ("history", "actions", "objectives")
+_SPARSE = b"\x01"  # how a packed state of today begins; those of earlier releases are zlib streams, which begin otherwise
+
+
+def pack_states(states: PlayerStates) -> list[bytes]:
+    """Each state, bit for bit (float32) as the policy saw it, for the decision log; `unpack_states` reads it. No pickle.
+
+    What is known, behind one bit per number that says whether it is: mantissas hardly compress, and what is not known takes no room.
+    """
+    n = len(states)
+    parts = [np.asarray(getattr(states, name), "<f4").reshape(n, -1) for name in _STATE_PARTS]
+    shapes = [list(getattr(states, name).shape[1:]) for name in _STATE_PARTS]
+    numbers = np.concatenate(parts, 1)
+    known = ~np.isnan(numbers)
+    marks, values, ends = np.packbits(known, 1), numbers[known].tobytes(), (4 * known.sum(1).cumsum()).tolist()
+    packed, start = [], 0
+    for row, (attributes, end) in enumerate(zip(_attribute_rows(states), ends, strict=True)):
+        head = orjson.dumps([shapes, attributes, states.policies[row] if states.policies else None])
+        packed.append(b"".join((_SPARSE, struct.pack("<I", len(head)), head, marks[row].tobytes(), values[start:end])))
+        start = end
+    return packed
+
+
+def _attribute_rows(states: PlayerStates) -> list[dict[str, Any]]:
+    """Each player's attributes by name, None where unknown."""
+    given = states.attributes
+    if isinstance(given, pl.DataFrame):
+        return given.rows(named=True) if given.width else [{} for _ in range(len(states))]
+    if not isinstance(given, Mapping):
+        return [{} for _ in range(len(states))]
+    columns = [[None if v != v else v for v in c.tolist()] if isinstance(c, np.ndarray) else c for c in given.values()]  # noqa: PLR0124 - NaN alone
+    return [dict(zip(given, row, strict=True)) for row in zip(*columns, strict=True)] if columns else [{} for _ in range(len(states))]
 
 
 def unpack_states(platform: Platform, packed: Sequence[bytes]) -> PlayerStates:
-    """States that `pack_state` kept, as one batch in their order."""
+    """States that `pack_states` kept, as one batch in their order."""
     arrays: dict[str, list[np.ndarray]] = {name: [] for name in _STATE_PARTS}
-    attributes, policies = [], []
+    attributes: list[dict[str, Any]] = []
+    policies: list[str | None] = []
     for one in packed:
-        head, _, body = zlib.decompress(one).partition(b"\n")
-        header, at = json.loads(head), 0
-        for name, shape in header["shapes"].items():
-            size = math.prod(shape) * 4
-            arrays[name].append(np.frombuffer(body[at : at + size], "<f4").reshape(shape))
-            at += size
-        attributes.append(header["attributes"])
-        policies.append(header["policy"])
-    columns = {
-        name: pl.Series([row.get(name) for row in attributes], dtype=pl.Float64 if a.kind == "numeric" else pl.String)
+        if one[:1] == _SPARSE:
+            size = struct.unpack_from("<I", one, 1)[0]
+            shapes, about, policy = orjson.loads(one[5 : 5 + size])
+            total = sum(math.prod(shape) for shape in shapes)
+            marks, values = one[5 + size : 5 + size + -(-total // 8)], one[5 + size + -(-total // 8) :]
+            numbers = np.full(total, np.nan, np.float32)
+            numbers[np.unpackbits(np.frombuffer(marks, np.uint8), count=total).astype(bool)] = np.frombuffer(values, "<f4")
+        else:
+            head, _, body = zlib.decompress(one).partition(b"\n")
+            header = json.loads(head)
+            shapes, about, policy = [header["shapes"][name] for name in _STATE_PARTS], header["attributes"], header["policy"]
+            numbers = np.frombuffer(body, "<f4")
+        at = 0
+        for name, shape in zip(_STATE_PARTS, shapes, strict=True):
+            arrays[name].append(numbers[at : at + math.prod(shape)].reshape(shape))
+            at += math.prod(shape)
+        attributes.append(about)
+        policies.append(policy)
+    columns: dict[str, np.ndarray | list[str | None]] = {
+        name: np.array([row.get(name) for row in attributes], float) if a.kind == "numeric" else [row.get(name) for row in attributes]
         for name, a in platform.state.attributes.items()
     }
-    frame = pl.DataFrame(columns) if columns else pl.DataFrame(height=len(packed))
-    return PlayerStates(np.stack(arrays["history"]), frame, np.stack(arrays["actions"]), np.stack(arrays["objectives"]), policies)
+    return PlayerStates(np.stack(arrays["history"]), columns, np.stack(arrays["actions"]), np.stack(arrays["objectives"]), policies)
 
 
 # ---- states as the networks' inputs --------------------------------------------------------------------------------------
@@ -733,10 +774,13 @@ class Encoding:
         standard = np.where(known, np.clip((raw - self.mean) / self.scale, -CLIP, CLIP), np.float32(0))
         return np.concatenate([standard, known.astype(np.float32)], -1)
 
-    def attributes(self, attributes: pl.DataFrame | np.ndarray | None, n: int) -> np.ndarray:
+    def attributes(self, attributes: pl.DataFrame | Columns | np.ndarray | None, n: int) -> np.ndarray:
         """[n, attribute_width] float32: numbers standardised with a presence mark, categories one-hot with an unseen slot."""
         names = [*self.numeric, *self.vocabularies]
-        if isinstance(attributes, pl.DataFrame):
+        columns: Columns
+        if isinstance(attributes, Mapping):
+            columns = attributes
+        elif isinstance(attributes, pl.DataFrame):
             if missing := [name for name in names if name not in attributes.columns]:
                 raise RequestError(f"attributes: expected the columns {', '.join(names)}; missing: {', '.join(missing)}")
             columns = {name: attributes[name].to_numpy() for name in self.numeric} | {
@@ -756,7 +800,7 @@ class Encoding:
             at += 2
         for name, known_values in self.vocabularies.items():
             slots = {value: slot for slot, value in enumerate(known_values, 1)}
-            encoded[np.arange(n), at + np.array([slots.get(value, 0) for value in columns[name]], int).reshape(n)] = 1
+            encoded[np.arange(n), at + np.array([slots.get(str(value), 0) if value is not None else 0 for value in columns[name]], np.int64).reshape(n)] = 1
             at += 1 + len(known_values)
         return encoded
 
@@ -804,10 +848,14 @@ def attribute_rows(frame: pl.DataFrame, index: np.ndarray) -> pl.DataFrame:
     return frame[index] if frame.width else frame
 
 
-def attribute_frame(platform: Platform, states: PlayerStates) -> pl.DataFrame | None:
-    """The attributes of a batch as a frame; an array's columns are taken in the platform file's order."""
+def attribute_frame(platform: Platform, states: PlayerStates) -> pl.DataFrame | Columns | None:
+    """The attributes of a batch as a frame, or as columns where they came as those; an array's columns are taken in the platform file's order."""
     names, n = list(platform.state.attributes), len(states.history)
     given = states.attributes
+    if isinstance(given, Mapping) and names:
+        if set(names) <= given.keys() and all(len(given[name]) == n for name in names):
+            return given
+        raise RequestError(f"attributes: expected {n} values for each of {', '.join(names)}")
     if given is None or not names:
         return None if names else pl.DataFrame()
     if not isinstance(given, pl.DataFrame):

@@ -67,10 +67,10 @@ class Recommendation:
 
     def __getitem__(self, rows: slice) -> Recommendation:
         ranking = None if self.ranking is None else self.ranking[rows]
-        return Recommendation(*(getattr(self, name)[rows] for name in _DRAWN), ranking=ranking)
+        return Recommendation(**{name: getattr(self, name)[rows] for name in _DRAWN}, ranking=ranking)
 
 
-_DRAWN = ("action", "value", "by_objective", "propensity", "mean", "seeds", "slots")
+_DRAWN = ("action", "value", "by_objective", "propensity", "mean", "seeds", "slots")  # what a recommendation has for each row
 
 
 @dataclass(frozen=True)
@@ -374,6 +374,22 @@ class Policy:
         low, high = self.edges(limits)
         return self.on_grid(self.units.raw(self.best_units(at, w, low, high).numpy()), low, high)
 
+    def check(
+        self, limits: Mapping[str, Mapping[str, float]] | None = None, eligible: Sequence[str] | None = None, top_k: int = 1, exploration: float | None = None
+    ) -> None:
+        """Raises the `RequestError` that `recommend` would for what a request narrows."""
+        self._exploration(exploration)
+        if self.catalogue is None:
+            if eligible is not None or top_k != 1:
+                raise RequestError("eligible, top_k: expected only where actions are items of a catalogue")
+            self.edges(limits)
+            return
+        if limits:
+            raise RequestError("limits: expected none, since actions are items of a catalogue; use eligible")
+        most = min(len(self._allowed(eligible)), NEAREST_ITEMS)
+        if not 1 <= top_k <= most:
+            raise RequestError(f"top_k: expected 1 to {most}, the items there are, got {top_k}")
+
     # ---- recommending ---------------------------------------------------------------------------------------------------
     def edges(self, limits: Mapping[str, Mapping[str, float]] | None) -> tuple[np.ndarray, np.ndarray]:
         """[D] low and [D] high in raw units after a request's limits; raises `RequestError` for limits that leave no action."""
@@ -466,6 +482,7 @@ class Policy:
         """`recommend` for states that are encoded already, all of it in padded batches of fixed sizes."""
         if len(enc) == 0:
             raise RequestError("expected at least one state")
+        self.check(limits, eligible, top_k, exploration)
         share = self._exploration(exploration)
         parts = []
         with torch.inference_mode():
@@ -473,15 +490,15 @@ class Policy:
                 at = self.situation(enc[start : start + n].padded(size))
                 own = np.resize(seeds[start : start + n], size)
                 whole = (
-                    self._draw_actions(at, explore, own, limits, share, eligible, top_k)
+                    self._draw_actions(at, explore, own, limits, share)
                     if self.catalogue is None
-                    else self._draw_items(at, explore, own, limits, share, eligible, top_k)
+                    else self._draw_items(at, explore, own, eligible, top_k, share)
                 )
                 parts.append(whole[:n])
         if len(parts) == 1:
             return parts[0]
         ranking = None if parts[0].ranking is None else [ranked for part in parts for ranked in part.ranking or []]
-        return Recommendation(*(np.concatenate([getattr(part, name) for part in parts]) for name in _DRAWN), ranking=ranking)
+        return Recommendation(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in _DRAWN}, ranking=ranking)
 
     def draw_again(self, enc: Encoded, seed: int, slot: tuple[int, int], explore: bool, **narrowed: Any) -> Recommendation:
         """What `draw` gave for one state at a place in a batch, bit for bit on the same machine: that batch, filled with this state alone."""
@@ -490,18 +507,7 @@ class Policy:
             raise RequestError(f"slot: expected a batch of {', '.join(map(str, CHUNKS))} states, got one of {size}")
         return self.draw(enc.padded(size), explore, np.full(size, seed, np.uint64), **narrowed)[place : place + 1]
 
-    def _draw_actions(
-        self,
-        at: Situation,
-        explore: bool,
-        seeds: np.ndarray,
-        limits: Mapping[str, Mapping[str, float]] | None,
-        share: float,
-        eligible: Sequence[str] | None,
-        top_k: int,
-    ) -> Recommendation:
-        if eligible is not None or top_k != 1:
-            raise RequestError("eligible, top_k: expected only where actions are items of a catalogue")
+    def _draw_actions(self, at: Situation, explore: bool, seeds: np.ndarray, limits: Mapping[str, Mapping[str, float]] | None, share: float) -> Recommendation:
         low, high = self.edges(limits)
         mean = self.on_grid(self.units.raw(self.best_units(at, self.platform.weights, low, high).numpy()), low, high)
         action, propensity = mean, np.full(len(at), np.nan)
@@ -514,16 +520,20 @@ class Policy:
         by_objective = self.totals(at, action_features(self._units(action), True)[:, None])[:, 0, :, 0].numpy()
         return Recommendation(action, by_objective @ self.platform.weights, by_objective, propensity, mean, seeds, _slots(len(at)))
 
+    def _allowed(self, eligible: Sequence[str] | None) -> np.ndarray:
+        """Positions of the items that may be recommended."""
+        assert self.catalogue is not None
+        allowed = np.arange(len(self.catalogue.ids)) if eligible is None else np.unique(self.catalogue.positions(eligible))
+        if len(allowed) == 0:
+            raise RequestError("eligible: expected at least one item, each of the catalogue")
+        if allowed[0] < 0:
+            raise RequestError("eligible: names an item that is not in the catalogue")
+        return allowed
+
     def item_scores(self, at: Situation, w: np.ndarray, eligible: Sequence[str] | None) -> tuple[Tensor, np.ndarray]:
         """Totals [B, C] and positions [B, C] of the items that are re-ranked: all eligible ones, or the nearest to what is proposed."""
         assert self.catalogue is not None
-        allowed = np.arange(len(self.catalogue.ids)) if eligible is None else np.unique(self.catalogue.positions(eligible))
-        if (allowed < 0).any() or len(allowed) == 0:
-            raise RequestError(
-                "eligible: expected at least one item, each of the catalogue"
-                if eligible is None or not len(eligible)
-                else "eligible: names an item that is not in the catalogue"
-            )
+        allowed = self._allowed(eligible)
         vectors = torch.from_numpy(self.catalogue.embedding[allowed]).double()
         items = np.broadcast_to(allowed, (len(at), len(allowed)))
         if len(allowed) > NEAREST_ITEMS:  # the actor proposes, the critic re-ranks (arXiv 1512.07679)
@@ -546,15 +556,9 @@ class Policy:
         floor = UNIFORM_SHARE if share > 0 else 0.0
         return (1 - floor) * torch.softmax(total / temperature[:, None], 1) + floor / total.shape[1]
 
-    def _draw_items(
-        self, at: Situation, explore: bool, seeds: np.ndarray, limits: object, share: float, eligible: Sequence[str] | None, top_k: int
-    ) -> Recommendation:
+    def _draw_items(self, at: Situation, explore: bool, seeds: np.ndarray, eligible: Sequence[str] | None, top_k: int, share: float) -> Recommendation:
         assert self.catalogue is not None
-        if limits:
-            raise RequestError("limits: expected none, since actions are items of a catalogue; use eligible")
         total, items = self.item_scores(at, self.platform.weights, eligible)
-        if not 1 <= top_k <= items.shape[1]:
-            raise RequestError(f"top_k: expected 1 to {items.shape[1]}, the items there are, got {top_k}")
         law = self.item_law(total, at, share)
         best = total.argmax(1).numpy()
         noise = -np.log(-np.log(uniforms(seeds, items.shape[1])))

@@ -458,6 +458,7 @@ _SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log
         "propensity": pl.Float64(),
         "model_version": pl.String(),
         "action": pl.String(),
+        "assignment": pl.Float64(),
     },
     "outcomes": {"decision_id": pl.String(), "objective": pl.String(), "value": pl.Float64(), "recorded_at": pl.Int64()},
     "executed": {"decision_id": pl.String(), "action": pl.String(), "recorded_at": pl.Int64()},
@@ -471,8 +472,9 @@ def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] |
     found = [pl.DataFrame(schema=schema | ({LOG: pl.String()} if named else {}))]
     for path in decision_logs(platform):
         with reading_log(path) as database:
-            if database.execute("select 1 from sqlite_master where type = 'table' and name = ?", (table,)).fetchone():
-                query = f"select {', '.join(schema)} from {table}"  # noqa: S608 - constants only
+            there = {column for (column,) in database.execute("select name from pragma_table_info(?)", (table,))}
+            if there:
+                query = f"select {', '.join(c if c in there else f'null as {c}' for c in schema)} from {table}"  # noqa: S608 - constants only
                 rows = pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None)
                 found.append(rows.with_columns(pl.lit(path.name).alias(LOG)) if named else rows)
     return pl.concat(found)
@@ -545,7 +547,8 @@ def _with_served(platform: Platform, frame: pl.DataFrame, served: pl.DataFrame) 
         slack = (BOUND_TOLERANCE * (platform.bounds[:, 1] - platform.bounds[:, 0])).tolist()
         other = [(pl.col(a) - pl.col(f"{a} served")).abs() > s for a, s in zip(platform.dimension_names, slack, strict=True)]
     differing = int(beside.select((ours & pl.any_horizontal(other)).sum()).item() or 0)
-    merged = {fact: pl.col(f"{fact} served") for fact in facts}
+    merged: dict[str, pl.Expr] = {fact: pl.col(f"{fact} served") for fact in facts}
+    merged["assignment"] = pl.coalesce("assignment served", "assignment")
     merged |= {o: pl.when(f"{EXECUTED} served").then(pl.coalesce(f"{o} served", o)) for o in platform.objectives}
     rows = beside.with_columns(pl.when(ours).then(value).otherwise(name).alias(name) for name, value in merged.items()).select(frame.columns)
     alone = served.join(frame, on="decision_id", how="anti", maintain_order="left").drop(EXECUTED)

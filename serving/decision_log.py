@@ -4,7 +4,7 @@ One SQLite file per writing process under `served/` (WAL, synchronous=FULL) and 
 arrives queues up and becomes the next commit. A timed window would only add its own delay. Two processes never share a file: each holds
 a lock that dies with it. Batches (`served/*.parquet`, written by the flow `recommend_all`) are read beside the files.
 
-    decisions(decision_id, player_id, decided_at, policy, propensity, model_version, action, detail, state)
+    decisions(decision_id, player_id, decided_at, policy, propensity, model_version, action, detail, state, assignment)
     outcomes(decision_id, objective, value, recorded_at)     the row recorded last stands, whichever file holds it
     executed(decision_id, action, recorded_at)               what was done instead of the decision; action null: nothing was
     requests(key, digest, decision_ids, recorded_at)         idempotency keys
@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import orjson
 import polars as pl
 from filelock import FileLock, Timeout
 
@@ -38,12 +39,13 @@ from fastq.platform import Platform
 from fastq.workspace import Workspace
 
 logger = logging.getLogger("fastq.serving")
+SETTLED_NS = 100_000_000  # how old a directory's last change must be before its list is kept
 T = TypeVar("T")
 Action = dict[str, float] | dict[str, str | None]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS decisions(decision_id TEXT PRIMARY KEY, player_id TEXT NOT NULL, decided_at INTEGER NOT NULL, policy TEXT NOT NULL, propensity REAL,
-    model_version TEXT, action TEXT NOT NULL, detail TEXT NOT NULL, state BLOB);
+    model_version TEXT, action TEXT NOT NULL, detail TEXT NOT NULL, state BLOB, assignment REAL);
 CREATE INDEX IF NOT EXISTS decisions_by_player ON decisions(player_id, decided_at);
 CREATE TABLE IF NOT EXISTS outcomes(decision_id TEXT, objective TEXT, value REAL NOT NULL, recorded_at INTEGER NOT NULL, PRIMARY KEY(decision_id, objective));
 CREATE TABLE IF NOT EXISTS executed(decision_id TEXT PRIMARY KEY, action TEXT, recorded_at INTEGER NOT NULL);
@@ -52,7 +54,8 @@ CREATE TABLE IF NOT EXISTS activity(player_id TEXT, occurred_at INTEGER, recorde
     PRIMARY KEY(player_id, occurred_at, body));
 CREATE INDEX IF NOT EXISTS activity_to_apply ON activity(recorded_at) WHERE applied = 0;
 """
-_DECISION = "decision_id, player_id, decided_at, policy, propensity, model_version, action, detail"
+_DECISION = "decision_id, player_id, decided_at, policy, propensity, model_version, action, detail, assignment"
+_INSERT = f"INSERT INTO decisions({_DECISION}, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants only
 
 
 class LogUnavailable(FastqError):
@@ -77,7 +80,9 @@ class OutcomeConflict(RequestError):
 
 @dataclass(frozen=True)
 class Decision:
-    """One served decision. `detail`: what the answer said beside the columns, and what a replay needs; `state`: see `fastq.features.pack_state`."""
+    """One served decision. `detail`: what the answer said beside the columns, and what a replay needs; `state`: see `fastq.features.pack_states`;
+    `assignment`: with which probability the player fell to whoever decided, None where nothing is drawn.
+    """
 
     decision_id: str
     player_id: str
@@ -88,6 +93,7 @@ class Decision:
     action: Action
     detail: dict[str, Any]
     state: bytes | None = None
+    assignment: float | None = None
 
     def row(self) -> tuple[object, ...]:
         return (
@@ -97,8 +103,9 @@ class Decision:
             self.policy,
             self.propensity,
             self.model_version,
-            json.dumps(self.action, separators=(",", ":")),
-            json.dumps(self.detail, separators=(",", ":")),
+            orjson.dumps(self.action).decode(),
+            orjson.dumps(self.detail).decode(),
+            self.assignment,
             self.state,
         )
 
@@ -119,6 +126,20 @@ class Known:
     values: dict[str, float] = field(default_factory=dict)
     executed: bool | Action | None = None
     heard_at: int = 0
+
+
+@dataclass(frozen=True)
+class Recent:
+    """A decision of the last periods as it was executed, with what has been reported; `said_at`: when something of it was last heard (us)."""
+
+    decision_id: str
+    player_id: str
+    decided_at: int
+    policy: str
+    action: Action
+    values: dict[str, float]
+    said_at: int
+    drawn: bool  # by a model, rather than the default action
 
 
 @dataclass(frozen=True)
@@ -145,7 +166,7 @@ def now_us() -> int:
 
 
 def _decision(row: sqlite3.Row | tuple[Any, ...], state: bytes | None = None) -> Decision:
-    return Decision(row[0], row[1], row[2], row[3], row[4], row[5], json.loads(row[6]), json.loads(row[7]), state)
+    return Decision(row[0], row[1], row[2], row[3], row[4], row[5], json.loads(row[6]), json.loads(row[7]), state, row[8])
 
 
 def _executed(action: str | None) -> bool | Action:
@@ -164,6 +185,7 @@ class DecisionLog:
         self._readers: dict[Path, sqlite3.Connection] = {}
         self._reading = threading.RLock()
         self._batches: dict[Path, tuple[int, pl.DataFrame]] = {}
+        self._listed: tuple[int, list[Path], list[Path]] = (-1, [], [])
         self._database = self._connect()
         self._writer = threading.Thread(target=self._write, name="decision-log", daemon=True)
         self._writer.start()
@@ -174,6 +196,8 @@ class DecisionLog:
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
         database.executescript(_SCHEMA)
+        if not any(column[1] == "assignment" for column in database.execute("PRAGMA table_info(decisions)")):  # a file of an earlier release
+            database.execute("ALTER TABLE decisions ADD COLUMN assignment REAL")
         return database
 
     def _write(self) -> None:
@@ -266,8 +290,10 @@ class DecisionLog:
                     return found
                 ids = json.dumps([d.decision_id for d in decisions])
                 database.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (request.key, request.digest, ids, now_us()))
-            database.executemany("INSERT INTO decisions VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", [d.row() for d in decisions])
+            database.executemany(_INSERT, rows)
             return list(decisions)
+
+        rows = [d.row() for d in decisions]  # made by the caller's thread, so that the writer's holds nobody up
 
         return self._submit(job)
 
@@ -400,7 +426,7 @@ class DecisionLog:
     def _databases(self) -> list[sqlite3.Connection]:
         """A reader for each file, our own first."""
         with self._reading:
-            others = sorted(p for p in self.path.parent.glob("*.db") if p != self.path)
+            others = self._files()[0]
             for gone in set(self._readers) - {self.path, *others}:
                 self._readers.pop(gone).close()
             return [self._reader(path) for path in (self.path, *others)]
@@ -415,8 +441,18 @@ class DecisionLog:
             kept = self._batches[path] = (written, frame)
         return kept[1]
 
+    def _files(self) -> tuple[list[Path], list[Path]]:
+        """The other processes' files, and the batches; the directory is listed again when it has changed."""
+        changed = self.path.parent.stat().st_mtime_ns
+        if changed != self._listed[0]:
+            files = sorted(self.path.parent.iterdir())
+            found = ([p for p in files if p.suffix == ".db" and p != self.path and not p.name.startswith(".")], [p for p in files if p.suffix == ".parquet"])
+            settled = time.time_ns() - changed > SETTLED_NS  # of two changes within a tick of its clock the directory shows one
+            self._listed = (changed if settled else -1, *found)
+        return self._listed[1], self._listed[2]
+
     def _batch_files(self) -> list[Path]:
-        return sorted(self.path.parent.glob("*.parquet"))
+        return self._files()[1]
 
     def _served(self, ids: Iterable[str]) -> set[str]:
         """Those of the ids that were served, by any process."""
@@ -448,7 +484,7 @@ class DecisionLog:
             with self._reading:
                 row = database.execute(f"SELECT {_DECISION}, state FROM decisions WHERE decision_id = ?", (decision_id,)).fetchone()  # noqa: S608 - constants only
             if row is not None:
-                return _decision(row, row[8])
+                return _decision(row, row[9])
         for path in self._batch_files():
             if self._batch(path).filter(pl.col("decision_id") == decision_id).is_empty():
                 continue
@@ -466,22 +502,21 @@ class DecisionLog:
                 action,
                 {"batch": path.name, **detail},
                 row.get("state"),
+                row.get("assignment"),
             )
         return None
 
-    def recent(self, player_ids: Sequence[str], since: int) -> pl.DataFrame:
-        """The players' decisions since a moment as they were executed, with what has been reported: the canonical columns
-        decision_id, player_id, decided_at, policy, action columns and objectives, and `said_at`, when something of it was last heard (us).
-        """
-        wanted = json.dumps(list(dict.fromkeys(player_ids)))
+    def recent(self, player_ids: Sequence[str], since: int) -> list[Recent]:
+        """The players' decisions since a moment (us) as they were executed, oldest first; those that were reported as not carried out are left out."""
+        wanted = orjson.dumps(list(dict.fromkeys(player_ids))).decode()
         query = (
-            "SELECT decision_id, player_id, decided_at, policy, action FROM decisions"
-            " WHERE player_id IN (SELECT value FROM json_each(?)) AND decided_at >= ? ORDER BY decided_at"
+            "SELECT decision_id, player_id, decided_at, policy, action, instr(detail, '\"seed\"') FROM decisions"
+            " WHERE player_id IN (SELECT value FROM json_each(?)) AND decided_at >= ?"
         )
-        rows: list[tuple[str, str, int, str, Action]] = []
+        rows: list[tuple[str, str, int, str, Action, bool]] = []
         for database in self._databases():
             with self._reading:
-                rows += [(r[0], r[1], r[2], r[3], json.loads(r[4])) for r in database.execute(query, (wanted, since))]
+                rows += [(r[0], r[1], r[2], r[3], orjson.loads(r[4]), r[5] > 0) for r in database.execute(query, (wanted, since))]
         for path in self._batch_files():
             if path.stat().st_mtime_ns // 1000 >= since:
                 frame = self._batch(path)
@@ -490,40 +525,19 @@ class DecisionLog:
                 for start, end in zip(low, high, strict=True):
                     part = frame[start:end].filter(pl.col("decided_at").dt.epoch("us") >= since)
                     rows += [
-                        (r["decision_id"], r["player_id"], r["at"], r["policy"], {c: r[c] for c in self.platform.action_columns})
+                        (r["decision_id"], r["player_id"], r["at"], r["policy"], {c: r[c] for c in self.platform.action_columns}, True)
                         for r in part.with_columns(pl.col("decided_at").dt.epoch("us").alias("at")).iter_rows(named=True)
                     ]
-        known = self.known([r[0] for r in rows]) if rows else {}
-        records: list[dict[str, Any]] = []
-        for decision_id, player_id, decided_at, policy, action in rows:
-            reported = known[decision_id]
-            if reported.executed is False:
-                continue
-            done = reported.executed if isinstance(reported.executed, dict) else action
-            values = {name: reported.values.get(name) for name in self.platform.objectives}
-            records.append(
-                {
-                    "decision_id": decision_id,
-                    "player_id": player_id,
-                    "decided_at": decided_at,
-                    "policy": policy,
-                    **done,
-                    **values,
-                    "said_at": max(decided_at, reported.heard_at),
-                }
-            )
-        actions: dict[str, Any] = dict.fromkeys(self.platform.action_columns, pl.Float64 if self.platform.dimension_names else pl.String)
-        schema = {
-            "decision_id": pl.String,
-            "player_id": pl.String,
-            "decided_at": pl.Int64,
-            "policy": pl.String,
-            **actions,
-            **dict.fromkeys(self.platform.objectives, pl.Float64),
-            "said_at": pl.Int64,
-        }
-        frame = pl.DataFrame(records, schema=schema)
-        return frame.with_columns(pl.from_epoch("decided_at", time_unit="us").dt.replace_time_zone("UTC")).sort("player_id", "decided_at", "decision_id")
+        if not rows:
+            return []
+        known = self.known([r[0] for r in rows])
+        found = []
+        for decision_id, player_id, decided_at, policy, action, drawn in sorted(rows, key=lambda r: (r[2], r[0])):
+            said = known[decision_id]
+            if said.executed is not False:
+                done = said.executed if isinstance(said.executed, dict) else action
+                found.append(Recent(decision_id, player_id, decided_at, policy, done, said.values, max(decided_at, said.heard_at), drawn))
+        return found
 
     def counts(self) -> dict[str, int]:
         """Rows of each table over all files."""

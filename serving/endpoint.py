@@ -21,8 +21,8 @@ from http import HTTPStatus
 from importlib import resources
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
+import numpy as np
 import orjson
-import polars as pl
 from fastapi import FastAPI, Header, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -33,8 +33,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fastq.assignment import excluded_players
 from fastq.errors import FastqError, RequestError, UnknownPlayerError
-from fastq.features import epoch_microseconds, microseconds
+from fastq.features import NEVER, Columns, epoch_microseconds, microseconds
 from fastq.platform import Platform
 from fastq.workspace import Workspace
 from serving import online
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("fastq.serving")
 MOST_BYTES = 16 * 2**20  # of a request's body
-BATCH_ROWS = 4 * online.BATCH  # rows that one batch takes on the event loop; larger requests go to a thread
+BATCH_ROWS = 256  # rows that one batch takes on the event loop; larger requests go to a thread
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
 QUERY_SECONDS = 20  # that an analyst's SQL may run
 NOBODY = "\x00"  # a player who cannot be: asked for to see whether the store answers
@@ -208,7 +209,7 @@ class Desk:
             except (FastqError, TimeoutError) as error:
                 self.probed = str(error) or "the decision log does not answer within 5 s"
         try:
-            await asyncio.to_thread(service.read, [NOBODY])
+            await asyncio.to_thread(service.read, [NOBODY], 1)
             store = "ok"
         except StoreUnavailable as error:
             store = str(error)
@@ -261,7 +262,7 @@ async def opened(desk: Desk) -> AsyncIterator[None]:
 
     torch.set_num_threads(1)  # requests are the parallelism here
     log = await asyncio.to_thread(open_log, desk.platform)
-    service = Service(desk.platform, log, None, online.excluded_players(desk.platform))
+    service = Service(desk.platform, log, None, excluded_players(desk.platform))
     try:
         service.model = await asyncio.to_thread(online.load_model, desk.platform)
     except FastqError as error:
@@ -644,21 +645,21 @@ def player_card(service: Service, player_id: str) -> dict[str, Any]:
         for i, row in enumerate(states.history[0].tolist())
     ]
     recent = service.log.recent([player_id], epoch_microseconds(at) - platform.state.window * length)
-    attributes = states.attributes.row(0, named=True) if isinstance(states.attributes, pl.DataFrame) and platform.state.attributes else {}
+    attributes = {name: _number(v[0]) if isinstance(v, np.ndarray) else v[0] for name, v in cast("Columns", states.attributes).items()}
     seen = reading.seen_at[0]
     return {
         "player_id": player_id,
-        "seen_at": online.rfc3339(epoch_microseconds(seen)) if seen else None,
+        "seen_at": online.rfc3339(seen) if seen != NEVER else None,
         "degraded": reading.degraded[0],
         "attributes": attributes,
         "history": history,
         "policy": states.policies[0] if states.policies else None,
-        "decisions": recent["decision_id"].tail(20).to_list(),
+        "decisions": [past.decision_id for past in recent[-20:]],
     }
 
 
 def _number(value: float) -> float | None:
-    return None if value != value else value  # noqa: PLR0124 - NaN alone differs from itself
+    return None if value != value else float(value)  # noqa: PLR0124 - NaN alone differs from itself
 
 
 def decision_card(service: Service, decision_id: str) -> dict[str, Any]:
@@ -667,5 +668,5 @@ def decision_card(service: Service, decision_id: str) -> dict[str, Any]:
     if found is None:
         raise UnknownPlayerError(f"{decision_id}: no decision was served under this id")
     known = service.log.known([decision_id])[decision_id]
-    more = {name: found.detail.get(name) for name in ("mean", "seed", "explore", "exploration", "limits", "eligible", "assignment", "batch")}
-    return {**online.answer(service.platform, found), **more, "outcomes": known.values, "executed": known.executed}
+    more = {name: found.detail.get(name) for name in ("mean", "seed", "explore", "exploration", "limits", "eligible", "shadow", "batch")}
+    return {**online.answer(service.platform, found), **more, "assignment": found.assignment, "outcomes": known.values, "executed": known.executed}

@@ -1,19 +1,20 @@
 """From a player to an answer: the state out of the online store, what is known of its age, the decision and its explanation.
 
 The same functions answer over HTTP (`serving.app`) and in the terminal (`recommend`, `explain`), so both say the same. Nothing is
-invented: whatever keeps an answer from resting on a fresh, known state is said in its `degraded`.
+invented: whatever keeps an answer from resting on a fresh, known state is said in its `degraded`. States are arrays from the store to the
+networks; a frame per request would cost more than the model.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import functools
 import json
 import logging
 import os
-import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -23,16 +24,18 @@ import numpy as np
 import polars as pl
 
 from fastq import features
-from fastq.errors import BundleError, ConfigurationError, FastqError, RequestError, UnknownPlayerError
-from fastq.features import PlayerStates
-from fastq.platform import OWN_POLICY, CatalogueAction, Platform
-from fastq.policy import CHUNKS, Policy, Recommendation, action_dicts
+from fastq.assignment import Pause, challenged, excluded_players, held_out, pause_of, probability
+from fastq.errors import BundleError, FastqError, RequestError, UnknownPlayerError, WorkspaceError
+from fastq.features import Columns, OnlineStates, PlayerStates
+from fastq.platform import OWN_POLICY, Cap, CatalogueAction, Platform
+from fastq.policy import Encoded, Policy, Recommendation, action_dicts
+from fastq.workspace import Workspace
 from serving.decision_log import Action, Decision, DecisionLog, Event, now_us, open_log
 
 logger = logging.getLogger("fastq.serving")
-BATCH = CHUNKS[0]  # rows per forward pass: always the same, so that a row's floats never depend on who else asked
 COMMITTING_US = 60_000_000  # a decision made before a state was read may have been committed after; to lay one twice changes nothing
 RETRY_SECONDS = 1.0  # how long an online store that failed is left alone
+PAUSE_SECONDS = 0.25  # how old the last look for a pause may be
 KEPT_POLICIES = 4  # older model versions held in memory for explanations
 
 
@@ -88,33 +91,40 @@ class Ask:
     def player_ids(self) -> list[str]:
         return list(self.players) or [s.player_id for s in self.states]
 
-    @property
+    @functools.cached_property
     def options(self) -> str:
         """Equal for requests that one call of the policy can answer."""
+        if self.limits is None and self.eligible is None and self.top_k is None and self.exploration is None:
+            return "" if self.explore else "best"
         return json.dumps([self.explore, self.exploration, self.limits, self.eligible, self.top_k], sort_keys=True)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the online store knew of B players: states, whether anything at all is known of each, a sentence where that is wanting."""
+    """What the online store knew of B players: states, whether anything at all is known of each, a sentence where that is wanting, and
+    when each was seen last (us, `features.NEVER`).
+    """
 
     states: PlayerStates
     known: list[bool]
     degraded: list[str | None]
-    seen_at: list[datetime | None]
+    seen_at: list[int]
     reachable: bool = True
 
 
 @dataclass
 class Service:
-    """What a process needs in order to answer. `model` alone changes while it runs."""
+    """What a process needs in order to answer. `model`, `challenger` and `excluded` change while it runs, each whole."""
 
     platform: Platform
     log: DecisionLog
     model: Model | None = None
     excluded: frozenset[str] = frozenset()
+    challenger: Model | None = None
     _store: Any = None
     _store_failed_at: float = -1e9
+    _pause: Pause | None = None
+    _pause_read_at: float = -1e9
     _pushing: threading.Lock = field(default_factory=threading.Lock)
     _loading: threading.Lock = field(default_factory=threading.Lock)
     _older: dict[str, Policy] = field(default_factory=dict)
@@ -125,11 +135,23 @@ class Service:
             raise NotReady("no model is loaded yet; train and promote one with `fastq retrain`")
         return self.model
 
+    @property
+    def pause(self) -> Pause | None:
+        """The pause that is on, looked for again when the last look is older than `PAUSE_SECONDS`."""
+        if time.monotonic() - self._pause_read_at > PAUSE_SECONDS:
+            try:
+                self._pause = pause_of(Workspace(self.platform.root))
+            except WorkspaceError as error:  # somebody meant to pause: the safe reading
+                logger.error("%s", error)
+                self._pause = self._pause or Pause(self.platform.serving.holdout.policy, "an unreadable moment", "?", "")
+            self._pause_read_at = time.monotonic()
+        return self._pause
+
     def policy_of(self, version: str) -> Policy:
         """The policy of a registered version, the one in service or an older one."""
-        model = self.current()
-        if version == model.version:
-            return model.policy
+        for model in (self.current(), self.challenger):
+            if model is not None and version == model.version:
+                return model.policy
         with self._loading:
             if version not in self._older:
                 while len(self._older) >= KEPT_POLICIES:
@@ -137,8 +159,8 @@ class Service:
                 self._older[version] = load_model(self.platform, version).policy
             return self._older[version]
 
-    def read(self, player_ids: Sequence[str]) -> pl.DataFrame:
-        """The online store's rows of these players. Raises `StoreUnavailable`."""
+    def read(self, player_ids: Sequence[str], width: int) -> OnlineStates:
+        """What the online store keeps of these players, in their order; `width`: numbers in a row. Raises `StoreUnavailable`."""
         if time.monotonic() - self._store_failed_at < RETRY_SECONDS:
             raise StoreUnavailable("the online store could not be read a moment ago")
         from feature_repo import store
@@ -146,12 +168,11 @@ class Service:
         try:
             if self._store is None:
                 self._store = store.open_store(self.platform)
-            frame: pl.DataFrame = store.read_online(self._store, list(player_ids))
+            return store.read_states(self._store, player_ids, width)
         except Exception as error:
             self._store, self._store_failed_at = None, time.monotonic()
             logger.warning("the online store cannot be read: %s: %s", type(error).__name__, " ".join(str(error).split())[:300])
             raise StoreUnavailable("the online store cannot be read") from error
-        return frame
 
     def write(self, frame: pl.DataFrame) -> None:
         """Bring rows into the online store. Raises `StoreUnavailable`."""
@@ -190,50 +211,47 @@ def load_model(platform: Platform, version: str | None = None) -> Model:
     return Model(replace(policy, platform=served, version=found), found)
 
 
+def load_challenger(platform: Platform, champion: str) -> Model | None:
+    """The model that a share of the players gets, or that runs in shadow; None where none is configured, or it is the champion by now.
+
+    Raises as `load_model`.
+    """
+    from fastq import registry
+
+    wanted = platform.serving.challenger
+    if wanted.share == 0 and not wanted.shadow:
+        return None
+    try:
+        version = wanted.version or registry.resolve(platform, registry.CHALLENGER)
+    except UnknownPlayerError:  # nobody challenges now
+        return None
+    return None if version == champion else load_model(platform, version)
+
+
 @contextlib.contextmanager
 def open_service(platform: Platform) -> Iterator[Service]:
     """A service for one piece of work in this process: the champion, the online store, a file of the decision log."""
     model = load_model(platform)
     log = open_log(platform)
     try:
-        yield Service(platform, log, model, excluded_players(platform))
+        yield Service(platform, log, model, excluded_players(platform), load_challenger(platform, model.version))
     finally:
         log.close()
 
 
-def excluded_players(platform: Platform) -> frozenset[str]:
-    """Players who are never recommended anything: the column `player_id` of the file that `serving.exclude` names."""
-    if platform.serving.exclude is None:
-        return frozenset()
-    path = platform.root / platform.serving.exclude
-    try:
-        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
-        return frozenset(frame["player_id"].cast(pl.String).drop_nulls())
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise ConfigurationError(f"{path}: serving.exclude: expected a file with a column player_id ({' '.join(str(error).split())[:200]})") from None
-
-
 # ---- states ------------------------------------------------------------------------------------------------------------
-def take(states: PlayerStates, rows: Sequence[int] | np.ndarray) -> PlayerStates:
-    """Some players of a batch, in the order of `rows`."""
-    index = np.asarray(rows, np.int64)
-    attributes = None if states.attributes is None else features.attribute_rows(cast("pl.DataFrame", states.attributes), index)
-    return PlayerStates(
-        states.history[index],
-        attributes,
-        None if states.actions is None else states.actions[index],
-        None if states.objectives is None else states.objectives[index],
-        None if states.policies is None else [states.policies[i] for i in index],
-    )
-
-
 def joined(batches: Sequence[PlayerStates]) -> PlayerStates:
-    """Several batches, each with all of its parts, as one."""
+    """Several batches, each with all of its parts and attributes as columns, as one."""
     if len(batches) == 1:
         return batches[0]
+    columns: dict[str, np.ndarray | list[str | None]] = {}
+    for name in cast("Columns", batches[0].attributes):
+        parts = [cast("Columns", b.attributes)[name] for b in batches]
+        numeric = isinstance(parts[0], np.ndarray)
+        columns[name] = np.concatenate(cast("list[np.ndarray]", parts)) if numeric else [value for part in parts for value in part]
     return PlayerStates(
         np.concatenate([b.history for b in batches]),
-        pl.concat([cast("pl.DataFrame", b.attributes) for b in batches]),
+        columns,
         np.concatenate([cast("np.ndarray", b.actions) for b in batches]),
         np.concatenate([cast("np.ndarray", b.objectives) for b in batches]),
         [name for b in batches for name in b.policies or []],
@@ -278,78 +296,73 @@ def inline_states(model: Model, given: Sequence[InlineState]) -> PlayerStates:
                 raise RequestError(f"{where}.attributes.{name}: expected a number, got {value!r}")
         if state.policy is not None and state.policy not in (*platform.policies, OWN_POLICY):
             raise RequestError(f"{where}.policy: {state.policy!r} is no policy of this platform; expected {', '.join((*platform.policies, OWN_POLICY))}")
-    columns = {
-        name: pl.Series(name, [_attribute(s.attributes.get(name), a.kind) for s in given], dtype=pl.Float64 if a.kind == "numeric" else pl.String)
-        for name, a in platform.state.attributes.items()
-    }
-    return PlayerStates(history, pl.DataFrame(columns) if columns else pl.DataFrame(height=len(given)), actions, outcomes, [s.policy for s in given])
+    columns: dict[str, np.ndarray | list[str | None]] = {}
+    for name, kind in platform.state.attributes.items():
+        values = [state.attributes.get(name) for state in given]
+        columns[name] = np.array(values, float) if kind.kind == "numeric" else [None if value is None else str(value) for value in values]
+    return PlayerStates(history, columns, actions, outcomes, [s.policy for s in given])
 
 
-def _attribute(value: float | str | None, kind: str) -> float | str | None:
-    if value is None:
-        return None
-    return float(value) if kind == "numeric" else str(value)
+def row_width(model: Model) -> int:
+    """Numbers in a player-period row as the model reads it."""
+    return features.row_width(model.policy.platform, model.policy.catalogue)
 
 
-def online_rows(service: Service, model: Model, player_ids: Sequence[str], at: datetime) -> tuple[pl.DataFrame, list[bool], list[datetime | None]]:
-    """The online rows of distinct players with what was served and reported since; whether anything is known of each, and when it was seen last.
+def online_rows(service: Service, model: Model, player_ids: Sequence[str], moment: int) -> tuple[OnlineStates, list[bool]]:
+    """The online rows of distinct players at `moment` (us), what was served and reported since laid over; and whether anything is known of each.
 
-    Players of whom the store knows nothing get an empty row. Raises `StoreUnavailable`.
+    Players of whom the store knows nothing have an empty row. Raises `StoreUnavailable`.
     """
     platform = service.platform
-    schema = features.online_schema(platform)
-    frame = service.read(player_ids).select(pl.col(name).cast(kind) for name, kind in schema.items())
-    attributes = list(platform.state.attributes)
-    known = {row[0]: (any(v is not None for v in row[1:]), row[1]) for row in frame.select("player_id", "seen_at", *attributes).iter_rows()}
-    missing = [p for p in player_ids if p not in known]
-    frame = pl.concat([frame, _empty_rows(service, model, missing, at)]) if missing else frame
-    since = features.epoch_microseconds(at) - (platform.state.window + 1) * features.microseconds(platform)
-    recent = service.log.recent(player_ids, since)
-    if not recent.is_empty():
+    rows = service.read(player_ids, row_width(model))
+    known = rows.known.tolist()
+    recent = service.log.recent(player_ids, moment - (platform.state.window + 1) * features.microseconds(platform))
+    if recent:
+        where = {player: i for i, player in enumerate(player_ids)}
         # Older decisions are in the row already, with outcomes that may have come with the platform's own logs: only what is news is laid over it.
-        written = frame.select("player_id", pl.col("event_timestamp").dt.epoch("us").alias("written"))
-        recent = (
-            recent.join(written, on="player_id", maintain_order="left")
-            .filter(pl.col("said_at") >= pl.col("written").fill_null(0) - COMMITTING_US)
-            .drop("said_at", "written")
+        news = [r for r in recent if r.said_at >= rows.read_at[where[r.player_id]] - COMMITTING_US]
+        rows = features.lay_decisions(
+            platform,
+            rows,
+            np.array([where[r.player_id] for r in news], np.int64),
+            np.array([r.decided_at for r in news], np.int64),
+            [r.policy for r in news],
+            _action_matrix(model.policy, [r.action for r in news]),
+            np.array([[r.values.get(name, np.nan) for name in platform.objectives] for r in news], float).reshape(len(news), len(platform.objectives)),
         )
-        frame = features.with_decisions(platform, frame, recent.sort("decided_at"), model.policy.catalogue)
-    order = {p: i for i, p in enumerate(frame["player_id"].to_list())}
-    frame = frame[[order[p] for p in player_ids]]
-    return frame, [known.get(p, (False, None))[0] for p in player_ids], [known.get(p, (False, None))[1] for p in player_ids]
+    return rows, known
 
 
-def _empty_rows(service: Service, model: Model, player_ids: Sequence[str], at: datetime) -> pl.DataFrame:
-    platform = service.platform
-    width = features.row_width(platform, model.policy.catalogue)
-    period = features.epoch_microseconds(at) // features.microseconds(platform) - 1
-    schema = features.online_schema(platform)
-    return features.empty_frame(platform, pl.Series("player_id", list(player_ids), dtype=pl.String), width, period).select(
-        pl.col(name).cast(kind) for name, kind in schema.items()
-    )
+def _action_matrix(policy: Policy, actions: Sequence[Action]) -> np.ndarray:
+    """[N, D] raw units, or item embeddings with NaN for an item that the catalogue does not hold."""
+    if policy.catalogue is None:
+        names = policy.platform.dimension_names
+        return np.array([[action[name] for name in names] for action in actions], float).reshape(len(actions), len(names))
+    positions = policy.catalogue.positions([cast("str | None", action["item_id"]) for action in actions])
+    return np.where(positions[:, None] >= 0, policy.catalogue.embedding[positions], np.nan).astype(float)
 
 
 def read_states(service: Service, model: Model, player_ids: Sequence[str], at: datetime) -> Reading:
     """The states of distinct players at `at`; an online store that cannot be read leaves them all unknown, and says so."""
-    platform, n = service.platform, len(player_ids)
+    platform, n, moment = service.platform, len(player_ids), features.epoch_microseconds(at)
     try:
-        frame, known, seen_at = online_rows(service, model, player_ids, at)
+        rows, known = online_rows(service, model, player_ids, moment)
     except StoreUnavailable:
-        blank = features.states_at(platform, _empty_rows(service, model, player_ids, at), at)
-        return Reading(blank, [False] * n, ["the online store cannot be read, so nothing is known of this player now"] * n, [None] * n, reachable=False)
-    degraded = [_wanting(platform, k, seen, at) for k, seen in zip(known, seen_at, strict=True)]
-    return Reading(features.states_at(platform, frame, at), known, degraded, seen_at)
+        blank = features.empty_states(platform, player_ids, row_width(model))
+        sentence = "the online store cannot be read, so nothing is known of this player now"
+        return Reading(features.states_at(platform, blank, at), [False] * n, [sentence] * n, [features.NEVER] * n, reachable=False)
+    seen_at = rows.seen_at.tolist()
+    return Reading(features.states_at(platform, rows, at), known, [_wanting(platform, k, s, moment) for k, s in zip(known, seen_at, strict=True)], seen_at)
 
 
-def _wanting(platform: Platform, known: bool, seen_at: datetime | None, at: datetime) -> str | None:
+def _wanting(platform: Platform, known: bool, seen_at: int, moment: int) -> str | None:
     """What an answer for this player lacks, as a sentence; None for a state that is known and fresh."""
     if not known:
         return "unknown player: nothing at all is known of them"
-    if seen_at is None:
+    if seen_at == features.NEVER:
         return "cold start: only attributes are known of this player" if platform.state.measures else None
-    age = at - seen_at
-    if age > platform.serving.stale_after * platform.state.period:
-        return f"stale state: nothing was seen of this player for {_spoken(age)}, since {rfc3339(features.epoch_microseconds(seen_at))}"
+    if moment - seen_at > platform.serving.stale_after * features.microseconds(platform):
+        return f"stale state: nothing was seen of this player for {_spoken(timedelta(microseconds=moment - seen_at))}, since {rfc3339(seen_at)}"
     return None
 
 
@@ -367,179 +380,310 @@ def rfc3339(microseconds: int) -> str:
 
 
 # ---- decisions ---------------------------------------------------------------------------------------------------------
+@dataclass
+class Row:
+    """One player of one request on the way to a decision. `by` draws unless there is a `default`; `ask` may be narrowed by what is left of a budget."""
+
+    number: int  # of the request
+    ask: Ask
+    player_id: str
+    state: int  # position in the batch of states
+    by: Model
+    policy: str = OWN_POLICY
+    default: Action | None = None
+    degraded: str | None = None
+    assignment: float | None = None
+    drawn: Recommendation | None = None
+    place: int = 0
+    shadow: dict[str, Any] | None = None
+
+
 def decide(service: Service, asks: Sequence[Ask]) -> list[list[Decision] | FastqError]:
     """Answer several requests with one reading of the online store and as few forward passes as their options allow.
 
     One result per request, in order: its decisions, not logged yet, or why it cannot be answered.
     """
-    model = service.current()
-    at = datetime.now(UTC)
+    model, at = service.current(), datetime.now(UTC)
+    if (pause := service.pause) is not None:
+        return [_paused(service, model, pause, ask, features.epoch_microseconds(at)) for ask in asks]
+    failed: dict[int, FastqError] = {}
     players = list(dict.fromkeys(p for ask in asks for p in ask.players))
     reading = read_states(service, model, players, at) if players else None
-    where = {p: i for i, p in enumerate(players)}
-    results: dict[int, list[Decision] | FastqError] = {}
-    groups: dict[str, list[tuple[int, PlayerStates]]] = {}
+    where = {player: i for i, player in enumerate(players)}
+    batches = [reading.states] if reading is not None else []
+    spent = _spent(service, [p for ask in asks for p in ask.player_ids], features.epoch_microseconds(at))
+    rows: list[Row] = []
+    count = len(players)
     for number, ask in enumerate(asks):
         try:
-            states = inline_states(model, ask.states) if ask.states else take(cast("Reading", reading).states, [where[p] for p in ask.players])
+            model.policy.check(ask.limits, ask.eligible, ask.top_k or 1, ask.exploration)
+            if capped(service.platform) and (twice := [p for p, times in Counter(ask.player_ids).items() if times > 1]):
+                raise RequestError(f"{twice[0]}: expected each player once in a request, since what they may have is capped (serving.frequency, budgets)")
+            if ask.states:
+                batches.append(inline_states(model, ask.states))
+                own = [_row(service, model, number, ask, s.player_id, count + i, True, None, spent) for i, s in enumerate(ask.states)]
+                count += len(ask.states)
+            else:
+                assert reading is not None
+                own = [_row(service, model, number, ask, p, i, reading.known[i], reading.degraded[i], spent) for p in ask.players for i in (where[p],)]
         except FastqError as error:
-            results[number] = error
+            failed[number] = error
         else:
-            groups.setdefault(ask.options, []).append((number, states))
+            rows += own
+    packed: list[bytes] = []
+    if rows:
+        states = joined(batches)
+        failed |= _draw_rows(service, states, rows)
+        packed = features.pack_states(states)
+    results: list[list[Decision] | FastqError] = [failed.get(number, []) for number in range(len(asks))]
+    moment = features.epoch_microseconds(at)
+    for row in rows:
+        result = results[row.number]
+        if isinstance(result, list):
+            result.append(_decision(service.platform, row, moment, packed[row.state]))
+    return results
+
+
+def _paused(service: Service, model: Model, pause: Pause, ask: Ask, moment: int) -> list[Decision] | FastqError:
+    """A request's decisions while fastq is paused: the policy's proposals, or the default action."""
+    try:
+        model.policy.check(ask.limits, ask.eligible, ask.top_k or 1, ask.exploration)
+        found = []
+        for player_id in ask.player_ids:
+            proposal = None if pause.policy is None else proposal_of(service.platform, ask, pause.policy, player_id)
+            action = proposal or default_action(model.policy, ask) or _any_item(model.policy, ask)
+            served = f"the proposal of {pause.policy}" if proposal is not None else "the platform's default action"
+            detail = {"explore": ask.explore, "degraded": f"paused: fastq decides for nobody since {pause.since}; {served} is served"}
+            if ask.top_k is not None and "item_id" in action:
+                detail["ranking"] = [action["item_id"]]
+            by = (pause.policy or OWN_POLICY, None) if proposal is not None else (OWN_POLICY, model.version)
+            found.append(Decision(new_id(moment), player_id, moment, by[0], None, by[1], action, detail))
+    except FastqError as error:
+        return error
+    return found
+
+
+def _any_item(policy: Policy, ask: Ask) -> Action:
+    """The first item that may be shown, where a catalogue names no default that is eligible."""
+    assert policy.catalogue is not None
+    return cast("Action", {"item_id": ask.eligible[0] if ask.eligible else policy.catalogue.ids[0]})
+
+
+def _row(
+    service: Service, model: Model, number: int, ask: Ask, player_id: str, state: int, known: bool, degraded: str | None, spent: Mapping[str, Spent]
+) -> Row:
+    """Who decides for one player: the champion or the challenger, or nobody, and then what is served instead and why."""
+    platform, row = service.platform, Row(number, ask, player_id, state, model, degraded=degraded)
+    holdout = platform.serving.holdout
+    if player_id in service.excluded:
+        row.default = default_action(model.policy, ask)
+        row.degraded = "this player is excluded from recommendations (serving.exclude); the platform's default action is served"
+        return row
+    held = held_out(platform, player_id)
+    rival = service.challenger if not platform.serving.challenger.shadow else None
+    by_rival = rival is not None and challenged(platform, player_id)
+    row.assignment = probability(platform, held=held, by_challenger=by_rival, challenger=rival is not None)
+    if held:
+        assert holdout.policy is not None
+        row.default = proposal_of(platform, ask, holdout.policy, player_id)
+        if row.default is not None:
+            row.policy, row.degraded = holdout.policy, f"held out: this player stays with {holdout.policy}, whose proposal is served"
+        else:
+            row.default = default_action(model.policy, ask)
+            row.degraded = f"held out for {holdout.policy}, but the request brought no proposal of it; the platform's default action is served"
+        return row
+    if by_rival and rival is not None:
+        row.by = rival
+    if not known:
+        row.default = default_action(model.policy, ask)
+        instead = "no default action is allowed here, so an empty state was scored" if row.default is None else "the platform's default action is served"
+        row.degraded = f"{degraded}; {instead}"
+    if player_id in spent:
+        _narrow(platform, row, spent[player_id])
+    return row
+
+
+def _draw_rows(service: Service, states: PlayerStates, rows: Sequence[Row]) -> dict[int, FastqError]:
+    """Draw for every row that a model decides; the requests that cannot be answered, with why."""
+    failed: dict[int, FastqError] = {}
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.default is None or row.ask.top_k is not None:  # a ranking goes on below the default item
+            groups.setdefault((row.by.version, row.ask.options), []).append(row)
+    encoded: dict[str, Encoded] = {}
     for members in groups.values():
-        states = joined([s for _, s in members])
-        seeds = np.frombuffer(os.urandom(8 * len(states)), np.uint64)
+        by, ask = members[0].by, members[0].ask
+        if by.version not in encoded:
+            encoded[by.version] = by.policy.encode(states)
+        seeds = np.frombuffer(os.urandom(8 * len(members)), np.uint64)
         try:
-            drawn = draw(model.policy, states, asks[members[0][0]], seeds)
+            drawn = draw(by.policy, _some(encoded[by.version], members), ask, seeds)
         except FastqError as error:
-            results.update((number, error) for number, _ in members)
+            failed.update((row.number, error) for row in members)
             continue
-        start = 0
-        for number, own in members:
-            rows = range(start, start + len(own))
-            start += len(own)
-            try:
-                results[number] = [
-                    _decision(
-                        service,
-                        model,
-                        asks[number],
-                        p,
-                        at,
-                        states,
-                        drawn,
-                        row,
-                        (True, None) if reading is None or asks[number].states else (reading.known[where[p]], reading.degraded[where[p]]),
-                    )
-                    for p, row in zip(asks[number].player_ids, rows, strict=True)
-                ]
-            except FastqError as error:
-                results[number] = error
-    return [results[number] for number in range(len(asks))]
+        for place, row in enumerate(members):
+            row.drawn, row.place = drawn, place
+        if service.platform.serving.challenger.shadow and service.challenger is not None:
+            _shadow(service.challenger, states, encoded, members, ask, seeds)
+    return failed
 
 
-def draw(policy: Policy, states: PlayerStates, ask: Ask, seeds: np.ndarray) -> Recommendation:
-    """The policy's recommendations, in batches of a fixed size: the same state, model and seed give the same floats, whoever else asked."""
-    parts = [
-        policy.recommend(
-            take(states, np.arange(start, min(start + BATCH, len(states)))),
-            ask.explore,
-            seeds=seeds[start : start + BATCH],
-            limits=ask.limits,
-            exploration=ask.exploration,
-            eligible=ask.eligible,
-            top_k=ask.top_k or 1,
-        )
-        for start in range(0, len(states), BATCH)
-    ]
-    if len(parts) == 1:
-        return parts[0]
-    arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("action", "value", "by_objective", "propensity", "mean", "seeds")}
-    ranking = None if parts[0].ranking is None else [ranked for p in parts for ranked in p.ranking or []]
-    return Recommendation(**arrays, ranking=ranking)
+def _some(encoded: Encoded, members: Sequence[Row]) -> Encoded:
+    index = [row.state for row in members]
+    return encoded if index == list(range(len(encoded))) else encoded[np.array(index)]
+
+
+def _shadow(rival: Model, states: PlayerStates, encoded: dict[str, Encoded], members: Sequence[Row], ask: Ask, seeds: np.ndarray) -> None:
+    """What the challenger would have done, beside what is served; its failures are its own."""
+    try:
+        if rival.version not in encoded:
+            encoded[rival.version] = rival.policy.encode(states)
+        drawn = draw(rival.policy, _some(encoded[rival.version], members), ask, seeds)
+    except (FastqError, RuntimeError, ValueError) as error:
+        logger.warning("the challenger, version %s, cannot answer in shadow: %s", rival.version, error)
+        return
+    actions, values, propensities = action_dicts(rival.policy.platform, drawn.action), drawn.value.tolist(), drawn.propensity.tolist()
+    for row, action, value, propensity in zip(members, actions, values, propensities, strict=True):
+        row.shadow = {"model_version": rival.version, "action": action, "value": value, "propensity": _or_none(propensity)}
+
+
+def draw(policy: Policy, encoded: Encoded, ask: Ask, seeds: np.ndarray) -> Recommendation:
+    """The policy's recommendations under a request's options."""
+    return policy.draw(encoded, ask.explore, seeds, limits=ask.limits, exploration=ask.exploration, eligible=ask.eligible, top_k=ask.top_k or 1)
 
 
 def replay(service: Service, decision: Decision) -> Recommendation:
-    """What the policy drew for a logged decision, drawn again: the same model, state, seed and place in the batch, so bit for bit the same on the same machine.
+    """What the policy drew for a logged decision, drawn again: the same model, state, seed and place in a batch of the same size, so bit for bit
+    the same on the same machine.
 
-    The place matters because matrix products round differently in different rows. Raises `RequestError` for a decision that no model drew.
+    Size and place matter because matrix products round differently with them. Raises `RequestError` for a decision that no model drew.
     """
     if decision.state is None or decision.model_version is None or "seed" not in decision.detail:
         raise RequestError(f"{decision.decision_id}: was not drawn by a model, so there is nothing to draw again")
-    detail, slot = decision.detail, int(decision.detail["slot"])
-    states = take(features.unpack_states(service.platform, [decision.state]), np.zeros(BATCH, np.int64))
-    ask = Ask(
-        explore=detail["explore"], exploration=detail["exploration"], limits=detail.get("limits"), eligible=detail.get("eligible"), top_k=detail.get("top_k")
+    detail = decision.detail
+    policy, (size, place) = service.policy_of(decision.model_version), detail["slot"]
+    return policy.draw_again(
+        policy.encode(features.unpack_states(service.platform, [decision.state])),
+        int(detail["seed"], 16),
+        (size, place),
+        detail["explore"],
+        limits=detail.get("limits"),
+        exploration=detail["exploration"],
+        eligible=detail.get("eligible"),
+        top_k=detail.get("top_k") or 1,
     )
-    drawn = draw(service.policy_of(decision.model_version), states, ask, np.full(BATCH, int(detail["seed"], 16), np.uint64))
-    rows = {name: getattr(drawn, name)[slot : slot + 1] for name in ("action", "value", "by_objective", "propensity", "mean", "seeds")}
-    return Recommendation(**rows, ranking=None if drawn.ranking is None else drawn.ranking[slot : slot + 1])
 
 
-def _decision(
-    service: Service,
-    model: Model,
-    ask: Ask,
-    player_id: str,
-    at: datetime,
-    states: PlayerStates,
-    drawn: Recommendation,
-    row: int,
-    standing: tuple[bool, str | None],
-) -> Decision:
-    """One player's decision out of a batch: the policy's, or the default action where the policy has nothing to go by."""
-    platform, (known, degraded) = service.platform, standing
-    holdout = platform.serving.holdout
-    policy, assignment = OWN_POLICY, None
-    version: str | None = model.version
-    default: Action | None = None
-    if player_id in service.excluded:
-        default, degraded = (
-            default_action(model.policy, ask),
-            "this player is excluded from recommendations (serving.exclude); the platform's default action is served",
-        )
-    elif holdout.share > 0 and holdout.policy is not None:
-        held = held_out(platform, player_id)
-        assignment = holdout.share if held else 1 - holdout.share
-        if held:
-            default = proposal_of(platform, ask, holdout.policy, player_id)
-            if default is not None:
-                policy, version, degraded = holdout.policy, None, f"held out: this player stays with {holdout.policy}, whose proposal is served"
-            else:
-                default, degraded = (
-                    default_action(model.policy, ask),
-                    f"held out for {holdout.policy}, but the request brought no proposal of it; the platform's default action is served",
-                )
-    elif not known:
-        default = default_action(model.policy, ask)
-        instead = "no default action is allowed here, so an empty state was scored" if default is None else "the platform's default action is served"
-        degraded = f"{degraded}; {instead}"
-    detail: dict[str, Any] = {
-        "explore": ask.explore,
-        "degraded": degraded,
-        "assignment": assignment,
-        "limits": ask.limits,
-        "eligible": ask.eligible,
-        "top_k": ask.top_k,
-    }
-    if default is None:
-        by_objective = dict(zip(platform.objectives, map(float, drawn.by_objective[row]), strict=True))
-        propensity = float(drawn.propensity[row])
-        action = action_dicts(platform, drawn.action[row : row + 1])[0]
-        detail |= {
-            "value": float(drawn.value[row]),
-            "by_objective": by_objective,
-            "mean": action_dicts(platform, drawn.mean[row : row + 1])[0],
-            "seed": f"{int(drawn.seeds[row]):016x}",
-            "slot": row % BATCH,
-            "exploration": min(platform.serving.exploration, 1.0 if ask.exploration is None else ask.exploration),
-        }
-        if ask.top_k is not None and drawn.ranking is not None:
-            detail["ranking"] = [str(item) for item in drawn.ranking[row]]
-    else:
-        propensity, action = float("nan"), default
-        if ask.top_k is not None and drawn.ranking is not None:
-            detail["ranking"] = [action["item_id"], *[str(i) for i in drawn.ranking[row] if i != action["item_id"]]][: ask.top_k]
-    moment = features.epoch_microseconds(at)
-    detail = {name: value for name, value in detail.items() if value is not None}
-    return Decision(
-        new_id(moment), player_id, moment, policy, propensity if np.isfinite(propensity) else None, version, action, detail, features.pack_state(states, row)
-    )
+def _decision(platform: Platform, row: Row, moment: int, state: bytes) -> Decision:
+    """A row's decision: the policy's draw, or the default."""
+    ask, drawn, i = row.ask, row.drawn, row.place
+    said = {"degraded": row.degraded, "limits": ask.limits, "eligible": ask.eligible, "top_k": ask.top_k, "shadow": row.shadow}
+    detail: dict[str, Any] = {"explore": ask.explore, **{name: value for name, value in said.items() if value is not None}}
+    if drawn is not None and ask.top_k is not None and drawn.ranking is not None:
+        ranking = [str(item) for item in drawn.ranking[i]]
+        if row.default is not None:
+            first = row.default["item_id"]
+            ranking = [str(first), *[item for item in ranking if item != first]][: ask.top_k]
+        detail["ranking"] = ranking
+    if row.default is not None:
+        version = row.by.version if row.policy == OWN_POLICY else None
+        return Decision(new_id(moment), row.player_id, moment, row.policy, None, version, row.default, detail, state, row.assignment)
+    assert drawn is not None
+    detail["value"] = float(drawn.value[i])
+    detail["by_objective"] = dict(zip(platform.objectives, drawn.by_objective[i].tolist(), strict=True))
+    detail["mean"] = _action(platform, drawn.mean[i])
+    detail["seed"] = f"{int(drawn.seeds[i]):016x}"
+    detail["slot"] = drawn.slots[i].tolist()
+    detail["exploration"] = platform.serving.exploration if ask.exploration is None else min(platform.serving.exploration, ask.exploration)
+    propensity, action = _or_none(float(drawn.propensity[i])), _action(platform, drawn.action[i])
+    return Decision(new_id(moment), row.player_id, moment, row.policy, propensity, row.by.version, action, detail, state, row.assignment)
+
+
+def _action(platform: Platform, action: Any) -> Action:
+    """One action as a mapping."""
+    return dict(zip(platform.dimension_names, action.tolist(), strict=True)) if platform.dimension_names else cast("Action", {"item_id": str(action)})
+
+
+def _or_none(number: float) -> float | None:
+    return number if np.isfinite(number) else None
 
 
 def new_id(moment: int) -> str:
     """A decision id: a UUID version 7 (RFC 9562), so that ids sort by time and the log's index grows at its end."""
-    value = (moment // 1000) << 80 | 0x7 << 76 | secrets.randbits(12) << 64 | 0b10 << 62 | secrets.randbits(62)
+    noise = int.from_bytes(os.urandom(10), "big")
+    value = (moment // 1000) << 80 | 0x7 << 76 | (noise >> 62 & 0xFFF) << 64 | 0b10 << 62 | noise & (1 << 62) - 1
     text = f"{value:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-def held_out(platform: Platform, player_id: str) -> bool:
-    """Whether a player belongs to the holdout: a function of the platform's and the player's names alone, so it never changes."""
-    digest = hashlib.sha256(f"{platform.platform}/holdout/{player_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < platform.serving.holdout.share
+# ---- caps and budgets ----------------------------------------------------------------------------------------------------
+@dataclass
+class Spent:
+    """What a player has had of fastq's decisions within each cap's time."""
+
+    decisions: int = 0
+    items: Counter[str] = field(default_factory=Counter)
+    sums: dict[str, float] = field(default_factory=dict)
 
 
+def capped(platform: Platform) -> bool:
+    """Whether what a player had before decides what they may have now."""
+    serving = platform.serving
+    return serving.frequency is not None or serving.item_frequency is not None or bool(serving.budgets)
+
+
+def _spent(service: Service, player_ids: Sequence[str], moment: int) -> dict[str, Spent]:
+    platform, serving = service.platform, service.platform.serving
+    if not capped(platform):
+        return {}
+    caps: dict[str, Cap] = {**serving.budgets} | {f"?{n}": c for n, c in (("decisions", serving.frequency), ("items", serving.item_frequency)) if c is not None}
+    since = {name: moment - round((cap.per or platform.state.period).total_seconds() * 1e6) for name, cap in caps.items()}
+    found: dict[str, Spent] = {p: Spent() for p in player_ids}
+    for past in service.log.recent(player_ids, min(since.values())):
+        if past.policy != OWN_POLICY:
+            continue
+        had = found[past.player_id]
+        had.decisions += past.drawn and past.decided_at >= since.get("?decisions", moment)
+        if past.decided_at >= since.get("?items", moment):
+            had.items[str(past.action.get("item_id"))] += 1
+        for name in serving.budgets:
+            if past.decided_at >= since[name]:
+                had.sums[name] = had.sums.get(name, 0.0) + float(cast("float", past.action[name]))
+    return found
+
+
+def _narrow(platform: Platform, row: Row, had: Spent) -> None:
+    """Keep a row inside what is left for its player: a limit of the law, so that its density stays exact, or the default action."""
+    serving, policy, said = platform.serving, row.by.policy, [row.degraded] if row.degraded else []
+    if row.default is not None:
+        return
+    if serving.frequency is not None and had.decisions >= serving.frequency.most:
+        row.default = default_action(policy, row.ask)
+        if row.default is not None:
+            said.append(f"frequency cap: {had.decisions} decisions were made for this player already; the platform's default action is served")
+    limits = {name: dict(edges) for name, edges in (row.ask.limits or {}).items()}
+    for name, cap in serving.budgets.items():
+        low, high = (float(edge[platform.dimension_names.index(name)]) for edge in policy.edges(row.ask.limits))
+        left = cap.most - had.sums.get(name, 0.0)
+        if left < high and row.default is None:
+            limits[name] = {**limits.get(name, {}), "high": max(left, low)}
+            said.append(f"budget: {max(left, 0):g} of {cap.most:g} is left of {name}")
+    if limits != (row.ask.limits or {}):
+        row.ask = replace(row.ask, limits=limits)
+    if serving.item_frequency is not None and policy.catalogue is not None and row.default is None:
+        barred = {item for item, times in had.items.items() if times >= serving.item_frequency.most}
+        allowed = row.ask.eligible or tuple(policy.catalogue.ids)
+        if left_over := tuple(item for item in allowed if item not in barred):
+            if len(left_over) < len(allowed):
+                row.ask = replace(row.ask, eligible=left_over, top_k=row.ask.top_k and min(row.ask.top_k, len(left_over)))
+                said.append(f"frequency cap: {len(allowed) - len(left_over)} items were shown to this player as often as they may be")
+        else:
+            row.default = default_action(policy, row.ask) or _any_item(policy, row.ask)
+            said.append("frequency cap: every item was shown to this player as often as it may be; the platform's default action is served")
+    row.degraded = "; ".join(said) or None
+
+
+# ---- what is served instead ------------------------------------------------------------------------------------------------
 def default_action(policy: Policy, ask: Ask) -> Action | None:
     """The platform's default action, moved inside the request's limits; None if a catalogue names none that is eligible."""
     platform = policy.platform
@@ -650,7 +794,8 @@ def apply_activity(service: Service) -> int:
             events = [event for _, event in waiting]
             at = datetime.now(UTC)
             players = list(dict.fromkeys(e.player_id for e in events))
-            frame, _, _ = online_rows(service, service.current(), players, at)
+            rows, _ = online_rows(service, service.current(), players, features.epoch_microseconds(at))
+            frame = features.online_table(platform, rows)
             frame = features.with_events(platform, frame, event_frame(platform, events, service.log.path.name)).with_columns(
                 event_timestamp=pl.lit(at).cast(pl.Datetime("us", "UTC"))
             )
@@ -712,7 +857,7 @@ def explain_question(service: Service, question: Question) -> dict[str, Any]:
         reading = read_states(service, service.current(), [player_id], datetime.now(UTC))
         must_know(reading, player_id)
         states = reading.states
-        best = draw(policy, states, Ask(players=(player_id,), explore=False), np.zeros(1, np.uint64))
+        best = draw(policy, policy.encode(states), Ask(players=(player_id,), explore=False), np.zeros(1, np.uint64))
         action, logged = action_dicts(platform, best.action)[0], _last_action(service, states, policy, player_id)
     why = explain(
         policy, states, actions=as_array(policy, action), against=_against(service, policy, states, question.against, logged), weights=question.weights
@@ -738,8 +883,8 @@ def as_array(policy: Policy, action: Mapping[str, Any]) -> np.ndarray:
 def _last_action(service: Service, states: PlayerStates, policy: Policy, player_id: str) -> Action | None:
     """What was last done to a player, as far as the window reaches back."""
     recent = service.log.recent([player_id], now_us() - policy.platform.state.window * features.microseconds(policy.platform))
-    if not recent.is_empty():
-        return {name: recent[name][-1] for name in policy.platform.action_columns}
+    if recent:
+        return recent[-1].action
     if policy.catalogue is None and states.actions is not None:
         done = states.actions[0][~np.isnan(states.actions[0]).any(1)]
         if len(done):
