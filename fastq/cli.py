@@ -19,13 +19,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
 from fastq.errors import ConfigurationError, FastqError, GateRefused
 
 if TYPE_CHECKING:
+    from datetime import timedelta
+
     from rich.console import RenderableType
 
     from fastq.platform import Platform
@@ -300,16 +302,22 @@ def query(
 @keys_app.command("create")
 def keys_create(
     role: Annotated[Role, typer.Option(help="recommend: recommendations and their outcomes; analyst: also explanations and the console; admin: all.")],
+    expires: Annotated[str | None, typer.Option(metavar="DURATION", help="After which it opens nothing any more, such as 12h or 90d; default: never.")] = None,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
     """Make a key and print it once; only its hash is kept."""
     with answering(as_json) as answer:
         platform = _platform(workspace)
+        from fastq.platform import parse_duration
         from fastq.workspace import Workspace
         from serving.auth import create_key
 
-        answer(create_key(Workspace(platform.root), role.value), _new_key)
+        try:
+            until = None if expires is None else cast("timedelta", parse_duration(expires))
+        except ValueError as error:
+            raise ConfigurationError(f"--expires {expires}: {error}") from None
+        answer(create_key(Workspace(platform.root), role.value, until), _new_key)
 
 
 @keys_app.command("list")
@@ -320,7 +328,8 @@ def keys_list(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) 
         from fastq.workspace import Workspace
         from serving.auth import list_keys
 
-        answer({"keys": [{**key, **{name: _stamp(key[name]) for name in ("created_at", "revoked_at")}} for key in list_keys(Workspace(platform.root))]}, _keys)
+        moments = ("created_at", "revoked_at", "expires_at")
+        answer({"keys": [{**key, **{name: _stamp(key[name]) for name in moments}} for key in list_keys(Workspace(platform.root))]}, _keys)
 
 
 @keys_app.command("revoke")
@@ -728,9 +737,9 @@ def _new_key(document: Document) -> Iterable[RenderableType]:
 
 
 def _keys(document: Document) -> Iterable[RenderableType]:
-    table = _table("API keys", "id", "role", "created", "revoked")
+    table = _table("API keys", "id", "role", "created", "expires", "revoked")
     for key in document["keys"]:
-        table.add_row(key["id"], key["role"], key["created_at"], key["revoked_at"] or "")
+        table.add_row(key["id"], key["role"], key["created_at"], key["expires_at"] or "", key["revoked_at"] or "")
     yield table if document["keys"] else "There are no keys yet: fastq keys create --role recommend"
 
 

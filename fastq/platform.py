@@ -200,7 +200,7 @@ class Cap(_Branch):
 class Tokens(_Branch):
     """JSON Web Tokens of somebody else's sign-in, beside our own keys."""
 
-    jwks: str  # file or https URL of the issuer's public keys
+    jwks: str  # https URL of the issuer's public keys, or a file of them
     issuer: str
     audience: str
     role_claim: str = "role"  # recommend, analyst or admin, or a list of them

@@ -1,159 +1,292 @@
-"""Flow `recommend_all`: one recommendation for every player that is known, into a file, and into the decision log."""
+"""Flow `recommend_all`: one recommendation for every player that is known, into a file, and into the decision log with the state it saw.
+
+Players are taken in pieces, each a Parquet file as soon as it is decided, so a stopped batch goes on where it was when the same command is
+given again. The pieces become batches of the decision log by being renamed, and are read together into the file.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import uuid
+import json
+import shutil
+import threading
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import polars as pl
 from prefect import flow, task
 
 from fastq import features, registry
-from fastq.errors import ConfigurationError, UnknownPlayerError, WorkspaceError
+from fastq.assignment import challenged, excluded_players, held_out, pause_of, probability
+from fastq.errors import ConfigurationError, GateRefused, UnknownPlayerError, WorkspaceError
+from fastq.features import OnlineStates
 from fastq.platform import OWN_POLICY, Platform
+from fastq.policy import CHUNKS, Policy, action_frame
+from fastq.records import read_served, served_log
 from fastq.workspace import Workspace, replacing
 from feature_repo import store
-from pipelines.turn import EACH_TIME, RETRIES, Progress, platform_of, progress, running
+from feature_repo.definitions import STATE_FILE, feature_directory
+from pipelines.turn import EACH_TIME, Progress, platform_of, progress, running
 
-_WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
-    ".parquet": pl.DataFrame.write_parquet,
-    ".csv": pl.DataFrame.write_csv,
-    ".ndjson": pl.DataFrame.write_ndjson,
+PIECE = 5 * CHUNKS[-1]  # players: some seconds' work, some tens of megabytes
+AT_ONCE = 2  # pieces that are decided at a time
+_WRITERS: dict[str, Callable[[pl.LazyFrame, Path], object]] = {
+    ".parquet": pl.LazyFrame.sink_parquet,
+    ".csv": pl.LazyFrame.sink_csv,
+    ".ndjson": pl.LazyFrame.sink_ndjson,
 }
+_LOGGED = ("state", "detail")  # columns that the decision log keeps and the file has no use for
 
 
-@task(name="read states", **RETRIES, **EACH_TIME)
-def read_states(workspace: str) -> tuple[pl.DataFrame, bool]:
-    """The online rows of every player who may be recommended something, and whether the online store gave them.
+@dataclass(frozen=True)
+class Plan:
+    """What a batch decides and when; a stopped one is taken up only if all of this is still so."""
 
-    Without the store the states that were materialised last are used, and all answers count as degraded.
-    """
-    platform = platform_of(workspace)
-    latest = store.materialized(platform)
-    left_out = excluded(platform)
-    players = [p for p in latest["player_id"] if p not in left_out and not held_out(platform, p)]
+    id: str
+    at: str  # RFC 3339
+    champion: str
+    challenger: str | None
+    serving: str  # what fastq.yaml said of serving and the features
+    out: str
+    dry_run: bool
+
+    @property
+    def moment(self) -> datetime:
+        return datetime.fromisoformat(self.at)
+
+
+# ---- the plan ----------------------------------------------------------------------------------------------------------
+def planned(platform: Platform, out: str, dry_run: bool) -> tuple[Plan, Path]:
+    """The plan of a stopped batch, if it may go on, else a new one; and its directory."""
+    directory = Workspace(platform.root).runs / "recommend_all"
+    champion = registry.champion(platform)
+    if champion is None:
+        raise UnknownPlayerError(f"{platform.platform}: there is no champion to recommend by; run `fastq retrain`")
+    rival = platform.serving.challenger
+    challenger = None
+    if rival.share > 0:
+        try:
+            challenger = rival.version or registry.resolve(platform, registry.CHALLENGER)
+        except UnknownPlayerError:
+            challenger = None
+    said = hashlib.sha256((platform.serving.model_dump_json() + features.fingerprint(platform)).encode()).hexdigest()
+    now = datetime.now(UTC)
+    made = Plan(hashlib.sha256(f"{now.timestamp()}{out}".encode()).hexdigest()[:16], now.isoformat(), champion, challenger, said, out, dry_run)
+    with_file = directory / "plan.json"
+    try:
+        before = Plan(**json.loads(with_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        before = None
+    if before is not None and replace(before, id=made.id, at=made.at) == made and now - before.moment < platform.state.period:
+        return before, directory
+    shutil.rmtree(directory, ignore_errors=True)
+    Workspace(platform.root).make(directory)
+    with replacing(with_file) as partial:
+        partial.write_text(json.dumps(asdict(made)), encoding="utf-8")
+    return made, directory
+
+
+def everybody(platform: Platform) -> list[str]:
+    """Every player who may be recommended something, in a fixed order: known to the store or by events that came since."""
+    path = feature_directory(platform) / STATE_FILE
+    if not path.exists():
+        raise WorkspaceError(f"{path}: no player states yet; run `fastq retrain`")
+    known = pl.concat([pl.read_parquet(path, columns=["player_id"], glob=False), served_log(platform, "activity").select("player_id")])
+    left_out = excluded_players(platform)
+    players = [p for p in known["player_id"].unique().sort().to_list() if p not in left_out and not held_out(platform, p)]
     if not players:
         raise UnknownPlayerError("no player to recommend anything to: none is known, or serving.exclude and serving.holdout leave nobody")
-    tell = progress.get()
-    try:
-        frame = store.read_online(store.open_store(platform), players, lambda done: tell("reading states", done, len(players), {}))
-    except WorkspaceError:
-        return latest.filter(pl.col("player_id").is_in(players)), False
-    missing = [p for p in players if p not in set(frame["player_id"])] if len(frame) < len(players) else []
-    return pl.concat([frame, latest.filter(pl.col("player_id").is_in(missing))]), True
+    return players
+
+
+# ---- deciding ------------------------------------------------------------------------------------------------------------
+@dataclass
+class States:
+    """The online store, or what was materialised last where it cannot be read; and what was served since."""
+
+    platform: Platform
+    moment: datetime
+    policy: Policy
+    news: pl.DataFrame
+    reachable: bool = True
+    _store: Any = None
+    _latest: pl.DataFrame | None = None
+
+    def read(self, players: list[str]) -> OnlineStates:
+        width = features.row_width(self.platform, self.policy.catalogue)
+        rows = None
+        if self.reachable:
+            try:
+                self._store = self._store or store.open_store(self.platform)
+                rows = store.read_states(self._store, players, width)
+            except WorkspaceError:
+                self.reachable = False
+        if rows is None:
+            if self._latest is None:
+                self._latest = store.materialized(self.platform)
+            wanted = pl.DataFrame({"player_id": players}).join(self._latest, on="player_id", how="left", maintain_order="left")
+            blank = features.empty_frame(self.platform, wanted.filter(pl.col("window").is_null())["player_id"], width).select(wanted.columns)
+            frame = pl.concat([wanted.filter(pl.col("window").is_not_null()), blank.cast(wanted.schema)])
+            rows = features.online_states(self.platform, pl.DataFrame({"player_id": players}).join(frame, on="player_id", how="left", maintain_order="left"))
+        about = pl.DataFrame({"player_id": players}).with_row_index("at").join(self.news, on="player_id", maintain_order="right")
+        if about.is_empty():
+            return rows
+        about = about.sort("decided_at", "decision_id")
+        return features.lay_decisions(
+            self.platform,
+            rows,
+            about["at"].to_numpy().astype(np.int64),
+            about["decided_at"].dt.epoch("us").to_numpy(),
+            about["policy"].to_list(),
+            features.action_matrix(self.platform, about, self.policy.catalogue),
+            about.select(pl.col(list(self.platform.objectives)).cast(pl.Float64)).to_numpy(),
+        )
+
+
+def served_since(platform: Platform, moment: datetime) -> pl.DataFrame:
+    """Decisions that fastq served inside a window of `moment`, as they were executed, with what was reported."""
+    undone = served_log(platform, "executed").sort("recorded_at").unique("decision_id", keep="last").filter(pl.col("action").is_null())["decision_id"]
+    since = moment - (platform.state.window + 1) * platform.state.period
+    return read_served(platform).filter((pl.col("decided_at") >= since) & ~pl.col("decision_id").is_in(undone.implode()))
+
+
+def decided(platform: Platform, states: States, plan: Plan, policies: dict[str, Policy], players: list[str], first: int) -> pl.DataFrame:
+    """One decision per player in the columns of `decisions`, with `value`, `state` and `detail` beside them; `first`: where the piece begins."""
+    rows = states.read(players)
+    kept = np.flatnonzero(rows.known)
+    names = [players[i] for i in kept]
+    whole = features.states_at(platform, rows, plan.moment)
+    packed = features.pack_states(whole)
+    by = [plan.challenger if plan.challenger is not None and challenged(platform, name) else plan.champion for name in names]
+    parts = []
+    for version in sorted(set(by)):
+        policy, mine = policies[version], np.array([i for i, v in zip(kept, by, strict=True) if v == version], np.int64)
+        seeds = np.random.default_rng([int(plan.id, 16), first, int.from_bytes(version.encode()[:8], "big")]).integers(0, 2**63, len(mine), dtype=np.uint64)
+        found = policy.draw(policy.encode(whole)[mine], explore=True, seeds=seeds)
+        share, objectives = platform.serving.exploration, list(platform.objectives)
+        means = action_frame(platform, found.mean).rows(named=True)
+        details = [  # what a replay and an explanation need, as the endpoint keeps it
+            orjson.dumps(
+                {
+                    "explore": True, "value": v, "by_objective": dict(zip(objectives, o, strict=True)), "mean": m,
+                    "seed": f"{s:016x}", "slot": slot, "exploration": share,
+                }
+            ).decode()
+            for v, o, m, s, slot in zip(
+                found.value.tolist(), found.by_objective.tolist(), means, found.seeds.tolist(), found.slots.tolist(), strict=True
+            )
+        ]  # fmt: skip
+        parts.append(
+            pl.DataFrame(
+                {
+                    "decision_id": [f"{plan.id}-{first + i:09d}" for i in mine.tolist()],
+                    "player_id": [players[i] for i in mine.tolist()],
+                    "decided_at": pl.Series([plan.moment] * len(mine), dtype=pl.Datetime("us", "UTC")),
+                    "policy": [OWN_POLICY] * len(mine),
+                    "propensity": pl.Series(np.asarray(found.propensity, float)).fill_nan(None),
+                    "assignment": pl.Series(
+                        [probability(platform, held=False, by_challenger=version == plan.challenger, challenger=plan.challenger is not None)] * len(mine),
+                        dtype=pl.Float64,
+                    ),
+                    "model_version": [version] * len(mine),
+                }
+            )
+            .hstack(action_frame(platform, found.action))
+            .hstack(pl.DataFrame({name: pl.Series([None] * len(mine), dtype=pl.Float64) for name in objectives}))
+            .with_columns(
+                value=pl.Series(np.asarray(found.value, float)),
+                seen_at=pl.Series(rows.seen_at[mine]),
+                state=pl.Series([packed[i] for i in mine.tolist()], dtype=pl.Binary),
+                detail=pl.Series(details, dtype=pl.String),
+            )
+        )
+    return pl.concat(parts) if parts else pl.DataFrame()
 
 
 @task(name="decide", **EACH_TIME)
-def decide(workspace: str, frame: pl.DataFrame) -> pl.DataFrame:
-    """One decision per player, in the columns of `decisions`, with the policy's `value` beside them."""
-    from fastq.policy import action_frame
+def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]:
+    """Decide for everybody, piece by piece; the pieces' files, and whether the online store gave the states."""
+    import torch
 
-    platform = platform_of(workspace)
-    policy = registry.load_policy(f"models:/{platform.platform}@{registry.CHAMPION}", platform.root)
-    # how much to explore is the operator's to say today, whatever it was when the model was trained
-    policy = replace(policy, platform=policy.platform.model_copy(update={"serving": platform.serving, "root": platform.root}))
-    at = datetime.now(UTC)
-    progress.get()("recommending", 0, len(frame), {})
-    found = policy.recommend(features.states_at(platform, frame, at))
-    progress.get()("recommending", len(frame), len(frame), {})
-    n = len(frame)
-    holdout = platform.serving.holdout
-    about = pl.DataFrame(
-        {
-            "decision_id": [uuid.uuid4().hex for _ in range(n)],
-            "player_id": frame["player_id"],
-            "decided_at": pl.Series([at] * n, dtype=pl.Datetime("us", "UTC")),
-            "policy": [OWN_POLICY] * n,
-            "propensity": pl.Series(np.asarray(found.propensity, float)).fill_nan(None),
-            "assignment": pl.Series([1 - holdout.share if holdout.share > 0 else None] * n, dtype=pl.Float64),
-            "model_version": [policy.version] * n,
-        }
-    )
-    unknown = pl.DataFrame({name: pl.Series([None] * n, dtype=pl.Float64) for name in platform.objectives})
-    return about.hstack(action_frame(platform, found.action)).hstack(unknown).with_columns(value=pl.Series(np.asarray(found.value, float)))
+    platform, lock, done = platform_of(workspace), threading.Lock(), [0]
+    torch.set_num_threads(1)  # pieces are the parallelism here
+    policies = {}
+    for version in filter(None, (plan.champion, plan.challenger)):
+        policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
+        # how much to explore is the operator's to say today, whatever it was when the model was trained
+        policies[version] = replace(policy, version=version, platform=policy.platform.model_copy(update={"serving": platform.serving, "root": platform.root}))
+    players, tell = everybody(platform), progress.get()
+    states = States(platform, plan.moment, policies[plan.champion], served_since(platform, plan.moment))
+
+    def piece(first: int) -> str:
+        path = Path(directory) / f"{plan.id}-{first:09d}.parquet"
+        some = players[first : first + PIECE]
+        if not path.exists():
+            found = decided(platform, states, plan, policies, some, first)
+            with replacing(path) as partial:
+                found.write_parquet(partial)
+        with lock:
+            done[0] += len(some)
+            tell("recommending", done[0], len(players), {})
+        return str(path)
+
+    tell("recommending", 0, len(players), {})
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(piece, range(0, len(players), PIECE))), states.reachable
 
 
 @task(name="write", **EACH_TIME)
-def write(workspace: str, decisions: pl.DataFrame, out: str, dry_run: bool) -> None:
-    """First the log, then the file: a decision that nobody may carry out teaches nothing wrong, one that is carried out unlogged is lost."""
+def write(workspace: str, plan: Plan, pieces: list[str]) -> tuple[int, int]:
+    """First the log, then the file: a decision that nobody may carry out teaches nothing wrong, one that is carried out unlogged is lost.
+
+    The number of decisions, and of those for players who were not seen for `serving.stale_after` periods, or ever.
+    """
     platform = platform_of(workspace)
     space = Workspace(platform.root)
-    if not dry_run:
+    oldest = features.epoch_microseconds(plan.moment - platform.serving.stale_after * platform.state.period)
+    rows = pl.concat([pl.scan_parquet(path, glob=False) for path in pieces])
+    total, stale = rows.select(pl.len(), (pl.col("seen_at") < oldest).sum().alias("stale")).collect().row(0)
+    if not plan.dry_run:
         space.make(space.served)
-        with replacing(space.served / f"{uuid.uuid4().hex}.parquet") as partial:
-            decisions.drop("value").write_parquet(partial)
-    with replacing(Path(out)) as partial:
-        _WRITERS[Path(out).suffix](decisions, partial)
-
-
-@task(name="remember", **RETRIES, **EACH_TIME)
-def remember(workspace: str, decisions: pl.DataFrame) -> None:
-    """What was recommended becomes a lagged feature at once. Rows are read again just before, so that what serving wrote meanwhile stays."""
-    platform = platform_of(workspace)
-    catalogue = None
-    if not platform.dimension_names:
-        policy = registry.load_policy(f"models:/{platform.platform}@{registry.CHAMPION}", platform.root)
-        catalogue = policy.catalogue
-    opened = store.open_store(platform)
-    for start in range(0, len(decisions), store.CHUNK):
-        batch = decisions[start : start + store.CHUNK]
-        with store.exclusive(platform):
-            frame = store.read_online(opened, batch["player_id"].to_list())
-            if len(frame):
-                store.push(opened, features.with_decisions(platform, frame, batch.filter(pl.col("player_id").is_in(frame["player_id"].implode())), catalogue))
-        progress.get()("keeping states", min(start + store.CHUNK, len(decisions)), len(decisions), {})
-
-
-def excluded(platform: Platform) -> frozenset[str]:
-    """Players who are never recommended anything: the column `player_id` of the file that `serving.exclude` names."""
-    if platform.serving.exclude is None:
-        return frozenset()
-    path = platform.root / platform.serving.exclude
-    try:
-        frame = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
-        return frozenset(frame["player_id"].cast(pl.String).drop_nulls())
-    except (OSError, pl.exceptions.PolarsError) as error:
-        raise ConfigurationError(f"{path}: serving.exclude: expected a file with a column player_id ({' '.join(str(error).split())[:200]})") from None
-
-
-def held_out(platform: Platform, player_id: str) -> bool:
-    """Whether a player stays with a behaviour policy; the same rule as serving's, so the same players."""
-    if platform.serving.holdout.share == 0:
-        return False
-    digest = hashlib.sha256(f"{platform.platform}/holdout/{player_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < platform.serving.holdout.share
-
-
-def _stale(platform: Platform, frame: pl.DataFrame) -> int:
-    """Players of whom nothing was seen for `serving.stale_after` periods, or ever."""
-    oldest = datetime.now(UTC) - platform.serving.stale_after * platform.state.period
-    return int(frame.select((pl.col("seen_at").is_null() | (pl.col("seen_at") < oldest)).sum()).item())
+        for path in pieces:
+            with replacing(space.served / Path(path).name) as partial:
+                pl.scan_parquet(path, glob=False).drop("value", "seen_at").sink_parquet(partial)
+    out = Path(plan.out)
+    with replacing(out) as partial:
+        _WRITERS[out.suffix](rows.drop(*_LOGGED, "seen_at"), partial)
+    return int(total), int(stale)
 
 
 @flow(name="recommend_all", persist_result=False, validate_parameters=False)
 def recommend_all_flow(workspace: str, out: str, dry_run: bool) -> dict[str, Any]:
-    frame, fresh = read_states(workspace)
-    decisions = decide(workspace, frame)
-    write(workspace, decisions, out, dry_run)
-    if fresh and not dry_run:
-        remember(workspace, decisions)
-    degraded = _stale(platform_of(workspace), frame) if fresh else len(frame)
-    return {"players": len(decisions), "model_version": decisions["model_version"][0], "degraded": degraded, "logged": not dry_run}
+    platform = platform_of(workspace)
+    plan, directory = planned(platform, out, dry_run)
+    pieces, fresh = decide(workspace, plan, str(directory))
+    total, stale = write(workspace, plan, pieces)
+    shutil.rmtree(directory, ignore_errors=True)
+    return {"players": total, "model_version": plan.champion, "degraded": stale if fresh else total, "logged": not dry_run}
 
 
 def recommend_all(platform: Platform, out: str | Path, dry_run: bool = False, on_progress: Progress | None = None) -> dict[str, Any]:
     """Recommend for every player into `out` (.parquet, .csv or .ndjson), one row each: the columns of `decisions`, and `value`.
 
-    Players of `serving.exclude` and of the holdout get no row. With `dry_run` nothing is logged.
+    Players of `serving.exclude` and of the holdout get no row, nor does one of whom nothing is known. With `dry_run` nothing is logged. A batch that
+    was stopped goes on within a period, if the same is asked for and neither the champion nor fastq.yaml changed.
+    Raises `GateRefused` while fastq is paused, `ConfigurationError` where frequencies or budgets are capped, which are counted per request.
     """
     if Path(out).suffix not in _WRITERS:
         raise ConfigurationError(f"--out {out}: expected a name that ends in {', '.join(_WRITERS)}")
-    with running(platform, on_progress):
+    if (pause := pause_of(Workspace(platform.root))) is not None:
+        raise GateRefused("recommend --all", [f"{pause.sentence}; `fastq resume` ends it"])
+    serving = platform.serving
+    if serving.frequency is not None or serving.item_frequency is not None or serving.budgets:
+        raise ConfigurationError("serving.frequency, item_frequency and budgets are counted by the endpoint, request by request; ask it, or leave them out")
+    with Workspace(platform.root).lock("recommend_all"), running(platform, on_progress):
         found: dict[str, Any] = recommend_all_flow(str(platform.root), str(Path(out).resolve()), dry_run)
         return {"out": str(out), **found}

@@ -11,24 +11,27 @@ import contextlib
 import hashlib
 import html
 import logging
+import sys
 import threading
 import time
 import urllib.parse
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib import resources
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 import orjson
-from fastapi import FastAPI, Header, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel
+from prometheus_client import Gauge, generate_latest
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -39,7 +42,7 @@ from fastq.features import NEVER, Columns, epoch_microseconds, microseconds
 from fastq.platform import Platform
 from fastq.workspace import Workspace
 from serving import online
-from serving.auth import COOKIE, SESSION_SECONDS, Caller, Keys, NotAllowed, NotSignedIn
+from serving.auth import COOKIE, SESSION_SECONDS, Caller, Keys, NotAllowed, NotSignedIn, Tokens
 from serving.bodies import (
     Accepted,
     Asked,
@@ -56,14 +59,18 @@ from serving.bodies import (
 )
 from serving.decision_log import Decision, KeyReused, LogUnavailable, OutcomeConflict, UnknownDecisions, open_log
 from serving.decision_log import Request as Repeatable
+from serving.metrics import Metrics, new_metrics
 from serving.online import Ask, NotReady, Service, StoreUnavailable
 
 if TYPE_CHECKING:
     from fastapi.types import DecoratedCallable
 
 logger = logging.getLogger("fastq.serving")
+Body = TypeVar("Body", bound=BaseModel)
 MOST_BYTES = 16 * 2**20  # of a request's body
-BATCH_ROWS = 256  # rows that one batch takes on the event loop; larger requests go to a thread
+BATCH_ROWS = 256  # players that one batch takes on the event loop; larger requests go to a thread
+MOST_WAITING = 128  # requests that wait for a batch; one more is refused at once, which is kinder than an answer that comes too late
+MOST_KEY = 300  # characters of an Idempotency-Key
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
 QUERY_SECONDS = 20  # that an analyst's SQL may run
 NOBODY = "\x00"  # a player who cannot be: asked for to see whether the store answers
@@ -77,57 +84,34 @@ HEADERS = [
     (b"cache-control", b"no-store"),
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"),
 ]
-STATUS: dict[type[FastqError], int] = {  # the first that an error is an instance of
-    NotSignedIn: 401,
-    NotAllowed: 403,
-    UnknownDecisions: 404,
-    UnknownPlayerError: 404,
-    OutcomeConflict: 409,
-    KeyReused: 422,
-    RequestError: 422,
-    LogUnavailable: 503,
-    NotReady: 503,
-    StoreUnavailable: 503,
-}
 
 
 # ---- one process's desk ----------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Metrics:
-    """What `/metrics` shows; the names are an interface."""
-
-    registry: CollectorRegistry
-    requests: Counter
-    seconds: Histogram
-    decisions: Counter
-    degraded: Counter
-    outcomes: Counter
-    events: Counter
-    batch: Histogram
-    stage: Histogram
-    refused_models: Counter
-    model: Gauge
+class Overloaded(FastqError):
+    """More requests wait than can be answered soon; this one was not begun."""
 
 
-def new_metrics() -> Metrics:
-    """Fresh metrics in a registry of their own."""
-    r = CollectorRegistry()
-    latency = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
-    return Metrics(
-        r,
-        Counter("fastq_requests", "Requests answered", ["route", "method", "status"], registry=r),
-        Histogram("fastq_request_seconds", "From the request's arrival to the answer's last byte", ["route"], buckets=latency, registry=r),
-        Counter("fastq_decisions", "Decisions served", ["policy", "model_version", "dry_run"], registry=r),
-        Counter("fastq_degraded", "Decisions served without a known, fresh state, by reason", ["reason"], registry=r),
-        Counter("fastq_outcomes", "Outcomes reported", ["result"], registry=r),
-        Counter("fastq_events", "Activity events received", ["result"], registry=r),
-        Histogram("fastq_batch_players", "Players per batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000), registry=r),
-        Histogram(
-            "fastq_stage_seconds", "Latency by stage: decide (state and policy), log (until it is on disk), explain", ["stage"], buckets=latency, registry=r
-        ),
-        Counter("fastq_models_refused", "Champions that were not taken into service", registry=r),
-        Gauge("fastq_model_info", "The version in service is 1", ["version"], registry=r),
-    )
+class TooOften(FastqError):
+    """A key that asks more often than `serving.rate_limit` allows."""
+
+
+@dataclass
+class Waiting:
+    """A request that waits for a batch, then for the disk; `keep`: its decisions go into the log, under `request` if it can be repeated."""
+
+    ask: Ask
+    keep: bool
+    request: Repeatable | None
+    future: asyncio.Future[list[Decision]]
+    decided: list[Decision] = field(default_factory=list)
+
+    def end(self, result: list[Decision] | BaseException) -> None:
+        if self.future.done():  # its caller went away
+            return
+        if isinstance(result, BaseException):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
 
 
 @dataclass
@@ -138,69 +122,148 @@ class Desk:
     keys: Keys
     metrics: Metrics
     service: Service | None = None
-    waiting: list[tuple[Ask, asyncio.Future[list[Decision]]]] = field(default_factory=list)
+    waiting: deque[Waiting] = field(default_factory=deque)
     flushing: bool = False
     probed_at: float = -1e9
     probed: str | None = "not yet looked at"
+    direct: dict[str, Callable[[Request], Awaitable[Response]]] = field(default_factory=dict)  # routes that the gate opens itself
+    apart: set[asyncio.Task[None]] = field(default_factory=set)  # large requests, each in a thread
+    busy: set[str] = field(default_factory=set)  # players of whom a decision is on its way to the disk, where what they may have is capped
+    buckets: dict[str, tuple[float, float]] = field(default_factory=dict)  # key id -> requests it may make at once, and when that was so
 
     def open(self) -> Service:
         if self.service is None:
             raise NotReady("the server is starting or stopping; ask again in a moment")
         return self.service
 
-    async def decide(self, ask: Ask) -> list[Decision]:
-        """Decisions for one request, computed together with whatever else arrived meanwhile."""
-        service, loop = self.open(), asyncio.get_running_loop()
-        if len(ask) > BATCH_ROWS:
-            self.metrics.batch.observe(len(ask))
-            with self.metrics.stage.labels("decide").time():
-                decided = (await asyncio.to_thread(online.decide, service, [ask]))[0]
-            if isinstance(decided, FastqError):
-                raise decided
-            return decided
-        future: asyncio.Future[list[Decision]] = loop.create_future()
-        self.waiting.append((ask, future))
+    def admit_rate(self, key_id: str) -> None:
+        """One request of a key, out of a bucket that holds a second's worth. Raises `TooOften`."""
+        rate = self.platform.serving.rate_limit
+        if rate == 0:
+            return
+        most, now = max(rate, 1.0), time.monotonic()
+        left, since = self.buckets.get(key_id, (most, now))
+        left = min(most, left + rate * (now - since))
+        if left < 1:
+            self.metrics.refused.labels("rate").inc()
+            raise TooOften(f"this key may ask {rate:g} times per second (serving.rate_limit); ask again in {(1 - left) / rate:.1f} s")
+        self.buckets[key_id] = (left - 1, now)
+
+    async def decide(self, ask: Ask, *, keep: bool, request: Repeatable | None = None) -> list[Decision]:
+        """Decisions for one request, computed together with whatever else arrived meanwhile, and on disk if they are to be kept."""
+        self.open()
+        loop = asyncio.get_running_loop()
+        if len(self.waiting) >= MOST_WAITING:
+            self.metrics.refused.labels("overload").inc()
+            raise Overloaded("too many requests wait already; ask again in a moment")
+        entry = Waiting(ask, keep, request, loop.create_future())
+        self.waiting.append(entry)
         if not self.flushing:
             self.flushing = True
             loop.call_soon(self._flush)
-        return await future
+        return await entry.future
 
     def _flush(self) -> None:
         """One batch: as many waiting requests as fit."""
-        batch: list[tuple[Ask, asyncio.Future[list[Decision]]]] = []
+        loop = asyncio.get_running_loop()
+        batch: list[Waiting] = []
+        later: list[Waiting] = []
         rows = 0
-        while self.waiting and (not batch or rows + len(self.waiting[0][0]) <= BATCH_ROWS):
-            batch.append(self.waiting.pop(0))
-            rows += len(batch[-1][0])
-        try:
-            self.metrics.batch.observe(rows)
-            with self.metrics.stage.labels("decide").time():
-                results: Sequence[list[Decision] | Exception] = online.decide(self.open(), [ask for ask, _ in batch])
-        except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
-            results = [error] * len(batch)
-        for (_, future), result in zip(batch, results, strict=True):
-            if future.done():  # its caller went away
+        while self.waiting and (not batch or rows + len(self.waiting[0].ask) <= BATCH_ROWS):
+            entry = self.waiting.popleft()
+            if self.busy and self.busy.intersection(entry.ask.player_ids):
+                later.append(entry)
                 continue
-            if isinstance(result, Exception):
-                future.set_exception(result)
-            else:
-                future.set_result(result)
-        self.flushing = bool(self.waiting)
-        if self.waiting:
-            asyncio.get_running_loop().call_soon(self._flush)
+            self._occupy(entry)
+            if len(entry.ask) > BATCH_ROWS:  # it would hold everybody up
+                self.apart.add(task := loop.create_task(self._decide_apart(entry)))
+                task.add_done_callback(self.apart.discard)
+                continue
+            batch.append(entry)
+            rows += len(entry.ask)
+        self.waiting.extendleft(reversed(later))
+        if batch:
+            self.metrics.batch.observe(rows)
+            started = time.perf_counter()
+            try:
+                results: Sequence[list[Decision] | Exception] = online.decide(self.open(), [entry.ask for entry in batch])
+            except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
+                results = [error] * len(batch)
+            self.metrics.stage.labels("decide").observe(time.perf_counter() - started)
+            self._decided(batch, results)
+        self.flushing = len(self.waiting) > len(later)  # those who wait for the disk are taken up when it has written
+        if self.flushing:
+            loop.call_soon(self._flush)
 
-    def count(self, decisions: Sequence[Decision], dry_run: bool) -> None:
-        """Show decisions in the metrics."""
-        for decision in decisions:
-            self.metrics.decisions.labels(decision.policy, decision.model_version or "", str(dry_run).lower()).inc()
-            if reason := decision.detail.get("degraded"):
-                self.metrics.degraded.labels(reason.split(":")[0].split(",")[0][:40]).inc()
+    async def _decide_apart(self, entry: Waiting) -> None:
+        """A large request, in a thread of its own."""
+        results: Sequence[list[Decision] | Exception]
+        try:
+            with self.metrics.stage.labels("decide").time():
+                results = await asyncio.to_thread(online.decide, self.open(), [entry.ask])
+        except Exception as error:  # noqa: BLE001 - as for a batch
+            results = [error]
+        self._decided([entry], results)
+
+    def _decided(self, batch: Sequence[Waiting], results: Sequence[list[Decision] | Exception]) -> None:
+        """Bring a batch's decisions to the disk: all in one piece, save for those that may have been made before."""
+        together: list[Waiting] = []
+        for entry, result in zip(batch, results, strict=True):
+            if isinstance(result, Exception):
+                self._release([entry], result)
+            elif not entry.keep:
+                self.metrics.count(self.platform, result, dry_run=True)
+                self._release([entry], None, result)
+            else:
+                entry.decided = result
+                if entry.request is None:
+                    together.append(entry)
+                else:
+                    self._append([entry], entry.request)
+        if together:
+            self._append(together, None)
+
+    def _append(self, entries: list[Waiting], request: Repeatable | None) -> None:
+        loop, started = asyncio.get_running_loop(), time.perf_counter()
+        decisions = [d for entry in entries for d in entry.decided]
+        try:
+            stored = self.open().log.append(decisions, request)
+        except FastqError as error:
+            self._release(entries, error)
+            return
+
+        def on_disk(done: Future[list[Decision]]) -> None:
+            self.metrics.stage.labels("log").observe(time.perf_counter() - started)
+            error = done.exception()
+            if error is None and (request is None or done.result() == decisions):
+                self.metrics.count(self.platform, decisions, dry_run=False)
+            self._release(entries, error, None if error or request is None else done.result())
+
+        def wake(done: Future[list[Decision]]) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(on_disk, done)
+
+        stored.add_done_callback(wake)
+
+    def _occupy(self, entry: Waiting) -> None:
+        if entry.keep and online.capped(self.platform):
+            self.busy.update(entry.ask.player_ids)
+
+    def _release(self, entries: Sequence[Waiting], error: BaseException | None, result: list[Decision] | None = None) -> None:
+        """Let the callers go on."""
+        for entry in entries:
+            entry.end(error if error is not None else entry.decided if result is None else result)
+        if self.busy:
+            self.busy.difference_update(p for entry in entries for p in entry.ask.player_ids)
+            if self.waiting and not self.flushing:
+                self.flushing = True
+                asyncio.get_running_loop().call_soon(self._flush)
 
     async def readiness(self) -> dict[str, str]:
         """Champion, decision log and online store, each `ok` or what is wrong, really tried at most once a second."""
         service = self.service
         if service is None:
-            return {"champion": "the server is starting or stopping", "log": "not open", "store": "not open"}
+            return {"champion": "the server is starting or stopping", "log": "not open", "store": "not open", "paused": "not yet looked at"}
         if time.monotonic() - self.probed_at > 1:
             self.probed_at = time.monotonic()
             try:
@@ -213,14 +276,20 @@ class Desk:
             store = "ok"
         except StoreUnavailable as error:
             store = str(error)
-        return {"champion": "ok" if service.model else "no champion is loaded", "log": self.probed or "ok", "store": store}
+        pause = service.pause
+        return {
+            "champion": "ok" if service.model else "no champion is loaded",
+            "log": self.probed or "ok",
+            "store": store,
+            "paused": "no" if pause is None else pause.sentence,
+        }
 
 
 def follow(desk: Desk, stop: threading.Event) -> None:
     """Keep the champion in service the registry's champion, and bring waiting events into the online store; the old model serves on whatever fails."""
     from fastq import registry
 
-    platform, refused, quiet = desk.platform, "", ""
+    platform, refused, quiet, listed = desk.platform, "", "", excluded_changed(desk.platform)
     while not stop.wait(FOLLOW_SECONDS):
         service = desk.service
         if service is None:
@@ -235,6 +304,13 @@ def follow(desk: Desk, stop: threading.Event) -> None:
                 refused = ""
                 show_model(desk, before.version if before else None)
                 logger.info("model %s is in service", wanted)
+            if service.model is not None:
+                rival = online.challenger_version(platform, service.model.version)
+                if rival != (service.challenger.version if service.challenger else None):
+                    service.challenger = None if rival is None else online.load_model(platform, rival)
+                    logger.info("challenger: %s", rival or "none")
+            if (changed := excluded_changed(platform)) != listed:
+                service.excluded, listed = excluded_players(platform), changed
         except Exception as error:  # noqa: BLE001 - the registry may fail in any way; serving goes on
             if refused:
                 desk.metrics.refused_models.inc()
@@ -245,6 +321,16 @@ def follow(desk: Desk, stop: threading.Event) -> None:
             online.apply_activity(service)
         except (FastqError, OSError) as error:
             logger.debug("events wait for the online store: %s", error)
+
+
+def excluded_changed(platform: Platform) -> int | None:
+    """What changes with the file of excluded players; None where there is none."""
+    if platform.serving.exclude is None:
+        return None
+    try:
+        return (platform.root / platform.serving.exclude).stat().st_mtime_ns
+    except OSError:
+        return None
 
 
 def show_model(desk: Desk, before: str | None = None) -> None:
@@ -261,10 +347,12 @@ async def opened(desk: Desk) -> AsyncIterator[None]:
     import torch
 
     torch.set_num_threads(1)  # requests are the parallelism here
+    sys.setswitchinterval(0.0005)  # the log's thread must not wait 5 ms, Python's default, for the loop to let go of the interpreter
     log = await asyncio.to_thread(open_log, desk.platform)
     service = Service(desk.platform, log, None, excluded_players(desk.platform))
     try:
         service.model = await asyncio.to_thread(online.load_model, desk.platform)
+        service.challenger = await asyncio.to_thread(online.load_challenger, desk.platform, service.model.version)
     except FastqError as error:
         logger.error("no champion in service yet: %s", error)
     desk.service = service
@@ -284,11 +372,27 @@ async def opened(desk: Desk) -> AsyncIterator[None]:
         await asyncio.to_thread(log.close)
 
 
+STATUS: dict[type[FastqError], int] = {  # the first that an error is an instance of
+    NotSignedIn: 401,
+    NotAllowed: 403,
+    UnknownDecisions: 404,
+    UnknownPlayerError: 404,
+    OutcomeConflict: 409,
+    KeyReused: 422,
+    RequestError: 422,
+    TooOften: 429,
+    Overloaded: 503,
+    LogUnavailable: 503,
+    NotReady: 503,
+    StoreUnavailable: 503,
+}
+
+
 # ---- errors -----------------------------------------------------------------------------------------------------------------
 def problem(status: int, detail: str, members: Mapping[str, Any] | None = None, headers: Mapping[str, str] | None = None) -> Response:
     """RFC 9457 problem details."""
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **(members or {})}
-    more = {"Retry-After": "1"} if status == 503 else {"WWW-Authenticate": "Bearer"} if status == 401 else {}
+    more = {"Retry-After": "1"} if status in (429, 503) else {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     return Response(orjson.dumps(body), status, {**more, **(headers or {})}, media_type="application/problem+json")
 
 
@@ -322,6 +426,19 @@ def _sentence(error: Any) -> str:
         return f"the body is not JSON ({error.get('ctx', {}).get('error', 'cannot be read')})"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{where or 'the body'}: {message[0].lower()}{message[1:]}"
+
+
+def parsed(model: type[Body], raw: bytes, content_type: str | None) -> Body:
+    """A request's body, read as `StrictJson` and `StrictRoute` have it. Raises `RequestValidationError`."""
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if not (kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))):
+        raise RequestError(f"Content-Type: expected application/json, got {kind or 'none'}")
+    try:
+        return model.model_validate(orjson.loads(raw))
+    except orjson.JSONDecodeError as error:
+        raise RequestValidationError([{"type": "json_invalid", "loc": ("body", error.pos), "msg": "JSON decode error", "ctx": {"error": error.msg}}]) from None
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False)) from None
 
 
 class StrictJson(Request):
@@ -370,9 +487,12 @@ def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
             return message
 
         try:
-            refused = admit(desk, scope)
+            refused = await admit(desk, scope)
             if refused is not None:
                 await refused(scope, receive, sending)
+            elif scope["method"] == "POST" and (handler := desk.direct.get(scope["path"])) is not None:  # without FastAPI's own detours
+                answer = await handler(Request(scope, receiving))
+                await answer(scope, receive, sending)
             else:
                 await app(scope, receiving, sending)
         except Exception as error:  # the last door
@@ -380,14 +500,14 @@ def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
                 raise  # the answer has begun; only the connection can say that it failed
             await refusal(error)(scope, receive, sending)
         finally:
-            route = getattr(scope.get("route"), "path", None) or (scope["path"] if scope["path"] in OPEN else "other")
+            route = getattr(scope.get("route"), "path", None) or (scope["path"] if scope["path"] in OPEN or scope["path"] in desk.direct else "other")
             desk.metrics.requests.labels(route, scope["method"], str(status)).inc()
             desk.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
     return gate
 
 
-def admit(desk: Desk, scope: Scope) -> Response | None:
+async def admit(desk: Desk, scope: Scope) -> Response | None:
     """None if the caller may go on (`scope["state"]["caller"]` says who it is), else the refusal."""
     path, headers = scope["path"], {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
     if int(headers["content-length"]) > MOST_BYTES if headers.get("content-length", "").isdigit() else False:
@@ -395,8 +515,13 @@ def admit(desk: Desk, scope: Scope) -> Response | None:
     if path in OPEN or (path == "/console" and scope["method"] == "POST"):  # signing in brings its key in the form
         return None
     try:
-        caller = desk.keys.verify(headers.get("authorization"), session_of(headers))
+        authorization = headers.get("authorization")
+        if desk.keys.remote(authorization):  # the issuer's keys may have to be fetched
+            caller = await asyncio.to_thread(desk.keys.verify, authorization)
+        else:
+            caller = desk.keys.verify(authorization, None if authorization else session_of(headers))
         caller.require("recommend" if path in RECOMMEND else "analyst")
+        desk.admit_rate(caller.key_id)
     except NotSignedIn as error:
         if path == "/console" and scope["method"] == "GET" and "authorization" not in headers and "text/html" in headers.get("accept", ""):
             return HTMLResponse(page("sign_in.html", message=""))
@@ -432,7 +557,8 @@ def page(name: str, **values: str) -> str:
 # ---- the app -----------------------------------------------------------------------------------------------------------------
 def create_app(platform: Platform) -> FastAPI:
     """The endpoint of one platform; it opens the workspace when it starts and lets go of it when it stops."""
-    desk = Desk(platform, Keys(Workspace(platform.root)), new_metrics())
+    issuer = platform.serving.tokens
+    desk = Desk(platform, Keys(Workspace(platform.root), Tokens(issuer, platform.root) if issuer else None), new_metrics())
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -447,7 +573,7 @@ def create_app(platform: Platform) -> FastAPI:
         app.add_exception_handler(kind, lambda _, error: refusal(error))
     failures: dict[int | str, dict[str, Any]] = {
         status: {"description": HTTPStatus(status).phrase, "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
-        for status in (400, 401, 403, 404, 409, 413, 422, 503)
+        for status in (400, 401, 403, 404, 409, 413, 422, 429, 503)
     }
 
     def route(
@@ -467,24 +593,25 @@ def create_app(platform: Platform) -> FastAPI:
     def reply(body: object, status: int = 200) -> Response:
         return Response(orjson.dumps(body), status, media_type="application/json")
 
-    @route("post", "/v1/recommendations", Recommendations)
-    async def recommendations(
-        asked: RecommendationRequest, request: Request, idempotency_key: Annotated[str | None, Header(max_length=300)] = None
-    ) -> Response:
+    @app.post("/v1/recommendations", responses=dict(failures) | {200: {"model": Recommendations}})
+    async def recommendations(request: Request) -> Response:
         """Decide for up to 1,000 players. Every decision is on disk before this answers, unless `dry_run`."""
+        raw = await request.body()
+        asked = parsed(RecommendationRequest, raw, request.headers.get("content-type"))
         ask, service = asked.ask(), desk.open()
         repeatable = None
-        if idempotency_key is not None and not asked.dry_run:
-            digest = hashlib.sha256(orjson.dumps(orjson.loads(await request.body()), option=orjson.OPT_SORT_KEYS)).hexdigest()
-            repeatable = Repeatable(f"{caller_of(request).key_id}:{idempotency_key}", digest)
+        key = request.headers.get("idempotency-key")
+        if key is not None and not asked.dry_run:
+            if len(key) > MOST_KEY:
+                raise RequestError(f"Idempotency-Key: expected at most {MOST_KEY} characters")
+            digest = hashlib.sha256(orjson.dumps(orjson.loads(raw), option=orjson.OPT_SORT_KEYS)).hexdigest()
+            repeatable = Repeatable(f"{caller_of(request).key_id}:{key}", digest)
             if (earlier := service.log.repeated(repeatable)) is not None:
                 return reply({"recommendations": [online.answer(platform, d) for d in earlier]})
-        decided = await desk.decide(ask)
-        if not asked.dry_run:
-            with desk.metrics.stage.labels("log").time():
-                decided = await asyncio.wrap_future(service.log.append(decided, repeatable))
-        desk.count(decided, asked.dry_run)
+        decided = await desk.decide(ask, keep=not asked.dry_run, request=repeatable)
         return reply({"recommendations": [online.answer(platform, d) for d in decided]})
+
+    desk.direct["/v1/recommendations"] = recommendations
 
     @route("post", "/v1/outcomes", Accepted, outcome_request(platform))
     async def outcomes(body: Any) -> Response:
@@ -592,12 +719,15 @@ def create_app(platform: Platform) -> FastAPI:
         """Whether recommendations can be served: a champion is loaded and the log takes decisions. Without the online store answers are degraded, but given."""
         state = await desk.readiness()
         if state["champion"] != "ok" or state["log"] != "ok":
-            return problem(503, "; ".join(f"{name}: {said}" for name, said in state.items() if said != "ok"), state)
+            return problem(503, "; ".join(f"{name}: {said}" for name, said in state.items() if said not in ("ok", "no")), state)
         version = desk.service.model.version if desk.service and desk.service.model else None
-        return reply({"status": "ready" if state["store"] == "ok" else "degraded", **state, "model_version": version})
+        status = "paused" if state["paused"] != "no" else "ready" if state["store"] == "ok" else "degraded"
+        return reply({"status": status, **state, "model_version": version})
 
     backlog = Gauge("fastq_decision_log_backlog", "Writes that wait for the next commit", registry=desk.metrics.registry)
     backlog.set_function(lambda: desk.service.log.backlog if desk.service else 0)
+    paused = Gauge("fastq_paused", "1 while fastq is paused", registry=desk.metrics.registry)
+    paused.set_function(lambda: float(desk.service is not None and desk.service.pause is not None))
     lag = Gauge("fastq_decision_log_lag_seconds", "How long the commit under way has taken so far", registry=desk.metrics.registry)
     lag.set_function(lambda: desk.service.log.lag_seconds if desk.service else 0)
 
@@ -620,7 +750,12 @@ def document(app: FastAPI) -> dict[str, Any]:
             description="Recommendations with their propensity, explained. Errors are RFC 9457 problem details.",
         )
         parts = schema.setdefault("components", {})
-        parts.setdefault("schemas", {})["Problem"] = Problem.model_json_schema()
+        asked = RecommendationRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+        parts.setdefault("schemas", {}).update({"Problem": Problem.model_json_schema(), **asked.pop("$defs", {}), "RecommendationRequest": asked})
+        hot = schema["paths"]["/v1/recommendations"]["post"]  # reads its own body, so FastAPI does not know of it
+        hot["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RecommendationRequest"}}}}
+        again = {"type": "string", "maxLength": MOST_KEY, "description": "the same key gives the same decisions again"}
+        hot["parameters"] = [{"name": "Idempotency-Key", "in": "header", "required": False, "schema": again}]
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in schema["paths"].items():
             if path not in OPEN:

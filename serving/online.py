@@ -211,11 +211,8 @@ def load_model(platform: Platform, version: str | None = None) -> Model:
     return Model(replace(policy, platform=served, version=found), found)
 
 
-def load_challenger(platform: Platform, champion: str) -> Model | None:
-    """The model that a share of the players gets, or that runs in shadow; None where none is configured, or it is the champion by now.
-
-    Raises as `load_model`.
-    """
+def challenger_version(platform: Platform, champion: str) -> str | None:
+    """The version that a share of the players gets, or that runs in shadow; None where none is configured, or it is the champion by now."""
     from fastq import registry
 
     wanted = platform.serving.challenger
@@ -225,7 +222,13 @@ def load_challenger(platform: Platform, champion: str) -> Model | None:
         version = wanted.version or registry.resolve(platform, registry.CHALLENGER)
     except UnknownPlayerError:  # nobody challenges now
         return None
-    return None if version == champion else load_model(platform, version)
+    return None if version == champion else version
+
+
+def load_challenger(platform: Platform, champion: str) -> Model | None:
+    """The model of `challenger_version`. Raises as `load_model`."""
+    version = challenger_version(platform, champion)
+    return None if version is None else load_model(platform, version)
 
 
 @contextlib.contextmanager
@@ -374,6 +377,7 @@ def _spoken(age: timedelta) -> str:
     return f"{seconds:.0f} seconds"
 
 
+@functools.lru_cache(maxsize=64)  # a batch's decisions have one moment
 def rfc3339(microseconds: int) -> str:
     """A moment in UTC, to the microsecond."""
     return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)).isoformat(timespec="microseconds").replace("+00:00", "Z")

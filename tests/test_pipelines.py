@@ -13,12 +13,13 @@ import pytest
 import torch
 import yaml
 
-from fastq import features, learner, records, registry
+from fastq import assignment, features, learner, records, registry
 from fastq.errors import ConfigurationError, GateRefused, UnknownPlayerError, WorkspaceError
 from fastq.platform import load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
 from pipelines import evaluate, ingest, recommend_all, retrain, train, turn, validate
+from serving import online
 
 PLAYERS, DAYS = 80, 20
 TREE = {
@@ -196,12 +197,65 @@ def test_everybody_gets_one_logged_recommendation(loop, tmp_path):
     assert again["passed"]
     assert again["accepted"] == PLAYERS * DAYS + len(batch)
 
-    frame = store.read_online(store.open_store(platform), ["p7"])
-    action = np.array(frame["window"].to_list()).reshape(5, -1)[-1, 1]
-    assert action == np.float32(batch.filter(pl.col("player_id") == "p7")["goal"].item())
-    assert frame["policy"].to_list() == ["fastq"]
+    policy, now = registry.load_policy("models:/shop@champion", platform.root), datetime.now(UTC)
+    rows = recommend_all.States(platform, now, policy, recommend_all.served_since(platform, now)).read(["p7"])
+    assert rows.window[0, -1, 1] == np.float32(batch.filter(pl.col("player_id") == "p7")["goal"].item())  # what was served is in the next state at once
+    assert rows.policies == ["fastq"]
     with pytest.raises(ConfigurationError, match="parquet"):
         recommend_all.recommend_all(platform, tmp_path / "all.xlsx")
+
+
+def test_a_stopped_batch_goes_on_and_says_what_the_endpoint_says(loop, tmp_path, monkeypatch):
+    platform, _, _ = loop
+    if registry.champion(platform) is None:
+        registry.promote(platform, "1", forced=True, reason="a test of what comes after", who="test")
+    players = recommend_all.everybody(platform)
+    with online.open_service(platform) as service:
+        before = {d.player_id: d for d in online.decide(service, [online.Ask(players=tuple(players), explore=False)])[0]}
+    monkeypatch.setattr(recommend_all, "PIECE", len(players) // 3)
+    monkeypatch.setattr(recommend_all, "AT_ONCE", 1)
+    decided = recommend_all.decided
+
+    def stopping(platform, states, plan, policies, some, first):
+        if first > 0:
+            raise KeyError("pulled out")
+        return decided(platform, states, plan, policies, some, first)
+
+    served = len(records.read_served(platform))
+    monkeypatch.setattr(recommend_all, "decided", stopping)
+    with pytest.raises(KeyError):
+        recommend_all.recommend_all(platform, tmp_path / "all.parquet")
+    [piece] = (Workspace(platform.root).runs / "recommend_all").glob("*.parquet")
+    ids = pl.read_parquet(piece)["decision_id"].to_list()
+    assert len(records.read_served(platform)) == served, "logged before it was whole"
+    monkeypatch.setattr(recommend_all, "decided", decided)
+    assert recommend_all.recommend_all(platform, tmp_path / "all.parquet")["players"] == len(players)
+    batch = pl.read_parquet(tmp_path / "all.parquet")
+    assert batch["decision_id"].n_unique() == batch["player_id"].n_unique() == len(players)
+    assert set(ids) < set(batch["decision_id"]), "decided a second time"
+    assert not (Workspace(platform.root).runs / "recommend_all").exists()
+
+    with online.open_service(platform) as service:
+        for row in batch.head(5).rows(named=True):
+            kept = service.log.find(row["decision_id"])
+            theirs = before[row["player_id"]]
+            ours, other = (features.unpack_states(platform, [d.state]) for d in (kept, theirs))
+            np.testing.assert_array_equal(ours.history, other.history)
+            np.testing.assert_array_equal(ours.actions, other.actions)
+            assert kept.detail["mean"] == pytest.approx(theirs.action, rel=1e-5)
+            assert online.replay(service, kept).action[0].tolist() == [row["goal"]]  # bit for bit
+            why = online.explain_question(service, online.Question(decision_id=row["decision_id"]))
+            assert why["value"] == pytest.approx(row["value"], rel=1e-6)
+
+
+def test_no_batch_while_fastq_is_paused(loop, tmp_path):
+    platform, _, _ = loop
+    assignment.pause(platform, who="test")
+    try:
+        with pytest.raises(GateRefused, match="paused"):
+            recommend_all.recommend_all(platform, tmp_path / "all.parquet")
+    finally:
+        assert assignment.resume(platform, who="test")
 
 
 def test_without_the_online_store_everybody_is_degraded(loop, tmp_path):

@@ -1,0 +1,121 @@
+"""What `/metrics` shows, in Prometheus' names; the names are an interface, listed in the README."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from fastq.platform import Platform
+from serving.decision_log import Decision
+
+LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
+PROPENSITY = tuple(10.0**k for k in range(-6, 3))
+TENTHS = tuple(k / 10 for k in range(1, 11))
+
+
+@dataclass(eq=False)  # the registry keeps it by identity
+class Distribution(Collector):
+    """A histogram that takes whole batches: one of Prometheus' own would cost as much per decision as drawing it."""
+
+    name: str
+    says: str
+    label: str
+    buckets: tuple[float, ...]
+    _counts: dict[str, np.ndarray] = field(default_factory=dict)
+    _sums: dict[str, float] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, label: str, values: np.ndarray) -> None:
+        """Count values [N]."""
+        with self._lock:
+            counts = self._counts.setdefault(label, np.zeros(len(self.buckets) + 1, np.int64))
+            np.add.at(counts, np.searchsorted(self.buckets, values), 1)
+            self._sums[label] = self._sums.get(label, 0.0) + float(values.sum())
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self.name, self.says, labels=[self.label])
+        with self._lock:
+            for label, counts in self._counts.items():
+                upto = counts.cumsum().tolist()
+                edges = [*map(str, self.buckets), "+Inf"]
+                family.add_metric([label], list(zip(edges, upto, strict=True)), self._sums[label])
+        yield family
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics of one process, in a registry of their own."""
+
+    registry: CollectorRegistry
+    requests: Counter
+    seconds: Histogram
+    decisions: Counter
+    degraded: Counter
+    cold_starts: Counter
+    propensity: Distribution
+    action: Distribution
+    outcomes: Counter
+    events: Counter
+    batch: Histogram
+    stage: Histogram
+    refused: Counter
+    refused_models: Counter
+    model: Gauge
+
+    def count(self, platform: Platform, decisions: Sequence[Decision], dry_run: bool) -> None:
+        """Show decisions."""
+        dry = str(dry_run).lower()
+        drawn: list[Decision] = []
+        for decision in decisions:
+            self.decisions.labels(decision.policy, decision.model_version or "", dry).inc()
+            if reason := decision.detail.get("degraded"):
+                kind = reason.split(":")[0].split(",")[0][:40]
+                self.degraded.labels(kind).inc()
+                if kind in ("unknown player", "cold start"):
+                    self.cold_starts.inc()
+            if "seed" in decision.detail:
+                drawn.append(decision)
+        if not drawn:
+            return
+        versions = {d.model_version or "" for d in drawn}
+        for version in versions:
+            known = [d.propensity for d in drawn if d.propensity is not None and (d.model_version or "") == version]
+            self.propensity.add(version, np.array(known, float))
+        if platform.dimension_names:
+            taken = np.array([[d.action[name] for name in platform.dimension_names] for d in drawn], float)
+            shares = (taken - platform.bounds[:, 0]) / (platform.bounds[:, 1] - platform.bounds[:, 0])
+            for name, share in zip(platform.dimension_names, shares.T, strict=True):
+                self.action.add(name, share)
+
+
+def new_metrics() -> Metrics:
+    """Fresh metrics."""
+    r = CollectorRegistry()
+    propensity = Distribution("fastq_propensity", "Propensity of what was drawn, by model version", "model_version", PROPENSITY)
+    action = Distribution("fastq_action_share", "Where in its range each dimension of what was drawn lies, 0 to 1", "dimension", TENTHS)
+    r.register(propensity)
+    r.register(action)
+    stages = "Latency by stage: read (states), decide (read and the policy), log (until it is on disk), explain"
+    return Metrics(
+        r,
+        Counter("fastq_requests", "Requests answered", ["route", "method", "status"], registry=r),
+        Histogram("fastq_request_seconds", "From the request's arrival to the answer's last byte", ["route"], buckets=LATENCY, registry=r),
+        Counter("fastq_decisions", "Decisions served", ["policy", "model_version", "dry_run"], registry=r),
+        Counter("fastq_degraded", "Decisions served without a known, fresh state or under a cap, by reason", ["reason"], registry=r),
+        Counter("fastq_cold_starts", "Decisions for players of whom no history is known", registry=r),
+        propensity,
+        action,
+        Counter("fastq_outcomes", "Outcomes reported", ["result"], registry=r),
+        Counter("fastq_events", "Activity events received", ["result"], registry=r),
+        Histogram("fastq_batch_players", "Players per batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000), registry=r),
+        Histogram("fastq_stage_seconds", stages, ["stage"], buckets=LATENCY, registry=r),
+        Counter("fastq_refused", "Requests refused because too many waited (overload) or a key asked too often (rate)", ["reason"], registry=r),
+        Counter("fastq_models_refused", "Champions that were not taken into service", registry=r),
+        Gauge("fastq_model_info", "The version in service is 1", ["version"], registry=r),
+    )
