@@ -47,7 +47,6 @@ def build(args: Mapping[str, str]) -> Any:
     load_platform(root)  # a mistake is said here, not in a replica's log
 
     from ray import serve
-    from ray.serve.config import BackpressureConfig
 
     def endpoint() -> FastAPI:
         platform = load_platform(root)
@@ -60,18 +59,24 @@ def build(args: Mapping[str, str]) -> Any:
             logger.exception("the endpoint could not be made")  # Ray tells the caller no more than that it failed
             raise
 
-    deployment = serve.deployment(
-        name="fastq",
-        max_ongoing_requests=512,
-        max_queued_requests=1024,
-        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        max_surge_percent=100,
-        graceful_shutdown_timeout_s=10,
-        graceful_shutdown_wait_loop_s=0.2,
-        health_check_period_s=2,
-        ray_actor_options={"num_cpus": 0.1},
-    )(serve.ingress(endpoint)())
-    return deployment.bind()
+    return serve.deployment(**deployment())(serve.ingress(endpoint)()).bind()
+
+
+def deployment() -> dict[str, Any]:
+    """How Ray Serve runs the endpoint; `serve.yaml` may say otherwise."""
+    from ray.serve.config import BackpressureConfig
+
+    return {
+        "name": "fastq",
+        "max_ongoing_requests": 1024,  # the endpoint itself refuses what would wait too long, in the problem details of everything else
+        "max_queued_requests": 1024,
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+        "max_surge_percent": 100,
+        "graceful_shutdown_timeout_s": 10,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "health_check_period_s": 2,
+        "ray_actor_options": {"num_cpus": 0.1},
+    }
 
 
 def close_replica_port() -> None:

@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fastq import assignment, features
+from fastq import assignment, features, records
 from fastq.errors import BundleError, RequestError, UnknownPlayerError
-from fastq.platform import Holdout, Platform, load_platform
+from fastq.platform import Holdout, Platform, load_platform, platform_from_tree
 from fastq.workspace import Workspace
 from feature_repo import store
 from serving import online
@@ -157,7 +157,7 @@ def test_one_wrong_request_of_a_batch_fails_alone(service: Service, players: lis
 def test_a_decision_can_be_drawn_again_bit_for_bit_and_hardly_depends_on_who_else_asked(service: Service) -> None:
     everybody = store.materialized(service.platform)["player_id"].to_list()
     together = decided(service, Ask(players=tuple(everybody)))
-    assert len({tuple(d.detail["slot"])[0] for d in together}) > 1, "batches of one size alone"
+    assert len({d.detail["slot"][0] for d in together}) > 1, "batches of one size alone"
     service.log.append(together).result(10)
     for at in (0, 7, 70, len(together) - 1):
         decision = service.log.find(together[at].decision_id)
@@ -278,6 +278,99 @@ def test_excluded_players_get_the_default_action(platform: Platform, players: li
     assert "excluded" in out.detail["degraded"]
     assert "value" not in out.detail
     assert "value" in still_in.detail
+
+
+def under(service: Service, **serving: object) -> Platform:
+    """The service's platform with other settings of `serving`, which it follows from now on."""
+    tree = service.platform.model_dump(mode="json")
+    tree["serving"] |= serving
+    service.platform = platform_from_tree(tree, service.platform.root, "test")
+    service.model = replace(service.model, policy=replace(service.model.policy, platform=service.platform))
+    return service.platform
+
+
+def test_a_pause_stops_every_decision_at_once_and_ends_as_fast(service: Service, players: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(online, "PAUSE_SECONDS", 0.0)
+    platform, policy = service.platform, service.platform.policies[1]
+    assignment.pause(platform, policy, who="test")
+    proposal = some_action(platform)
+    proposed, plain = (decided(service, Ask(players=(players[0],), proposals=given))[0] for given in ({policy: proposal}, None))
+    assert (proposed.policy, proposed.action, proposed.propensity, proposed.model_version) == (policy, proposal, None, None)
+    assert (plain.policy, plain.action, plain.propensity) == ("fastq", platform.default_action(), None)
+    assert "paused" in online.answer(platform, proposed)["degraded"] and policy in online.answer(platform, proposed)["degraded"]
+    low = {platform.dimension_names[0]: {"high": float(platform.bounds[0, 0])}}
+    assert decided(service, Ask(players=(players[0],), limits=low))[0].action[platform.dimension_names[0]] == platform.bounds[0, 0]
+    Workspace(platform.root).paused.write_text("not JSON")  # somebody meant to pause
+    assert "paused" in decided(service, Ask(players=(players[0],)))[0].detail["degraded"]
+    assert assignment.resume(platform, who="test")
+    assert decided(service, Ask(players=(players[0],)))[0].propensity > 0
+
+
+def test_a_challenger_gets_its_share_or_only_watches(service: Service, players: list[str]) -> None:
+    champion = service.current()
+    rival = replace(champion, version="99", policy=replace(champion.policy, version="99"))
+    platform = under(service, challenger={"share": 0.4}, holdout={"share": 0.2, "policy": service.platform.policies[0]})
+    service.challenger = rival
+    everybody = store.materialized(platform)["player_id"].to_list()
+    found = {d.player_id: d for d in decided(service, Ask(players=tuple(everybody)))}
+    for player, decision in found.items():
+        if assignment.held_out(platform, player):
+            assert decision.assignment == pytest.approx(0.2)
+        else:
+            challenged = assignment.challenged(platform, player)
+            assert (decision.model_version, decision.assignment) == ("99" if challenged else champion.version, pytest.approx(0.32 if challenged else 0.48))
+    assert {d.model_version for d in found.values() if d.propensity} == {"99", champion.version}
+    service.log.append(list(found.values())).result(10)
+    logged = records.read_served(platform)  # the contract's column, as training reads it
+    assert dict(zip(logged["decision_id"], logged["assignment"], strict=True)) == {d.decision_id: d.assignment for d in found.values()}
+
+    under(service, challenger={"share": 0.0, "shadow": True}, holdout={"share": 0.0})
+    watched = decided(service, Ask(players=(players[0],)))[0]
+    assert (watched.model_version, watched.assignment) == (champion.version, None)
+    assert watched.detail["shadow"]["model_version"] == "99"
+    assert watched.detail["shadow"]["action"] == pytest.approx(watched.action)  # the same model and seed
+    assert "shadow" not in online.answer(service.platform, watched)
+
+
+def test_a_frequency_cap_counts_what_a_model_decided(service: Service, players: list[str]) -> None:
+    platform = under(service, frequency={"most": 2, "per": "1h"})
+    for _ in range(2):
+        one = decided(service, Ask(players=(players[0],)))
+        assert one[0].propensity > 0
+        service.log.append(one).result(10)
+    for _ in range(2):
+        capped = decided(service, Ask(players=(players[0], players[1])))
+        assert (capped[0].action, capped[0].propensity) == (platform.default_action(), None)
+        assert "frequency cap" in capped[0].detail["degraded"]
+        assert capped[1].propensity > 0
+        service.log.append(capped[:1]).result(10)  # a default action counts for nothing, or the cap would never end
+    with pytest.raises(RequestError, match="once"):
+        decided(service, Ask(players=(players[0], players[0])))
+
+
+def test_a_budget_truncates_the_law_and_its_density_is_exact(service: Service, players: list[str]) -> None:
+    player = players[0]
+    name = service.platform.dimension_names[-1]
+    low, high = service.platform.bounds[-1]
+    platform = under(service, budgets={name: {"most": float(high)}}, exploration=0.3)
+    given = 0.0
+    for _ in range(12):
+        decision = decided(service, Ask(players=(player,)))[0]
+        left = float(high) - given
+        assert low <= decision.action[name] <= max(left, low) + 1e-9
+        if 0 < given < high - low:
+            assert decision.detail["limits"][name]["high"] == pytest.approx(left)
+            assert f"left of {name}" in decision.detail["degraded"]
+            mean, action = (np.array([list(a.values())]) for a in (decision.detail["mean"], decision.action))
+            density = service.current().policy.density(action, mean, {name: {"high": left}})
+            assert decision.propensity == pytest.approx(float(density[0]), rel=1e-9)
+            wider = service.current().policy.density(action, mean, None)
+            assert decision.propensity > float(wider[0])  # renormalised, not clipped
+        service.log.append([decision]).result(10)
+        again = online.replay(service, decision)
+        assert dict(zip(platform.dimension_names, again.action[0].tolist(), strict=True)) == decision.action
+        given += decision.action[name]
+    assert given <= high + 1e-9
 
 
 # ---- explanations --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import yaml
 
 from fastq import features, learner, records, registry, windows
 from fastq.errors import RequestError, UnknownPlayerError
-from fastq.platform import Platform, load_platform
+from fastq.platform import Cap, Platform, load_platform
 from feature_repo import store
 from serving import online
 from serving.online import Ask, InlineState, Question, Service
@@ -137,3 +137,14 @@ def test_served_items_are_explained_and_become_lagged_features(service: Service)
         online.explain_question(service, Question(decision_id=first["decision_id"], against={"item_id": "nothing"}))
     with pytest.raises(UnknownPlayerError):
         online.explain_question(service, Question(player_id="nobody-yet"))
+
+
+def test_an_item_that_was_shown_often_enough_is_not_eligible_any_more(service: Service) -> None:
+    serving = service.platform.serving.model_copy(update={"item_frequency": Cap(most=1)})
+    service.platform = service.platform.model_copy(update={"serving": serving})
+    seen = [answers(service, Ask(players=("p9",)))[0] for _ in range(len(ITEMS))]
+    assert sorted(a["action"]["item_id"] for a in seen) == sorted(ITEMS), "an item came twice before all had come"
+    assert all(a["propensity"] > 0 for a in seen)
+    assert seen[-1]["propensity"] == pytest.approx(1.0)  # one is left
+    assert "frequency cap" in seen[1]["degraded"]
+    assert answers(service, Ask(players=("p9",)))[0]["propensity"] is None
