@@ -5,8 +5,6 @@ when the last one was answered. A request asks for one of 100,000 players at ran
 on disk before the answer leaves. Medians over rounds; processor time is that of all processes of a server, divided by its requests.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
