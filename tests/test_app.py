@@ -20,10 +20,10 @@ import psutil
 import pytest
 from fastapi.testclient import TestClient
 
-from fastq import registry
+from fastq import assignment, registry
 from fastq.environment import free_ports
 from fastq.errors import BundleError, ConfigurationError, WorkspaceError
-from fastq.platform import Platform, load_platform
+from fastq.platform import Cap, Platform, load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
 from serving import app, auth, endpoint
@@ -487,6 +487,79 @@ def wait_for(client: TestClient, key: str, wanted: str) -> bool:
     return False
 
 
+def changed(platform: Platform, **serving: object) -> Platform:
+    return platform.model_copy(update={"serving": platform.serving.model_copy(update=serving)})
+
+
+def test_a_key_that_asks_too_often_is_told_when_to_come_back(platform: Platform, keys: dict[str, str]) -> None:
+    with TestClient(endpoint.create_app(changed(platform, rate_limit=5))) as client:
+
+        def ask(role: str):
+            return client.post("/v1/recommendations", json={"players": ["nobody-yet"], "dry_run": True}, headers={"Authorization": f"Bearer {keys[role]}"})
+
+        answers = [ask("recommend") for _ in range(40)]
+        refused = [a for a in answers if a.status_code == 429]
+        assert {a.status_code for a in answers} == {200, 429}
+        assert 5 <= 40 - len(refused) <= 25
+        assert refused[0].headers["retry-after"] == "1"
+        assert refused[0].headers["content-type"] == "application/problem+json"
+        assert ask("analyst").status_code == 200  # another key
+        assert client.get("/healthz").status_code == 200
+        assert f'fastq_refused_total{{reason="rate"}} {float(len(refused))}' in client.get("/metrics").text
+        time.sleep(0.5)
+        assert ask("recommend").status_code == 200
+
+
+def test_more_than_can_be_answered_soon_is_refused_and_nothing_of_it_is_stored(
+    platform: Platform, keys: dict[str, str], player: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(endpoint, "MOST_WAITING", 3)
+    decide = endpoint.online.decide
+    monkeypatch.setattr(endpoint.online, "decide", lambda *given: (time.sleep(0.05), decide(*given))[1])
+    with TestClient(endpoint.create_app(platform)) as client, concurrent.futures.ThreadPoolExecutor(24) as pool:
+        log = client.portal.call(desk_of, client.app).service.log
+        before = log.counts()["decisions"]
+        bearer = {"Authorization": f"Bearer {keys['recommend']}"}
+        answers = list(pool.map(lambda _: client.post("/v1/recommendations", json={"players": [player]}, headers=bearer), range(120)))
+        assert {a.status_code for a in answers} == {200, 503}
+        assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 503)
+        assert log.counts()["decisions"] - before == sum(a.status_code == 200 for a in answers)
+
+
+def test_a_pause_reaches_a_running_server_within_a_second(client: TestClient, call, platform: Platform, player: str) -> None:
+    policy = platform.policies[0]
+    assignment.pause(platform, policy, who="test")
+    try:
+        until = time.monotonic() + 1
+        body = {"players": [player], "proposals": {policy: action(platform)}}
+        while (answer := call("POST", "/v1/recommendations", body, "recommend")[1]["recommendations"][0])["policy"] != policy:
+            assert time.monotonic() < until, "still fastq's after a second"
+        assert answer["action"] == action(platform)
+        assert "paused" in answer["degraded"]
+        assert (client.get("/readyz").status_code, client.get("/readyz").json()["status"]) == (200, "paused")
+        assert "fastq_paused 1.0" in client.get("/metrics").text
+    finally:
+        assignment.resume(platform, who="test")
+    until = time.monotonic() + 1
+    while call("POST", "/v1/recommendations", body, "recommend")[1]["recommendations"][0]["policy"] != "fastq":
+        assert time.monotonic() < until, "still paused after a second"
+    assert client.get("/readyz").json()["status"] == "ready"
+
+
+def test_two_requests_at_once_cannot_both_have_the_last_of_a_budget(platform: Platform, keys: dict[str, str], player: str) -> None:
+    with TestClient(endpoint.create_app(changed(platform, frequency=Cap(most=1)))) as client, concurrent.futures.ThreadPoolExecutor(8) as pool:
+        bearer, fresh = {"Authorization": f"Bearer {keys['recommend']}"}, f"{player}"
+        log = client.portal.call(desk_of, client.app).service.log
+        had = sum(past.drawn for past in log.recent([fresh], time.time_ns() // 1000 - 86_400_000_000))
+        answers = list(pool.map(lambda _: client.post("/v1/recommendations", json={"players": [fresh]}, headers=bearer).json(), range(16)))
+        drawn = [a for a in answers if a["recommendations"][0]["propensity"] is not None]
+        assert len(drawn) == max(1 - had, 0)
+        assert len(answers) == 16
+        store_only = store.materialized(platform)["player_id"].tail(1).item()
+        answers = list(pool.map(lambda _: client.post("/v1/recommendations", json={"players": [store_only]}, headers=bearer).json(), range(16)))
+        assert sum(a["recommendations"][0]["propensity"] is not None for a in answers) == 1
+
+
 def test_metrics_count(client: TestClient, call, player: str) -> None:
     call("POST", "/v1/recommendations", {"players": [player, "nobody-yet"]})
     text = client.get("/metrics").text
@@ -496,6 +569,10 @@ def test_metrics_count(client: TestClient, call, player: str) -> None:
         'fastq_requests_total{method="POST",route="/v1/recommendations",status="200"}',
         "fastq_model_info{version=",
         "fastq_decision_log_backlog 0.0",
+        "fastq_cold_starts_total",
+        'fastq_propensity_bucket{le="1.0",model_version=',
+        "fastq_action_share_count{dimension=",
+        "fastq_paused 0.0",
     ):
         assert line in text, line
     assert player not in text
