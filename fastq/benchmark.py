@@ -53,7 +53,7 @@ METHODS = (OWN_POLICY, *BOOSTING, *D3RLPY)
 BEST = "best-known"
 RECENT = (1, 3, 7)  # periods that the rivals' features average over, beside the whole window
 WEEK = 7  # decisions summed by boosting-week
-CANDIDATES, NEAR = 64, 2.0  # random actions per proposal set, and how far from a proposal they lie, in that policy's own noise
+CANDIDATES, NEAR = 32, 2.0  # random actions per proposal set, and how far from a proposal they lie, in that policy's own noise
 DISCOUNT = 0.9  # of the rivals, who know one objective only
 TRUTH_PLAYERS, TRUTH_DAYS = 1_000, 30
 TRUTH_SEED = 50_000  # luck that no log of a benchmark has seen
@@ -154,7 +154,8 @@ def boosting(lesson: Lessons, method: str, seed: int) -> Choose:
     from sklearn.ensemble import HistGradientBoostingRegressor
 
     def regressor() -> Any:
-        return HistGradientBoostingRegressor(max_iter=150, learning_rate=0.08, min_samples_leaf=40, l2_regularization=1.0, random_state=seed)
+        stops = {"early_stopping": True, "validation_fraction": 0.15, "n_iter_no_change": 10}  # a head of noise ends after a few trees, and costs little
+        return HistGradientBoostingRegressor(max_iter=150, learning_rate=0.08, min_samples_leaf=40, l2_regularization=1.0, random_state=seed, **stops)
 
     weights, data = lesson.platform.weights, lesson.windows
     targets = [(lesson.reward[:, j], weights[j]) for j in range(len(weights))] if method == "boosting-each" else [(weighted_sums(lesson, method), 1.0)]
