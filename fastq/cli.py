@@ -195,6 +195,48 @@ def evaluate(
 # ---- serving -----------------------------------------------------------------------------------------------------------
 
 
+@app.command(epilog="Cells are kept as they are finished under .fastq/benchmark: run the same command again and it goes on where it was stopped.")
+def benchmark(
+    world: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A simulated platform; repeat for several. Without it: this workspace's own logs."),
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option(metavar="NAME", help="A rival; repeat for several. All that can be run, if left out.")] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of log and training, paired over all methods (simulator).", min=1)] = 10,
+    first_seed: Annotated[int, typer.Option(help="The first of them.", min=0)] = 0,
+    players: Annotated[int, typer.Option(help="Players of each simulated log.", min=50)] = 2_000,
+    days: Annotated[int, typer.Option(help="Days of each simulated log.", min=10)] = 40,
+    steps: Annotated[int, typer.Option(help="Gradient steps of each d3rlpy method.", min=1)] = 20_000,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """FAST-Q against its rivals and the behaviour policies.
+
+    On simulated platforms in truth, or on your own logs by the gate's off-policy estimates.
+    """
+    with answering(as_json) as answer:
+        from fastq import benchmark as study
+        from fastq.environment import prepare
+        from fastq.platform import FILE_NAME
+        from fastq.workspace import Workspace
+
+        methods = tuple(method) if method else study.METHODS
+        if not world and not (workspace / FILE_NAME).exists():
+            raise ConfigurationError(f"{workspace / FILE_NAME}: not there, so there are no logs to compare on; name a simulated platform with --world")
+        place = Workspace(workspace.resolve())
+        prepare(place)
+        place.make()
+        from pipelines.turn import drawn
+
+        with place.lock("benchmark"), drawn() as show:
+            if world:
+                asked = study.Study(tuple(world), tuple(range(first_seed, first_seed + seeds)), players, days, methods, steps)
+                document = study.on_simulator(asked, place.state / "benchmark", show)
+            else:
+                document = study.on_logs(_platform(workspace), methods, steps, show)
+        answer(document, _benchmark)
+
+
 @app.command()
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; put a firewall before any other than loopback.")] = "127.0.0.1",
@@ -624,6 +666,40 @@ def _estimates(document: Document) -> Iterable[RenderableType]:
         objective = "weighted sum" if row["objective"] is None else row["objective"]
         table.add_row(row["policy"], objective, row["estimator"], *(_number(row[name]) for name in ("value", "low", "high", "ess")), _plain(row["verdict"]))
     yield table
+
+
+def _benchmark(document: Document) -> Iterable[RenderableType]:
+    for found in document.get("worlds", ()):
+        heads = ["value", "95 % interval", "way", "lead of fastq", "seconds"]
+        table = _table(f"In truth, per player and day: {found['world']}", "method", *heads, numbers=heads)
+        for row in found["rows"]:
+            table.add_row(row["method"], f"{row['value']:.3f}", _between(row["low"], row["high"]), f"{row['way']:.0%}", _lead(row), _seconds(row))
+        yield table
+        if found["headline"]:
+            changes = ", ".join(f"{name} {change['percent']:+.1f} %" for name, change in found["headline"]["changes"].items())
+            yield f"Simulated A/B against the best rival, {found['headline']['against']}: {changes}."
+    if "rows" in document:
+        heads = ["value", "95 % interval", "rows that count", "seconds"]
+        table = _table("Estimated off-policy, on players that no method saw", "method", *heads, "verdict", numbers=heads)
+        for row in document["rows"]:
+            interval, rows = _between(row["low"], row["high"]), _number(row["ess"])
+            table.add_row(row["method"], _number(row["value"]), interval, rows, _seconds(row), _plain(row["verdict"]))
+        yield table
+    for note in document["notes"]:
+        yield f"[yellow]Note:[/] {_plain(note)}"
+    yield f"Picture: {document['picture']}; raw cells: {document['cells']}"
+
+
+def _between(low: float | None, high: float | None) -> str:
+    return "none" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+
+
+def _lead(row: Document) -> str:
+    return f"{row['lead']:+.3f}" + ("" if row["lead_low"] is None else f" ({row['lead_low']:+.3f} to {row['lead_high']:+.3f})")
+
+
+def _seconds(row: Document) -> str:
+    return "" if row["seconds"] is None else f"{row['seconds']:.0f}"
 
 
 def _recommendations(document: Document) -> Iterable[RenderableType]:

@@ -111,20 +111,22 @@ def served_target(policy: Policy, held: Held, name: str = OWN_POLICY) -> Target:
     """A trained policy as it would be served: its law's features and density at the logged actions."""
     windows, rows = held.windows, held.rows
     at = situations(policy, windows, rows) if name != OWN_POLICY else held.at
-    logger = logging_density(windows, rows)
     if policy.catalogue is not None:
         total, items = policy.item_scores(at, policy.platform.weights, None)
         law = policy.item_law(total, at, policy.platform.serving.exploration).numpy()
         features = np.einsum("bc,bcp->bp", law, policy.catalogue.embedding[items].astype(float))
         density = (law * (items == windows.item[rows, None])).sum(1)
-        atom = np.zeros(len(rows), bool)
-    else:
-        mean = policy.best_units(at, policy.platform.weights, *policy.platform.bounds.T)
-        features = policy.served_features(mean).numpy()
-        density = policy.density(windows.action[rows], policy.on_grid(policy.units.raw(mean.numpy()), *policy.platform.bounds.T))
-        on_bound = (windows.action[rows] == policy.platform.bounds[:, 0]) | (windows.action[rows] == policy.platform.bounds[:, 1])
-        atom = on_bound.any(1) & ~np.isfinite(windows.propensity[rows])
-    return Target(name, features, ope.naive_weights(density, logger, atom), estimated=False)
+        return Target(name, features, ope.naive_weights(density, logging_density(windows, rows), np.zeros(len(rows), bool)), estimated=False)
+    return continuous_target(name, policy, held, policy.best_units(at, policy.platform.weights, *policy.platform.bounds.T))
+
+
+def continuous_target(name: str, policy: Policy, held: Held, mean: torch.Tensor) -> Target:
+    """What would be served around the noise-free actions `mean` [N, D] (standardised): the platform's law and its density at the logged actions."""
+    windows, rows, bounds = held.windows, held.rows, policy.platform.bounds
+    density = policy.density(windows.action[rows], policy.on_grid(policy.units.raw(mean.numpy()), *bounds.T))
+    on_bound = ((windows.action[rows] == bounds[:, 0]) | (windows.action[rows] == bounds[:, 1])).any(1)
+    atom = on_bound & ~np.isfinite(windows.propensity[rows])
+    return Target(name, policy.served_features(mean).numpy(), ope.naive_weights(density, logging_density(windows, rows), atom), estimated=False)
 
 
 def logging_density(windows: Windows, rows: np.ndarray) -> np.ndarray:

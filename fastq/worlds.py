@@ -94,12 +94,25 @@ class Arena:
     departure: float = -6.0
 
 
+WORLDS = {
+    variant.name: variant
+    for variant in (
+        Arena(),
+        # each policy keeps to its own kind of player and to its own narrow band of actions: little of the state space is shared
+        Arena(name="narrow", selection=4.0, selection_floor=0.005, noise=(0.6, 2.0, 0.35)),
+        # players whose mood turns daily: what was good yesterday tells little
+        Arena(name="moody", mood_memory=0.4, volatility=1.0, mood_on_want=0.45, mood_on_stretch=0.4),
+        # bonuses are dear: one that is seldom worth its price, and a ceiling that binds
+        Arena(name="costly", weights=(1.0, 1.0, 1.0, 1.0, -3.0), ceiling=0.06, bonus_half=20.0),
+    )
+}
+
+
 def world(name: str = "arena") -> Arena:
     """The parameters of a simulated platform by its name."""
-    known = {"arena": Arena()}
-    if name not in known:
-        raise RequestError(f"{name!r} is no simulated platform; expected one of {', '.join(known)}")
-    return known[name]
+    if name not in WORLDS:
+        raise RequestError(f"{name!r} is no simulated platform; expected one of {', '.join(WORLDS)}")
+    return WORLDS[name]
 
 
 def platform_tree(world: Arena) -> dict[str, Any]:
