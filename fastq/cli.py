@@ -341,6 +341,23 @@ def query(
             sys.stderr.write(f"There are more than {limit:,} rows; --limit N shows more.\n")
 
 
+@app.command()
+def forget(
+    player: Annotated[str, typer.Argument(metavar="PLAYER", help="The platform's id of the player.")],
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Remove one player from everything kept here; says from where.
+
+    A salted hash stays, so that the platform's own logs do not bring the player back. Serving may go on meanwhile; a retraining may not.
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from pipelines.forget import forget as flow
+
+        answer(flow(platform, player, who=_who()), _forgotten)
+
+
 @keys_app.command("create")
 def keys_create(
     role: Annotated[Role, typer.Option(help="recommend: recommendations and their outcomes; analyst: also explanations and the console; admin: all.")],
@@ -805,6 +822,17 @@ def _explanation(document: Document) -> Iterable[RenderableType]:
             + f" (unexplained: {attributions['completeness_gap']:.4f})"
         )
     yield f"Evidence: {_plain(evidence['verdict'])}; policies that act in such a state: {_plain(', '.join(evidence['policies']) or 'none')}"
+
+
+def _forgotten(document: Document) -> Iterable[RenderableType]:
+    if document["removed"]:
+        table = _table(f"Removed {_plain(document['player_id'])}", "where", "rows", numbers=["rows"])
+        for entry in document["removed"]:
+            table.add_row(_plain(entry["where"]), f"{entry['rows']:,}")
+        yield table
+    else:
+        yield f"Nothing is kept of {_plain(document['player_id'])} any more."
+    yield from document["notes"]
 
 
 def _new_key(document: Document) -> Iterable[RenderableType]:

@@ -20,6 +20,7 @@ from typing import Literal, Protocol, get_args
 import polars as pl
 
 from fastq.errors import LogsError, WorkspaceError
+from fastq.forgetting import Forgotten, forgotten
 from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
 from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, read_rows, unread
 from fastq.workspace import Workspace
@@ -217,7 +218,8 @@ def table_rules(platform: Platform) -> list[str]:
     names = ["rows.several", "player_id.several", "policy.several", "policy.acts", "propensity.given", "decided_at.fresh", "served.same"]
     names += [f"{objective}.known" for objective in platform.objectives]
     names += ["player_id.described"] * ("players" in logged) + ["activity.earlier"] * ("activity" in logged)
-    return [f"{table}.columns.used" for table in logged] + [f"decisions.{name}" for name in names]
+    forgettable = [f"{table}.player_id.forgotten" for table in logged if table != "items"]
+    return [f"{table}.columns.used" for table in logged] + forgettable + [f"decisions.{name}" for name in names]
 
 
 # ---- reading and judging --------------------------------------------------------------------------------------------
@@ -240,6 +242,8 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
     up_to = dict(heard.group_by(LOG).agg(pl.col("recorded_at").max().dt.epoch("us")).rows())
     heard = heard.drop(LOG)
     earlier = pl.Series(dtype=pl.String)  # ids of decisions before `since`
+    gone, lost = forgotten(Workspace(platform.root)), pl.Series(dtype=pl.String)  # and ids of the decisions of players who were forgotten
+    served, heard = (rows.filter(~gone.holds(rows["player_id"])) for rows in (served, heard))
 
     for table in ("items", "players", "activity", "decisions", "proposals"):  # decisions name items, and proposals decisions
         if (source := getattr(platform.logs, table)) is None:
@@ -249,6 +253,12 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
         if frame.is_empty() and {"decisions": served, "activity": heard}.get(table, frame).is_empty():
             mend = "export it again" if table == "decisions" else f"export it again, or leave logs.{table} out"
             raise LogsError(f"{FILE_NAME}: logs.{table}: {', '.join(rows.files[:3])}{', …' * (len(rows.files) > 3)}: no rows; {mend}")
+        frame, left_out = _without_forgotten(gone, frame, lost)
+        if table == "decisions":
+            lost = left_out["decision_id"]
+        if table != "items":
+            said = f"{table}: {_rows(len(left_out))} of players who were forgotten are left out, counted as repeated"
+            findings.append(Finding(f"{table}.player_id.forgotten", len(left_out), said))
         if table == "activity":
             counted = [m for m, measure in platform.state.measures.items() if measure.aggregate == "count" and m not in rows.found]
             frame, heard = (events.with_columns(pl.lit(1.0).alias(m) for m in counted) for events in (frame, heard))
@@ -280,7 +290,7 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
         bad = flags.select(pl.any_horizontal(rule.name for rule in rules if rule.severity == "quarantine")).to_series()
         refused[table] = _quarantine(frame.filter(bad), table, rules, rows.files)
         accepted[table] = _canonical(platform, table, frame.filter(~bad))
-        counts[table] = Counts(frame.height - int(bad.sum()), int(bad.sum()), repeated)
+        counts[table] = Counts(frame.height - int(bad.sum()), int(bad.sum()), repeated + len(left_out))
         others = f"{table}: ignored columns that fastq.yaml does not name: {', '.join(rows.ignored)}"
         findings.append(Finding(f"{table}.columns.used", len(rows.ignored), others))
     findings += _look_at_decisions(platform, accepted, now)
@@ -328,6 +338,14 @@ def _without_repeats(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, i
     marked = frame.with_columns(index.is_in(twins.filter("conflict")["?index"].implode()).alias(CONFLICT))
     repeats = twins.filter("repeated")["?index"]
     return marked.filter(~index.is_in(repeats.implode())), repeats.len()
+
+
+def _without_forgotten(gone: Forgotten, frame: pl.DataFrame, lost: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """The rows of a table that are of nobody who was forgotten, and the others; proposals by the ids of their `lost` decisions."""
+    theirs = gone.holds(frame["player_id"]) if "player_id" in frame.columns else None
+    if theirs is None and "decision_id" in frame.columns:
+        theirs = frame["decision_id"].is_in(lost.implode()).fill_null(value=False)
+    return (frame, frame.clear()) if theirs is None else (frame.filter(~theirs), frame.filter(theirs))
 
 
 def _quarantine(rows: pl.DataFrame, table: Table, rules: list[RowRule], files: list[str]) -> pl.DataFrame:

@@ -414,6 +414,62 @@ def _same(version: Any, directory: Path) -> None:
         raise BundleError(f"{directory}: not the bundle that was registered as version {version.version}; remove this directory to fetch it again")
 
 
+def strike(platform: Platform, decision_ids: Sequence[str], who: str = "fastq") -> dict[str, int]:
+    """Take logged decisions out of the evidence that every version's bundle holds; rows by version, those without any are left out.
+
+    The one exception to write-once: the weights stay bit for bit, the evidence loses those rows, and the bundle, its copy here and the checksum it was
+    registered with are replaced together. The audit log tells that it happened, not whose rows they were. See infra/decisions.
+    """
+    if not decision_ids:
+        return {}
+    client = _client(platform)
+    workspace, wanted, removed = Workspace(platform.root), frozenset(decision_ids), {}
+    with _translated("listing models"):
+        versions = _versions(platform, client)
+    for version in versions:
+        name = str(version.version)
+        directory = fetch(platform, name)
+        rows = [i for i, decision in enumerate(verify(directory)["reference"]["decision_id"]) if decision in wanted]
+        if not rows:
+            continue
+        with workspace.lock("registry", wait_seconds=120), workspace.lock("models", wait_seconds=300), _translated(f"replacing the bundle of version {name}"):
+            partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=workspace.models))
+            try:
+                _without_evidence(directory, partial / "bundle", rows)
+                _audit(workspace, who, "forget", version=name, rows=len(rows))
+                client.log_artifacts(version.run_id, str(partial / "bundle"), "bundle")
+                client.set_model_version_tag(platform.platform, name, _DIGEST_TAG, _sha256(partial / "bundle" / "bundle.json"))
+                directory.rename(partial / "before")
+                (partial / "bundle").rename(directory)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+        removed[name] = len(rows)
+    return removed
+
+
+def _without_evidence(bundle: Path, target: Path, rows: Sequence[int]) -> None:
+    """A copy of a bundle without these rows of its evidence, whole and with its own checksums."""
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(bundle, target, copy_function=shutil.copyfile)
+    tree = json.loads((bundle / "bundle.json").read_text(encoding="utf-8"))
+    arrays = load_file(bundle / "weights.safetensors")
+    for name in ("reference.embedding", "reference.action"):
+        arrays[name] = np.ascontiguousarray(np.delete(arrays[name], rows, axis=0))
+    save_file(arrays, target / "weights.safetensors")
+    gone = set(rows)
+    tree["reference"] = {name: [value for i, value in enumerate(values) if i not in gone] for name, values in tree["reference"].items()}
+    tree["files"]["weights.safetensors"] = _sha256(target / "weights.safetensors")
+    (target / "bundle.json").write_text(json.dumps(tree, indent=1, allow_nan=False), encoding="utf-8")
+    for path in target.rglob("*"):
+        if path.is_file():
+            path.chmod(0o400)
+            with path.open("rb") as content:
+                os.fsync(content.fileno())
+    verify(target)
+
+
 def load_policy(uri: str | Path, workspace: Path | None = None) -> Policy:
     """The policy of `models:/NAME@ALIAS`, `models:/NAME/VERSION` or a bundle's directory.
 

@@ -10,6 +10,7 @@ import polars as pl
 from prefect import flow, task
 
 from fastq import features, records, windows
+from fastq.forgetting import forgotten
 from fastq.platform import Platform
 from fastq.records import Records
 from fastq.windows import Windows
@@ -56,6 +57,7 @@ def _catch_up(platform: Platform, frame: pl.DataFrame, read: Records) -> None:
     """
     with store.exclusive(platform):
         events = records.read_heard(platform, read.heard)
+        events = events.filter(~forgotten(Workspace(platform.root)).holds(events["player_id"]))
         if events.is_empty() or frame.is_empty():
             return
         players = events["player_id"].unique()

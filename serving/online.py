@@ -27,6 +27,7 @@ from fastq import features
 from fastq.assignment import Pause, challenged, excluded_players, held_out, pause_of, probability
 from fastq.errors import BundleError, FastqError, RequestError, UnknownPlayerError, WorkspaceError
 from fastq.features import Columns, OnlineStates, PlayerStates
+from fastq.forgetting import forgotten
 from fastq.platform import OWN_POLICY, Cap, CatalogueAction, Platform
 from fastq.policy import Encoded, Policy, Recommendation, action_dicts
 from fastq.workspace import Workspace
@@ -795,9 +796,13 @@ def apply_activity(service: Service) -> int:
 
     with service._pushing, store.exclusive(platform):  # noqa: SLF001 - two at once would each read a row, add to it and lose the other's addition
         while waiting := service.log.unapplied():
-            events = [event for _, event in waiting]
+            gone = forgotten(Workspace(platform.root))
+            events = [event for _, event in waiting if event.player_id not in gone]
             at = datetime.now(UTC)
             players = list(dict.fromkeys(e.player_id for e in events))
+            if not events:
+                service.log.applied([key for key, _ in waiting]).result()
+                continue
             rows, _ = online_rows(service, service.current(), players, features.epoch_microseconds(at))
             frame = features.online_table(platform, rows)
             frame = features.with_events(platform, frame, event_frame(platform, events, service.log.path.name)).with_columns(

@@ -1,0 +1,117 @@
+"""`fastq forget`: one player out of everything that the workspace and its stores keep, and a salted hash that keeps them out."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import polars as pl
+
+from fastq import registry
+from fastq.errors import FastqError, UnknownPlayerError
+from fastq.forgetting import forgotten, remember, strike_arrays, strike_log, strike_page, strike_table
+from fastq.platform import FILE_NAME, Platform
+from fastq.records import KEYS, columns_of, decision_logs, served_log
+from fastq.sources import parsed, scans
+from fastq.workspace import Workspace
+from feature_repo import store
+from pipelines.turn import forget as forget_turns
+from pipelines.turn import relative
+
+logger = logging.getLogger("fastq")
+ARRAYS = ("*.npy", "*.arrow")  # laid out by row, without ids
+
+
+def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, Any]:
+    """Remove a player; `removed` says from where, and how many rows. A second time finds nothing and says so.
+
+    First the hash, so that whatever reads the logs meanwhile leaves the player out; then the files, while no retraining runs; then the stores. Serving goes
+    on. Raises `UnknownPlayerError` where nothing is kept of the player, neither here nor in the platform's logs.
+    """
+    workspace = Workspace(platform.root)
+    earlier = player_id in forgotten(workspace)
+    exported, ids = _exported(platform, player_id)
+    ids |= _decided(platform, player_id)
+    if not earlier and not exported and not ids and not _is_kept(platform, player_id):
+        raise UnknownPlayerError(f"{player_id}: nothing is kept of this player, and the logs do not name them; check the id")
+    remember(workspace, player_id)
+    removed: list[dict[str, Any]] = []
+
+    def took(where: str, rows: int) -> None:
+        if rows:
+            removed.append({"where": where, "rows": rows})
+
+    with workspace.lock("retrain", wait_seconds=120), workspace.lock("queries", wait_seconds=600):
+        for path in sorted(workspace.state.rglob("*.parquet")):
+            took(relative(platform, path), strike_table(path, player_id, sorted(ids)))
+        for page in sorted(workspace.reports.glob("*.html")):
+            took(relative(platform, page), strike_page(page, [player_id, *sorted(ids)]))
+        if removed:  # what stands in files without ids is made anew from the tables, and a stopped retraining can't go on with other ones
+            for directory in (workspace.features, workspace.tables):
+                took(f"{relative(platform, directory)}, files that are made anew", strike_arrays(directory, ARRAYS))
+            forget_turns(workspace)
+    for log in decision_logs(platform):
+        for table, rows in strike_log(log, player_id).items():
+            took(f"{relative(platform, log)}, {table}", rows)
+    if (workspace.feast / "registry.db").exists():
+        opened = store.open_store(platform)
+        with store.exclusive(platform):
+            took(f"the online store ({platform.services.online_store.split(':')[0]})", store.remove(opened, player_id))
+        opened.close()
+    for version, rows in registry.strike(platform, sorted(ids), who).items():
+        took(f"the evidence of model version {version}", rows)
+    return {"player_id": player_id, "removed": removed, "logs": exported, "notes": _notes(exported)}
+
+
+def _notes(exported: int) -> list[str]:
+    notes = [
+        "A running server keeps the model's evidence in memory: restart it.",
+        "Backups made before, and files that --out or --parquet wrote, still hold the player.",
+    ]
+    if exported:
+        notes.insert(0, f"The platform's own logs still hold {exported:,} rows of the player; they are left out whenever the logs are read.")
+    return notes
+
+
+def _decided(platform: Platform, player_id: str) -> set[str]:
+    """Ids of the player's decisions in everything kept here: tables, quarantine, batches and the servers' logs."""
+    served = served_log(platform, "decisions")
+    ids = set(served.filter(pl.col("player_id") == player_id)["decision_id"])
+    for path in Workspace(platform.root).state.rglob("*.parquet"):
+        scan = pl.scan_parquet(path, glob=False)
+        if {"player_id", "decision_id"} <= set(scan.collect_schema().names()):
+            mine = scan.filter(pl.col("player_id").cast(pl.String) == player_id).select(pl.col("decision_id").cast(pl.String))
+            ids |= set(mine.collect()["decision_id"].drop_nulls())
+    return ids
+
+
+def _is_kept(platform: Platform, player_id: str) -> bool:
+    """Whether any table here names the player, though no decision does."""
+    if not served_log(platform, "activity").filter(pl.col("player_id") == player_id).is_empty():
+        return True
+    for path in Workspace(platform.root).state.rglob("*.parquet"):
+        scan = pl.scan_parquet(path, glob=False)
+        if "player_id" in scan.collect_schema().names() and scan.filter(pl.col("player_id").cast(pl.String) == player_id).head(1).collect().height:
+            return True
+    return False
+
+
+def _exported(platform: Platform, player_id: str) -> tuple[int, set[str]]:
+    """How many rows of the player the platform's own logs hold, and the ids of their decisions: evidence of old models may name those alone."""
+    rows, ids = 0, set()
+    for table in KEYS:
+        source = getattr(platform.logs, table)
+        if source is None or "player_id" not in columns_of(platform, table):
+            continue
+        wanted = [c for c in ("player_id", "decision_id") if c in columns_of(platform, table)]
+        try:
+            for _, scan in scans(platform.root, f"{FILE_NAME}: logs.{table}", source):
+                schema = scan.collect_schema()
+                texts = {name: parsed(pl.col(name), "id", schema[name]) for name in wanted if name in schema}
+                if "player_id" in texts:
+                    mine = scan.select(text.alias(name) for name, text in texts.items() if text is not None).filter(pl.col("player_id") == player_id).collect()
+                    rows += len(mine)
+                    ids |= set(mine["decision_id"].drop_nulls()) if "decision_id" in mine.columns else set()
+        except (FastqError, pl.exceptions.PolarsError) as error:
+            logger.warning("logs.%s could not be searched for the player: %s", table, " ".join(str(error).split())[:200])
+    return rows, ids
