@@ -254,7 +254,7 @@ class Desk:
         for entry in entries:
             entry.end(error if error is not None else entry.decided if result is None else result)
         if self.busy:
-            self.busy.difference_update(p for entry in entries for p in entry.ask.player_ids)
+            self.busy.difference_update(p for entry in entries if entry.keep for p in entry.ask.player_ids)
             if self.waiting and not self.flushing:
                 self.flushing = True
                 asyncio.get_running_loop().call_soon(self._flush)
@@ -350,6 +350,7 @@ async def opened(desk: Desk) -> AsyncIterator[None]:
     sys.setswitchinterval(0.0005)  # the log's thread must not wait 5 ms, Python's default, for the loop to let go of the interpreter
     log = await asyncio.to_thread(open_log, desk.platform)
     service = Service(desk.platform, log, None, excluded_players(desk.platform))
+    service.timed = lambda stage, seconds: desk.metrics.stage.labels(stage).observe(seconds)
     try:
         service.model = await asyncio.to_thread(online.load_model, desk.platform)
         service.challenger = await asyncio.to_thread(online.load_challenger, desk.platform, service.model.version)

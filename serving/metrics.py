@@ -101,7 +101,7 @@ def new_metrics() -> Metrics:
     action = Distribution("fastq_action_share", "Where in its range each dimension of what was drawn lies, 0 to 1", "dimension", TENTHS)
     r.register(propensity)
     r.register(action)
-    stages = "Latency by stage: read (states), decide (read and the policy), log (until it is on disk), explain"
+    stages = "Latency by stage: read (states), draw (the policy), decide (both and what is around them), log (until it is on disk), explain"
     return Metrics(
         r,
         Counter("fastq_requests", "Requests answered", ["route", "method", "status"], registry=r),

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, cast
@@ -122,6 +122,7 @@ class Service:
     model: Model | None = None
     excluded: frozenset[str] = frozenset()
     challenger: Model | None = None
+    timed: Callable[[str, float], None] = field(default=lambda _stage, _seconds: None)  # told how long each stage of a batch took
     _store: Any = None
     _store_failed_at: float = -1e9
     _pause: Pause | None = None
@@ -413,7 +414,9 @@ def decide(service: Service, asks: Sequence[Ask]) -> list[list[Decision] | Fastq
         return [_paused(service, model, pause, ask, features.epoch_microseconds(at)) for ask in asks]
     failed: dict[int, FastqError] = {}
     players = list(dict.fromkeys(p for ask in asks for p in ask.players))
+    started = time.perf_counter()
     reading = read_states(service, model, players, at) if players else None
+    service.timed("read", time.perf_counter() - started)
     where = {player: i for i, player in enumerate(players)}
     batches = [reading.states] if reading is not None else []
     spent = _spent(service, [p for ask in asks for p in ask.player_ids], features.epoch_microseconds(at))
@@ -437,8 +440,9 @@ def decide(service: Service, asks: Sequence[Ask]) -> list[list[Decision] | Fastq
             rows += own
     packed: list[bytes] = []
     if rows:
-        states = joined(batches)
+        states, started = joined(batches), time.perf_counter()
         failed |= _draw_rows(service, states, rows)
+        service.timed("draw", time.perf_counter() - started)
         packed = features.pack_states(states)
     results: list[list[Decision] | FastqError] = [failed.get(number, []) for number in range(len(asks))]
     moment = features.epoch_microseconds(at)

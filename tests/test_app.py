@@ -436,6 +436,21 @@ def test_the_online_store_gone_is_said_and_answers_go_on(platform: Platform, key
         assert not client.portal.call(desk_of, client.app).service.log.unapplied()
 
 
+def test_without_the_registry_the_model_in_service_serves_on(platform: Platform, keys: dict[str, str], player: str) -> None:
+    directory = Workspace(platform.root).mlflow
+    with TestClient(endpoint.create_app(platform)) as client:
+        directory.rename(directory.with_name("mlflow away"))
+        try:
+            time.sleep(2 * endpoint.FOLLOW_SECONDS)
+            bearer = {"Authorization": f"Bearer {keys['recommend']}"}
+            answer = client.post("/v1/recommendations", json={"players": [player]}, headers=bearer)
+            assert (answer.status_code, answer.json()["recommendations"][0]["policy"]) == (200, "fastq")
+            assert client.get("/readyz").status_code == 200
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)  # an empty one, if the registry was asked meanwhile
+            directory.with_name("mlflow away").rename(directory)
+
+
 def test_without_a_champion_the_server_is_up_and_not_ready(platform: Platform, tmp_path: Path, keys: dict[str, str]) -> None:
     workspace = shutil.copytree(platform.root, tmp_path / "workspace")
     shutil.rmtree(workspace / ".fastq" / "mlflow")

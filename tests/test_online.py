@@ -280,6 +280,27 @@ def test_excluded_players_get_the_default_action(platform: Platform, players: li
     assert "value" in still_in.detail
 
 
+def test_a_clock_that_jumps_harms_no_decision(service: Service, players: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime):
+        offset = timedelta(0)
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + cls.offset
+
+    monkeypatch.setattr(online, "datetime", Clock)
+    ids = []
+    for jump in (timedelta(0), timedelta(days=3), timedelta(hours=-5), timedelta(days=-400), timedelta(0)):
+        Clock.offset = jump
+        decisions = decided(service, Ask(players=tuple(players)))
+        assert all(d.propensity > 0 and np.isfinite(d.detail["value"]) for d in decisions)
+        service.log.append(decisions).result(10)
+        ids += [d.decision_id for d in decisions]
+    assert len(set(ids)) == service.log.counts()["decisions"] == 5 * len(players)
+    kept = service.log.find(ids[-1])
+    assert dict(zip(service.platform.dimension_names, online.replay(service, kept).action[0].tolist(), strict=True)) == kept.action
+
+
 def under(service: Service, **serving: object) -> Platform:
     """The service's platform with other settings of `serving`, which it follows from now on."""
     tree = service.platform.model_dump(mode="json")
