@@ -469,6 +469,51 @@ def resume(
         answer({"paused": False, "changed": resume_platform(platform, who=_who(), reason=reason.strip())}, _pause)
 
 
+# ---- keeping it ---------------------------------------------------------------------------------------------------------
+KeyFileOption = Annotated[
+    Path | None, typer.Option("--key-file", metavar="FILE", help="Its first line is the key; else the environment's FASTQ_BACKUP_KEY is, if it is set.")
+]
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write; one that is there is replaced.")],
+    key_file: KeyFileOption = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """The whole workspace into one file, while it runs.
+
+    With fastq.yaml, everything under .fastq and the logs that lie in the workspace; consistent, with a checksum of each file, and encrypted if there is a key.
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq import backup as backups
+
+        answer(backups.backup(platform.root, file, backups.key_from(key_file)), _backed_up)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What backup wrote.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the workspace that is there; newer logs of yours stay.")] = False,
+    key_file: KeyFileOption = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """A workspace out of its backup, whole or not at all.
+
+    Everything is verified before anything is replaced; stopped halfway the old state stands. Only what runs in the workspace must be stopped before.
+    """
+    with answering(as_json) as answer:
+        from fastq.environment import prepare
+
+        prepare()
+        from fastq import backup as backups
+
+        answer(backups.restore(workspace, file, backups.key_from(key_file), overwrite=overwrite), _restored)
+
+
 # ---- in and out --------------------------------------------------------------------------------------------------------
 
 
@@ -517,9 +562,11 @@ def _platform(directory: Path) -> Platform:
     """The platform of a workspace, with the environment made ready for everything that is imported after."""
     from fastq.environment import prepare
     from fastq.platform import load_platform
-    from fastq.workspace import Workspace
+    from fastq.workspace import Workspace, finish_restore, upgrade
 
+    finish_restore(directory)
     platform = load_platform(directory)
+    upgrade(Workspace(platform.root))
     prepare(Workspace(platform.root))
     return platform
 
@@ -824,6 +871,16 @@ def _models(document: Document) -> Iterable[RenderableType]:
     for model in document["models"]:
         table.add_row(str(model["version"]), ", ".join(model["aliases"]), str(model["created_at"]), _plain(str(model["verdict"])))
     yield table if document["models"] else "There are no models yet: fastq retrain"
+
+
+def _backed_up(document: Document) -> Iterable[RenderableType]:
+    sealed = "encrypted" if document["encrypted"] else "not encrypted: whoever has the file has your players' data"
+    yield f"{document['files']:,} files, {document['bytes'] / 2**20:,.1f} MiB, in {_plain(document['file'])} ({document['size'] / 2**20:,.1f} MiB, {sealed})."
+
+
+def _restored(document: Document) -> Iterable[RenderableType]:
+    kept = f"; {document['kept']:,} files of your own that were there stayed as they are" if document["kept"] else ""
+    yield f"The workspace of {document['made_at']}, {document['files']:,} files, is in {_plain(document['root'])}{kept}. Look it over: fastq doctor"
 
 
 def _promoted(document: Document) -> Iterable[RenderableType]:
