@@ -199,7 +199,7 @@ def upgrade(workspace: Workspace) -> int:
     before = format_of(workspace)
     if before > FORMAT:
         raise WorkspaceError(
-            f"{workspace.state}: was written by a newer fastq (format {before}, this one knows {FORMAT}); install that version, or restore a backup of this one's"
+            f"{workspace.state}: was written by a newer fastq (format {before}, this one knows {FORMAT}); install that version, or restore a backup"
         )
     if before == FORMAT or not workspace.state.exists():
         return before
