@@ -71,7 +71,7 @@ def backup(root: Path, target: Path, key: str | None = None) -> dict[str, Any]:
         with contextlib.ExitStack() as open_files:
             out: IO[bytes] = open_files.enter_context(partial.open("wb"))
             if key is not None:
-                out = open_files.enter_context(_Sealing(out, key))
+                out = cast("IO[bytes]", open_files.enter_context(_Sealing(out, key)))
             packed = open_files.enter_context(gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1, mtime=0))
             archive = open_files.enter_context(tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT))
             about = {"version": VERSION, "format": format_of(workspace), "root": str(root), "at": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -308,6 +308,7 @@ def _unpack(source: Path, key: str | None, staging: Path) -> tuple[dict[str, Any
     """Write every file below `staging/new` and verify it; returns what the archive says of itself, and its manifest."""
     found: dict[str, dict[str, Any]] = {}
     told: dict[str, dict[str, Any]] = {}
+    about: dict[str, Any] = {}
     try:
         with contextlib.ExitStack() as open_files:
             content: IO[bytes] = open_files.enter_context(source.open("rb"))

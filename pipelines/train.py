@@ -57,7 +57,7 @@ def train_policy(workspace: str, turn: str) -> dict[str, Any]:
     made = directory / TRAINED
     shutil.rmtree(made, ignore_errors=True)  # left by a process that was killed while it saved
     policy.save(made)
-    return {"run_id": run.id, "decisions": len(data), "players": len(data.player_ids)}
+    return {"run_id": run.id, "decisions": len(data), "players": len(data.player_ids), "start": "afresh"}
 
 
 def trained_policy(directory: Path) -> Policy:

@@ -69,6 +69,11 @@ def may_heal(error: BaseException) -> bool:
     return False
 
 
+def limited(step: Any, platform: Platform) -> Any:
+    """A task that may take `operations.step_limit` at most; its results are found again whatever the limit was."""
+    return step.with_options(timeout_seconds=platform.operations.step_limit.total_seconds())
+
+
 RETRIES: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [2, 10], "retry_condition_fn": heals}
 
 
