@@ -210,7 +210,7 @@ class Found:
 
 
 def long_values(platform: Platform, read: Records, until: Reached, days: int, shapes: Mapping[str, Shape]) -> pl.DataFrame:
-    """`key, family, day, player_id, value`: one row for what each player did on each of the `days` whole days before its log ends (day 0 is the last), cut to its shape.
+    """`key, family, day, player_id, value`: what each player did on each of the `days` whole days before its log ends (day 0 is the last), cut.
 
     Without `shapes` the values are as they are, and the tests that compare with a middle are missing.
     """
@@ -220,11 +220,11 @@ def long_values(platform: Platform, read: Records, until: Reached, days: int, sh
     values = pl.concat(frames).group_by("key", "family", "day", "player_id").agg(pl.col("value").mean())
     if not shapes:
         return values
-    table = pl.DataFrame(
-        {"key": list(shapes), "low": [s.low for s in shapes.values()], "high": [s.high for s in shapes.values()], "middle": [s.middle for s in shapes.values()]}
-    )
-    cut = values.join(table, on="key").with_columns(pl.col("value").clip("low", "high"))
-    states = cut.filter(pl.col("family") == "state").with_columns(key="spread of " + pl.col("key"), value=(pl.col("value") - pl.col("middle")).abs())
+    ends = {"key": list(shapes), **{name: [getattr(shape, name) for shape in shapes.values()] for name in ("low", "high", "middle")}}
+    cut = values.join(pl.DataFrame(ends), on="key", how="left")
+    cut = cut.with_columns(pl.col("value").clip(pl.col("low").fill_null(-math.inf), pl.col("high").fill_null(math.inf)))
+    apart = pl.col("value") - pl.col("middle").fill_null(0.0)
+    states = cut.filter(pl.col("family") == "state").with_columns(key="spread of " + pl.col("key"), value=apart.abs())
     return pl.concat([cut, states]).select(values.columns)
 
 

@@ -147,7 +147,7 @@ def _reference(platform: Platform, kept: dict[str, Any], read: records.Records) 
     if like is None:
         return {}, {}
     hours = f"{like.decisions.hour}-{like.activity.hour}-{like.full.hour}"
-    if hours not in kept["by_hours"]:
+    if hours not in kept.setdefault("by_hours", {}):
         made = monitoring.reference_of(platform, records.read_tables(platform), like)
         kept["by_hours"][hours] = monitoring.as_json(*made)
         _write(platform, "reference.json", kept)
