@@ -214,7 +214,10 @@ def _main() -> None:
     signal.signal(signal.SIGTERM, stop)
     kept = os.dup(1)
     os.dup2(2, 1)  # what libraries say is no part of the answer
-    found = answer(root, what)
+    try:
+        found = answer(root, what)
+    except (KeyboardInterrupt, SystemExit):  # whoever stopped us knows
+        sys.exit(128 + signal.SIGTERM)
     with os.fdopen(kept, "w", encoding="utf-8") as out:
         out.write(json.dumps(found, default=str) + "\n")
 

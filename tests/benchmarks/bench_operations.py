@@ -22,26 +22,25 @@ SEED = 20261126
 
 def values(rng, kind, days):
     """[days, players] of one measure: what is usual for a player, what is usual for the season, and the day's chance."""
-    own = rng.normal(0, 0.5, PLAYERS)
+    own = rng.standard_normal(PLAYERS, np.float32) / 2
     season = 0.01 * np.sin(2 * np.pi * (np.arange(days) + rng.integers(7)) / 7)[:, None]  # weekends differ, a little
-    x = own + season + rng.normal(0, 1, (days, PLAYERS))
+    x = rng.standard_normal((days, PLAYERS), np.float32) + own + season.astype(np.float32)
     if kind == "skewed":
-        x = np.exp(0.8 * x)
+        x = np.exp(np.float32(0.8) * x)
         return np.minimum(x, np.quantile(x[:REFERENCE_DAYS], 0.995))
-    return (x > 0.4).astype(float) if kind == "flag" else x
+    return (x > 0.4).astype(np.float32) if kind == "flag" else x
 
 
 def hourly(x, hour, window, first):
     """(mean [H], variance [H]) of windows of whole days that end at each hour from day `first` on; `hour` sorted, one value a day for each player."""
-    rolled = np.cumsum(x, 0)
-    rolled[window:] -= rolled[:-window].copy()
-    rolled = rolled / window
-    edges = np.searchsorted(hour, np.arange(25))  # players before each hour of the day
+    rolled = sum(x[window - 1 - i : len(x) - i] for i in range(window)) / window
+    rolled = np.concatenate([np.zeros((window - 1, PLAYERS), x.dtype), rolled])
+    edges = np.searchsorted(hour, np.arange(24))  # the first player of each hour of the day: with 2,000 of them each hour has some
     found = []
-    for power in (1, 2):
-        running = np.concatenate([np.zeros((len(x), 1)), np.cumsum(rolled**power, 1)], 1)[:, edges]  # [days, 25]
-        today, yesterday = running[first:, 1:], running[first - 1 : -1]
-        found.append((today + yesterday[:, -1:] - yesterday[:, 1:]).ravel())
+    for power in (rolled, rolled * rolled):
+        running = np.cumsum(np.add.reduceat(power, edges, axis=1, dtype=np.float64), 1)  # [days, 24]: until each hour's end
+        today, yesterday = running[first:], running[first - 1 : -1]
+        found.append((today + yesterday[:, -1:] - yesterday).ravel())
     mean = found[0] / PLAYERS
     return mean, (found[1] / PLAYERS - mean**2) / (PLAYERS - 1)
 
@@ -71,7 +70,8 @@ def test_false_alarms_of_quiet_histories():
         wrong += any(alarms(values(rng, ("plain", "skewed", "flag")[k % 3], REFERENCE_DAYS + HORIZON), hour).any() for k in range(TESTS))
     low, high = stats.binomtest(wrong, HISTORIES).proportion_ci()
     print(
-        f"\nfalse alarms: {wrong} of {HISTORIES} quiet histories of {HORIZON} days x 24 looks x {TESTS} tests ({low:.1%} to {high:.1%}); {time.monotonic() - started:.0f} s"
+        f"\nfalse alarms: {wrong} of {HISTORIES} quiet histories of {HORIZON} days x 24 looks x {TESTS} tests "
+        f"({low:.1%} to {high:.1%}); {time.monotonic() - started:.0f} s"
     )
     assert wrong / HISTORIES <= 0.05
 
@@ -105,7 +105,7 @@ def test_outcomes_worse_than_promised_by_a_tenth():
         z = (x.mean() - mean) / (x.std(ddof=1) / math.sqrt(PLAYERS))
         found += stats.t.sf(-z, PLAYERS - 1) < allowed(6, promise=True)
     print(f"\nfound within 24 hours of becoming known: {found} of 50 histories with the weighted outcome a tenth below the promise's lower end")
-    assert found >= 20  # the bar of 48 is missed: infra/log.md says by how much and why
+    assert found >= 25  # the bar of 48 is missed on outcomes as noisy as these: infra/log.md says by how much and why
 
 
 def test_lift_covers_at_all_times():
@@ -120,6 +120,8 @@ def test_lift_covers_at_all_times():
             acts = (arrives <= day) & (rng.random(PLAYERS) < rate)
             x = np.where(acts, own + rng.normal(0, 1, PLAYERS) + np.where(held, 0.0, 0.1), 0.0)
             total, count, squares = total + x, count + acts, squares + x**2
+            if min((count[side] > 0).sum() for side in (~held, held)) < 2:
+                continue  # `fastq lift` has no row yet
             sides = []
             for side in (~held, held):
                 n, players = count[side].sum(), int((count[side] > 0).sum())
