@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 from fastq import features, records, registry
 from fastq.errors import ConfigurationError, FastqError
 from fastq.platform import FILE_NAME, Platform, load_platform
-from fastq.sources import scans
+from fastq.sources import parsed, scans
 from fastq.workspace import FORMAT, STAGING, Workspace, format_of
 
 Status = Literal["ok", "warning", "wrong"]
@@ -58,6 +58,8 @@ def examine(root: Path, keys: Keys) -> dict[str, Any]:
         return _document(found)
     found.append(Check("fastq.yaml", "ok", f"platform {platform.platform}: {len(platform.policies)} policies, {len(platform.objectives)} objectives"))
     for look in (_workspace, _logs, _services, _models, _monitor, _processes, lambda p: _keys(p, keys)):
+        if look is _models and any(check.name == "services.mlflow" and check.status == "wrong" for check in found):
+            continue  # it would be asked for minutes
         try:
             found += look(platform)
         except (FastqError, OSError, sqlite3.Error, pl.exceptions.PolarsError) as error:
@@ -171,9 +173,11 @@ def _logs(platform: Platform) -> Iterator[Check]:
 
 
 def _newest(files: list[tuple[str, pl.LazyFrame]], column: str) -> datetime | None:
-    """The newest moment of a column in the last file by name, as far as it is one already."""
-    with contextlib.suppress(pl.exceptions.PolarsError, OSError):
-        found = files[-1][1].select(pl.col(column).max()).collect().item()
+    """The newest moment of a column in the last file by name; None where it holds none."""
+    with contextlib.suppress(pl.exceptions.PolarsError, OSError, KeyError):
+        rows = files[-1][1]
+        moment = parsed(pl.col(column), "time", rows.collect_schema()[column])
+        found = None if moment is None else rows.select(moment.max()).collect().item()
         if isinstance(found, datetime):
             return found.replace(tzinfo=UTC) if found.tzinfo is None else found.astimezone(UTC)
     return None
