@@ -797,6 +797,8 @@ def _training(document: Document) -> Iterable[RenderableType]:
         yield f"[red]{name} was not promoted.[/]" if document["version"] else f"[red]{document['model']}: no model was made.[/]"
     for reason in document["reasons"]:
         yield f"  {_plain(reason)}"
+    if start := document.get("start"):
+        yield f"  Trained {_plain(start)}."
     if not document["promoted"] and document["version"]:
         yield f"Look at it with fastq evaluate {document['version']}; fastq promote {document['version']} --force --reason TEXT overrules the gate."
 

@@ -317,7 +317,7 @@ def reference_of(platform: Platform, read: Records, like: Reached | None = None)
     )
     indicator = raw.group_by("key").agg(pl.col("value").is_in([0.0, 1.0]).all().alias("flag"))  # shares are not cut
     shapes = {
-        row["key"]: Shape(*((-math.inf, math.inf) if row["flag"] else (row["low"], row["high"])), row["middle"], max(row["spread"] or 0.0, 1e-9))
+        row["key"]: Shape(-math.inf if row["flag"] else row["low"], math.inf if row["flag"] else row["high"], row["middle"], max(row["spread"] or 0.0, 1e-9))
         for row in by_key.join(indicator, on="key").iter_rows(named=True)
     }
     values = long_values(platform, read, until, max(days, 1), shapes)

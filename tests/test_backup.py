@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 import sqlite3
 import tarfile
 import threading
@@ -249,3 +250,20 @@ def test_an_upgrade_can_be_undone(made, monkeypatch):
     assert workspace.audit.read_text() == "of format 2"
     assert undo_upgrade(workspace) == 1
     assert workspace.audit.read_text() == '{"action": "promote"}\n'
+
+
+def test_a_real_workspace_works_where_its_backup_was_restored(fastq, trained, tmp_path):
+    """Everything but its place is the same: models, answers, and what MLflow keeps by absolute paths."""
+    (tmp_path / "key").write_text(KEY)
+    fastq("backup", tmp_path / "b", "--key-file", tmp_path / "key", cwd=trained, code=0)
+    fastq("restore", tmp_path / "b", "--workspace", tmp_path / "to", cwd=tmp_path, code=2)
+    said = json.loads(fastq("restore", tmp_path / "b", "--json", "--workspace", tmp_path / "to", "--key-file", tmp_path / "key", cwd=tmp_path, code=0).stdout)
+    assert said["files"] > 50
+    fastq("restore", tmp_path / "b", "--key-file", tmp_path / "key", cwd=tmp_path / "to", code=2)  # it lives already
+    assert fastq("models", "--json", cwd=tmp_path / "to").stdout == fastq("models", "--json", cwd=trained).stdout
+    shutil.rmtree(tmp_path / "to" / ".fastq" / "models")  # so that the registry must find its own copy
+    with sqlite3.connect(tmp_path / "to" / ".fastq" / "mlflow" / "mlflow.db") as store:
+        assert str(trained) not in "".join(store.iterdump())
+    there = json.loads(fastq("recommend", "p00001", "--dry-run", "--json", cwd=tmp_path / "to", code=0).stdout)
+    assert there["recommendations"][0]["degraded"] is None
+    assert json.loads(fastq("doctor", "--json", cwd=tmp_path / "to", code=0).stdout)["passed"]
