@@ -490,7 +490,7 @@ def schedule(
     platform = _platform(workspace)
     from pipelines.schedule import schedule as keep
 
-    keep(platform, cron, timezone, look=look, say=lambda text: sys.stderr.write(f"{text}\n") and sys.stderr.flush())
+    keep(platform, cron, timezone, look=look, say=_say)
 
 
 @app.command()
@@ -1042,6 +1042,12 @@ def _pause(document: Document) -> Iterable[RenderableType]:
         yield f"[yellow]Paused[/] since {document['since']}: {_plain(instead)}. `fastq resume` ends it."
     else:
         yield "[green]fastq decides again.[/]" if document["changed"] else "fastq was not paused."
+
+
+def _say(text: str) -> None:
+    """One line of what a command that stays does."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _plain(text: str) -> str:

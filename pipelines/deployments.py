@@ -6,6 +6,7 @@ A deployment takes the workspace's path alone: everything else stands in its `fa
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,6 @@ def deploy(platform: Platform, server: str | None, pool: str, cron: str, zone: s
                 raise WorkspaceError(f"{url}: no Prefect server answers there ({error}); start one: prefect server start") from None
             raise
     with replacing(Workspace(platform.root).state / "deployed.json") as partial:
-        import json
-
         partial.write_text(json.dumps({"server": url, "pool": pool}), encoding="utf-8")
     return {"server": url, "pool": pool, "deployments": made}
 
@@ -111,9 +110,10 @@ def _deployed(platform: Platform, pool: str, cron: str, zone: str) -> list[dict[
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.client.schemas.objects import ConcurrencyLimitConfig, ConcurrencyLimitStrategy
-    from prefect.client.schemas.schedules import CronSchedule
-    from prefect.deployments.runner import EntrypointType, RunnerDeployment
+    from prefect.deployments.runner import RunnerDeployment
     from prefect.exceptions import ObjectAlreadyExists
+    from prefect.schedules import Cron
+    from prefect.types.entrypoint import EntrypointType
 
     with get_client(sync_client=True) as client, contextlib.suppress(ObjectAlreadyExists):
         client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
@@ -123,7 +123,7 @@ def _deployed(platform: Platform, pool: str, cron: str, zone: str) -> list[dict[
         deployment = RunnerDeployment.from_flow(
             step,
             name=name,
-            schedule=CronSchedule(cron=when, timezone=zone if step is retrain else "UTC"),
+            schedule=Cron(when, timezone=zone if step is retrain else "UTC"),
             parameters={"workspace": str(platform.root)},
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
             entrypoint_type=EntrypointType.MODULE_PATH,

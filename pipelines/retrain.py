@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Any
+from typing import Any, cast
+from uuid import UUID
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
@@ -58,7 +59,8 @@ class StepsDone:
 
     def __init__(self, platform: Platform) -> None:
         self.platform, self.done = platform, 0
-        self.artifact = create_progress_artifact(0.0, key=f"{_key(platform)}-progress", description=f"Retraining of {platform.platform}: {STEPS[0]}")
+        made = create_progress_artifact(0.0, key=f"{_key(platform)}-progress", description=f"Retraining of {platform.platform}: {STEPS[0]}")
+        self.artifact = cast("UUID", made)  # a coroutine only where one is awaited
 
     def do(self, step: Any, *arguments: Any) -> Any:
         found = limited(step, self.platform)(*arguments)

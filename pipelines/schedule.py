@@ -139,12 +139,13 @@ def schedule(
 
 def work(platform: Platform, what: str, say: Callable[[str], None], back_off: tuple[float, ...] = BACK_OFF) -> dict[str, Any]:
     """Do one piece of work in a process of its own, again with back-off where it may heal; what came of it is told, and posted where it is bad news."""
-    for wait in (*back_off, None):
-        found = one_try(platform, what)
-        if found.get("error") is None or not found.get("heals") or wait is None:
+    found = one_try(platform, what)
+    for wait in back_off:
+        if found.get("error") is None or not found.get("heals"):
             break
         say(f"{what}: {found['error']}; trying again in {wait:.0f} s")
         time.sleep(wait)
+        found = one_try(platform, what)
     if found.get("error") is not None:
         say(f"{what} failed: {found['error']}")
         notify(platform, "failure", f"{what} failed: {found['error']}", found)
