@@ -19,11 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve
-
-help:  ## what can be made (this list)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
-.PHONY: help demo test check bench bench-operations
+.PHONY: help demo test check bench bench-serve bench-operations
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +46,7 @@ bench: $(VENV)/.installed  ## measurements: tests/benchmarks
 
 bench-serve: $(VENV)/.installed  ## the endpoint against a bare one behind the same Ray Serve: requests, latency, processor time
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_serve.py $(ARGS)
+
 bench-operations: $(VENV)/.installed  ## false alarms, power, coverage and rollback of what runs by itself
 	@$(VENV)/bin/python -m pytest -s -o python_files=bench_operations.py tests/benchmarks/bench_operations.py $(ARGS)
 

@@ -16,7 +16,6 @@ the time scale of information, 1 / standard error^2 by player, in which an accum
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ import polars as pl
 from numpy.typing import NDArray
 from scipy import stats
 
+from fastq.assignment import held_out
 from fastq.errors import ConfigurationError
 from fastq.platform import OWN_POLICY, Platform
 from fastq.records import Records, read_records, read_served, served_log
@@ -101,12 +101,6 @@ def difference(first: Mean, second: Mean, level: float = 0.95) -> tuple[float, f
 
 
 # ---- lift ------------------------------------------------------------------------------------------------------------------
-def held_out(platform: Platform, player_id: str) -> bool:
-    """Whether a player belongs to the holdout, as serving has it: a function of the two names alone."""
-    digest = hashlib.sha256(f"{platform.platform}/holdout/{player_id}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < platform.serving.holdout.share
-
-
 def lift(platform: Platform, *, since: datetime | None = None, level: float = 0.95) -> dict[str, Any]:
     """What `fastq` brought per decision against the holdout: `rows: [{objective, value, low, high, players}]`, `objective` null for the weighted sum.
 

@@ -204,11 +204,3 @@ def test_lift_has_a_row_per_objective_and_the_weighted_sum(shop):
 def test_lift_without_a_holdout_says_what_to_set(shop):
     with pytest.raises(ConfigurationError, match="holdout"):
         monitoring.lift(platform_from_tree({**TREE, "serving": {}}, shop.root, "a test"))
-
-
-def test_the_holdout_is_the_one_that_serving_keeps(shop):
-    from serving.online import held_out
-
-    ids = [f"p{i}" for i in range(2_000)]
-    assert [monitoring.held_out(shop, i) for i in ids] == [held_out(shop, i) for i in ids]
-    assert 300 < sum(monitoring.held_out(shop, i) for i in ids) < 500
