@@ -19,10 +19,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve
+.PHONY: help demo test check bench bench-serve bench-operations
 
 help:  ## what can be made (this list)
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 	echo '  ARGS="…" is handed on: make demo ARGS="--logs open-bandit", make test ARGS="-k equations"'
 
 demo: $(VENV)/.installed  ## the whole loop on a simulated platform: logs, training, evaluation, serving, an explanation
@@ -46,6 +46,9 @@ bench: $(VENV)/.installed  ## measurements: tests/benchmarks
 
 bench-serve: $(VENV)/.installed  ## the endpoint against a bare one behind the same Ray Serve: requests, latency, processor time
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_serve.py $(ARGS)
+
+bench-operations: $(VENV)/.installed  ## false alarms, power, coverage and rollback of what runs by itself
+	@$(VENV)/bin/python -m pytest -s -o python_files=bench_operations.py tests/benchmarks/bench_operations.py $(ARGS)
 
 # The stamp is written last, so an installation that was cut off is taken up again.
 $(VENV)/.installed: requirements.lock pyproject.toml

@@ -36,6 +36,7 @@ Document = Mapping[str, Any]
 View = Callable[[Document], Iterable["RenderableType | bytes"]]  # bytes: as they are
 
 CRASHED = 70  # EX_SOFTWARE: a mistake of ours, told apart from 1 (a gate refused) and 2 (usage or configuration)
+LONGEST_WAIT = 24 * 3_600.0  # seconds for which --wait waits
 PATIENCE = 10.0  # seconds in which repeated signals do not cut the cleaning up short
 
 app = typer.Typer(
@@ -156,6 +157,7 @@ def validate(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -
 def retrain(
     since: Annotated[str | None, typer.Option(metavar="TIME", help="Leave out decisions made before this time: 2026-03-01, or 2026-03-01T06:00:00Z.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a stopped run was.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for a retraining that is under way here, instead of refusing.")] = False,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -165,7 +167,7 @@ def retrain(
         from pipelines.retrain import retrain as flow
 
         try:
-            document = flow(platform, since=None if since is None else _moment(since), resume=resume)
+            document = flow(platform, since=None if since is None else _moment(since), resume=resume, wait_seconds=LONGEST_WAIT if wait else 0.0)
         except GateRefused as refusal:  # the logs were refused, so there is no version
             document = {"model": platform.platform, "version": None, "promoted": False, "reasons": refusal.reasons}
         answer(document, _training)
@@ -486,6 +488,154 @@ def resume(
         answer({"paused": False, "changed": resume_platform(platform, who=_who(), reason=reason.strip())}, _pause)
 
 
+# ---- by itself ----------------------------------------------------------------------------------------------------------
+CronOption = Annotated[str, typer.Option(metavar="EXPRESSION", help="When to retrain: minute, hour, day of month, month, day of week.")]
+ZoneOption = Annotated[str, typer.Option(metavar="ZONE", help="In which the times are meant, such as Europe/Berlin.")]
+
+
+@app.command()
+def schedule(
+    cron: CronOption = "0 3 * * *",
+    timezone: ZoneOption = "UTC",
+    look: Annotated[bool, typer.Option("--monitor/--no-monitor", help="Look for drift each hour, and retrain on a finding.")] = True,
+    workspace: WorkspaceOption = Path(),
+) -> None:
+    """Retrain by the clock and by drift, until a signal.
+
+    In the foreground, for one machine. A stopped retraining goes on where it was, a missed time is made up for once, and what can heal is tried again.
+    """
+    platform = _platform(workspace)
+    from pipelines.schedule import schedule as keep
+
+    keep(platform, cron, timezone, look=look, say=_say)
+
+
+@app.command()
+def deploy(
+    server: Annotated[
+        str | None, typer.Option(metavar="URL", help="The Prefect server's API, as http://127.0.0.1:4200/api.", show_default="PREFECT_API_URL")
+    ] = None,
+    pool: Annotated[str, typer.Option(metavar="NAME", help="The process work pool; made if it is not there.")] = "fastq",
+    cron: CronOption = "0 3 * * *",
+    timezone: ZoneOption = "UTC",
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """The flows onto a Prefect server, for its workers.
+
+    retrain, monitor, recommend-all and compact as deployments of a process work pool, with their schedules; then: prefect worker start --pool fastq
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from pipelines.deployments import deploy as onto
+
+        answer(onto(platform, server, pool, cron, timezone), _deployed)
+
+
+@app.command()
+def monitor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
+    """One look now: drift since the last retraining, and promises kept.
+
+    States, actions, propensities, unknown and degraded answers, volume and freshness against the logs that the last retraining learned from;
+    outcomes against what was promised at promotion. May be run as often as you like: each hour spends its share of one false-alarm budget.
+    Ends with 1 where something was found.
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from pipelines.monitor import monitor as look
+
+        document = look(platform)
+        answer(document, _monitored)
+    _end(refused=bool(document["findings"]))
+
+
+@app.command()
+def lift(
+    since: Annotated[str | None, typer.Option(metavar="TIME", help="Count from this time on.", show_default="the first served decision")] = None,
+    level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.95,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """What fastq brought against the holdout, per objective.
+
+    Intervals that hold at all times at once: look as often as you like, and stop when you have seen enough.
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq.monitoring import lift as measured
+
+        document = measured(platform, since=None if since is None else _moment(since), level=level)
+        answer(document, _lifted)
+    _end(refused=not document["rows"])
+
+
+@app.command()
+def doctor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
+    """What is installed, reachable, stale or misconfigured, each with the mend.
+
+    Ends with 1 where something is wrong.
+    """
+    with answering(as_json) as answer:
+        from fastq.environment import prepare
+        from fastq.platform import FILE_NAME
+        from fastq.workspace import Workspace
+
+        if not (workspace / FILE_NAME).exists():
+            _platform(workspace)  # which says so
+        prepare(Workspace(workspace))
+        from fastq.doctor import examine
+        from serving.auth import list_keys
+
+        document = examine(workspace, list_keys)
+        answer(document, _examined)
+    _end(refused=not document["passed"])
+
+
+# ---- keeping it ---------------------------------------------------------------------------------------------------------
+KeyFileOption = Annotated[
+    Path | None, typer.Option("--key-file", metavar="FILE", help="Its first line is the key; else the environment's FASTQ_BACKUP_KEY is, if it is set.")
+]
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What to write; one that is there is replaced.")],
+    key_file: KeyFileOption = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """The whole workspace into one file, while it runs.
+
+    With fastq.yaml, everything under .fastq and the logs that lie in the workspace; consistent, with a checksum of each file, and encrypted if there is a key.
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        from fastq import backup as backups
+
+        answer(backups.backup(platform.root, file, backups.key_from(key_file)), _backed_up)
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What backup wrote.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the workspace that is there; newer logs of yours stay.")] = False,
+    key_file: KeyFileOption = None,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """A workspace out of its backup, whole or not at all.
+
+    Everything is verified before anything is replaced; stopped halfway the old state stands. Only what runs in the workspace must be stopped before.
+    """
+    with answering(as_json) as answer:
+        from fastq.environment import prepare
+
+        prepare()
+        from fastq import backup as backups
+
+        answer(backups.restore(workspace, file, backups.key_from(key_file), overwrite=overwrite), _restored)
+
+
 # ---- in and out --------------------------------------------------------------------------------------------------------
 
 
@@ -534,9 +684,11 @@ def _platform(directory: Path) -> Platform:
     """The platform of a workspace, with the environment made ready for everything that is imported after."""
     from fastq.environment import prepare
     from fastq.platform import load_platform
-    from fastq.workspace import Workspace
+    from fastq.workspace import Workspace, finish_restore, upgrade
 
+    finish_restore(directory)
     platform = load_platform(directory)
+    upgrade(Workspace(platform.root))
     prepare(Workspace(platform.root))
     return platform
 
@@ -662,6 +814,8 @@ def _training(document: Document) -> Iterable[RenderableType]:
         yield f"[red]{name} was not promoted.[/]" if document["version"] else f"[red]{document['model']}: no model was made.[/]"
     for reason in document["reasons"]:
         yield f"  {_plain(reason)}"
+    if start := document.get("start"):
+        yield f"  Trained {_plain(start)}."
     if not document["promoted"] and document["version"]:
         yield f"Look at it with fastq evaluate {document['version']}; fastq promote {document['version']} --force --reason TEXT overrules the gate."
 
@@ -854,6 +1008,58 @@ def _models(document: Document) -> Iterable[RenderableType]:
     yield table if document["models"] else "There are no models yet: fastq retrain"
 
 
+def _deployed(document: Document) -> Iterable[RenderableType]:
+    table = _table(f"Deployments on {_plain(document['server'])}", "deployment", "when", "id")
+    for row in document["deployments"]:
+        table.add_row(row["name"], row["when"], row["id"])
+    yield table
+    yield f"A worker runs them: PREFECT_API_URL={_plain(document['server'])} prefect worker start --pool {_plain(document['pool'])}"
+
+
+def _monitored(document: Document) -> Iterable[RenderableType]:
+    yield f"{document['checked']} tests on what arrived from {document['from'] or 'nowhere'} to {document['at']}, against version {document['version']}'s logs."
+    for finding in document["findings"]:
+        yield f"[red]{_plain(finding['says'])}[/]" + (f" Picture: {_plain(finding['picture'])}" if finding.get("picture") else "")
+    for note in document["notes"]:
+        yield _plain(note)
+    if document.get("rolled_back_to"):
+        yield f"[red]Rolled back to version {document['rolled_back_to']}.[/]"
+    if not document["findings"]:
+        yield "[green]Nothing was found.[/]"
+
+
+def _lifted(document: Document) -> Iterable[RenderableType]:
+    if not document["rows"]:
+        for reason in document["reasons"]:
+            yield f"[red]{_plain(reason)}[/]"
+        return
+    title = f"{document['policy']} less {document['against']}, per decision, {document['level']:.0%} at all times"
+    table = _table(_plain(title), "objective", "value", "low", "high", "players", numbers=["value", "low", "high", "players"])
+    for row in document["rows"]:
+        table.add_row(row["objective"] or "weighted sum", *(_number(row[name]) for name in ("value", "low", "high")), f"{row['players']:,}")
+    yield table
+    yield f"{document['held']:,} held-out players stay with {_plain(document['against'])}; counted from {document['since']} on."
+
+
+def _examined(document: Document) -> Iterable[RenderableType]:
+    table = _table("", "", "what", "found")
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]look[/]", "wrong": "[red]wrong[/]"}
+    for check in document["checks"]:
+        mend = f"\n[dim]→ {_plain(check['mend'])}[/]" if check["mend"] else ""
+        table.add_row(marks[check["status"]], check["name"], _plain(check["says"]) + mend)
+    yield table
+
+
+def _backed_up(document: Document) -> Iterable[RenderableType]:
+    sealed = "encrypted" if document["encrypted"] else "not encrypted: whoever has the file has your players' data"
+    yield f"{document['files']:,} files, {document['bytes'] / 2**20:,.1f} MiB, in {_plain(document['file'])} ({document['size'] / 2**20:,.1f} MiB, {sealed})."
+
+
+def _restored(document: Document) -> Iterable[RenderableType]:
+    kept = f"; {document['kept']:,} files of your own that were there stayed as they are" if document["kept"] else ""
+    yield f"The workspace of {document['made_at']}, {document['files']:,} files, is in {_plain(document['root'])}{kept}. Look it over: fastq doctor"
+
+
 def _promoted(document: Document) -> Iterable[RenderableType]:
     yield f"[green]{document['model']} version {document['version']} is the champion.[/]"
 
@@ -864,6 +1070,12 @@ def _pause(document: Document) -> Iterable[RenderableType]:
         yield f"[yellow]Paused[/] since {document['since']}: {_plain(instead)}. `fastq resume` ends it."
     else:
         yield "[green]fastq decides again.[/]" if document["changed"] else "fastq was not paused."
+
+
+def _say(text: str) -> None:
+    """One line of what a command that stays does."""
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _plain(text: str) -> str:

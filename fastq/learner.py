@@ -29,7 +29,7 @@ from fastq.features import fit_encoding
 from fastq.networks import Actor, Represented, Values
 from fastq.platform import Platform
 from fastq.policy import Policy, Reference, Situation
-from fastq.representation import EachEpoch, Progress, Units, fit, outcome_targets, represent, train_representation
+from fastq.representation import WARM_PATIENCE, EachEpoch, Progress, Units, fit, outcome_targets, represent, train_representation
 from fastq.windows import Windows, held_out_players
 
 FOLDS = 4  # of players, for nuisances and for what unseen players confirm
@@ -302,10 +302,12 @@ def train(
     *,
     resume: bool = False,
     on_progress: Progress | None = None,
+    start: Policy | None = None,
 ) -> Policy:
     """Learn a policy from the players who are not held out for evaluation.
 
-    `directory` keeps the record after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
+    `start` is a policy of the same definition that saw fewer decisions: its encoding and units stay, its networks learn on. `directory` keeps the record
+    after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
     Raises `TrainingError` where the logs hold nothing to learn from or a loss diverges.
     """
     training = platform.training
@@ -323,9 +325,14 @@ def train(
         raise TrainingError("there is nothing to learn from: no objective of any decision is known yet; outcomes have to arrive first")
     records = [directory / f"{stage}.safetensors" if directory else None for stage in ("representation", "learner")]
 
-    units = Units.of(windows.action[learning], windows.catalogue is not None)
-    encoding = fit_encoding(platform, windows.matrix[np.unique(windows.rows_of(np.flatnonzero(learning)))], windows.attributes.filter(learning))
-    network, states, history = train_representation(windows, encoding, units, rows, checked, record=records[0], resume=resume, on_progress=on_progress)
+    if start is None:
+        units = Units.of(windows.action[learning], windows.catalogue is not None)
+        encoding = fit_encoding(platform, windows.matrix[np.unique(windows.rows_of(np.flatnonzero(learning)))], windows.attributes.filter(learning))
+    else:
+        units, encoding = start.units, start.encoding
+    network, states, history = train_representation(
+        windows, encoding, units, rows, checked, record=records[0], resume=resume, on_progress=on_progress, start=start.network if start else None
+    )
     seen = represent(network, states)
 
     learned = np.flatnonzero(learning)
@@ -352,6 +359,8 @@ def train(
         scale=scale,
         reference=reference_rows(windows, seen, learned, training.seed),
     )
+    if start is not None:
+        policy.actor.load_state_dict(start.actor.state_dict())
     at = situation_of(policy, seen)
     sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
@@ -368,7 +377,13 @@ def train(
         epochs=min(training.epochs, LEVEL_EPOCHS),
         learning_rate=training.learning_rate,
     )
-    fit(module, torch.from_numpy(rows), training.batch_size, EachEpoch("value and actor", records[1], PATIENCE, on_progress), resume=resume)
+    fit(
+        module,
+        torch.from_numpy(rows),
+        training.batch_size,
+        EachEpoch("value and actor", records[1], PATIENCE if start is None else WARM_PATIENCE, on_progress),
+        resume=resume,
+    )
     module.load_state_dict(module.best_weights)
     for part in (policy.values, policy.actor):
         part.eval().requires_grad_(False)

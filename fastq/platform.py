@@ -231,6 +231,14 @@ class Services(_Branch):
     ray: str = "local"
 
 
+class Operations(_Branch):
+    """How the platform runs by itself."""
+
+    webhook: str | None = None  # where refusals, failures and findings are posted as JSON; the environment's FASTQ_WEBHOOK wins
+    step_limit: Duration = timedelta(hours=6)  # that one step of a retraining may take
+    keep_states: Duration = timedelta(days=90)  # for which served decisions keep the state they saw, for explanations as of then
+
+
 class Platform(_Branch):
     """One platform, as its `fastq.yaml` describes it."""
 
@@ -246,6 +254,7 @@ class Platform(_Branch):
     serving: Serving = Serving()
     services: Services = Services()
     validation: Validation = Validation()
+    operations: Operations = Operations()
     root: Path = Field(Path(), exclude=True)  # the workspace: where the file stands
 
     @model_validator(mode="after")

@@ -247,6 +247,20 @@ def champion(platform: Platform) -> str | None:
         return _aliases(platform, client).get(CHAMPION)
 
 
+def promoted_at(platform: Platform, version: str) -> datetime | None:
+    """When a version last became the champion, by promotion or by rollback; None where the audit log does not say."""
+    try:
+        lines = Workspace(platform.root).audit.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, KeyError):
+            said = json.loads(line)
+            if said["action"] in ("promote", "rollback") and str(said["version"]) == version:
+                return datetime.fromisoformat(said["at"])
+    return None
+
+
 def resolve(platform: Platform, reference: str) -> str:
     """The version that an alias or a version number names; raises `UnknownPlayerError` that lists what there is."""
     return str(_version(platform, _client(platform), reference).version)

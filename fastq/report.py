@@ -197,3 +197,23 @@ def _add_up(axes: Axes, names: list[str], values: list[float], estimate: Mapping
 def _literal(text: str) -> str:
     """Text of somebody else's, which must not be read as a formula."""
     return text.replace("$", r"\$")
+
+
+# ---- one finding of the monitor as a picture ---------------------------------------------------------------------------------
+def drift_figure(says: str, days: list[float], doubt: float, now: float, window: int) -> Figure:
+    """The reference's days, oldest first, with the band in which nine days of ten lie (`doubt`: a day's standard error), and the mean of the last `window`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    middle = sum(days) / len(days)
+    half = 1.645 * max(doubt, (sum((d - middle) ** 2 for d in days) / max(len(days) - 1, 1)) ** 0.5)
+    axes.axhspan(middle - half, middle + half, color="#e5e8eb", lw=0)
+    axes.axhline(middle, color=SOFT, lw=0.8)
+    axes.plot(range(-len(days), 0), days, color=INK, marker="o", ms=3, lw=1)
+    axes.plot([0.5, 0.5 + window], [now, now], color=LOSS, lw=3, solid_capstyle="butt")
+    axes.set_title(_literal("\n".join(wrap(says, 95))), loc="left", fontsize=10, color=INK)
+    axes.set_xlabel("days before (grey: nine of ten days of the last retraining's logs) and now (red)", fontsize=8, color=SOFT)
+    axes.tick_params(colors=INK, length=0, labelsize=8)
+    axes.spines[:].set_visible(False)
+    return figure

@@ -30,6 +30,7 @@ from fastq.windows import Windows
 from fastq.workspace import replacing
 
 HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
+WARM_PATIENCE = 2  # epochs without improvement after which a training that began from a policy has nothing more to learn
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
 
 
@@ -267,8 +268,12 @@ def train_representation(
     record: Path | None = None,
     resume: bool = False,
     on_progress: Progress | None = None,
+    start: Representation | None = None,
 ) -> tuple[Representation, StateTensors, list[dict[str, float]]]:
-    """Stage 1 on these decisions; early stopping on the validation players. Returns the frozen network, the tensors and the history."""
+    """Stage 1 on these decisions; early stopping on the validation players. Returns the frozen network, the tensors and the history.
+
+    `start` is a network of the same encoding and units that saw fewer decisions: training goes on from it, and is sooner said to have stopped improving.
+    """
     training = windows.platform.training
     device = torch.device("cpu")
     polynomial = windows.catalogue is None
@@ -301,6 +306,8 @@ def train_representation(
     logged = targets["features"][torch.from_numpy(training_rows).to(device)]
     network.experts.mean.copy_(logged.mean(0))
     network.experts.scale.copy_(logged.std(0).clamp(min=1e-3))
+    if start is not None:
+        network.load_state_dict(start.state_dict())
     module = RepresentationModule(
         network,
         states,
@@ -311,7 +318,13 @@ def train_representation(
         learning_rate=training.learning_rate,
         balance=training.balance,
     )
-    fit(module, torch.from_numpy(training_rows).to(device), training.batch_size, EachEpoch("representation", record, 5, on_progress), resume=resume)
+    fit(
+        module,
+        torch.from_numpy(training_rows).to(device),
+        training.batch_size,
+        EachEpoch("representation", record, 5 if start is None else WARM_PATIENCE, on_progress),
+        resume=resume,
+    )
     network = network.to(device)
     network.load_state_dict(module.best_weights)
     return network.eval().requires_grad_(False), states, module.history

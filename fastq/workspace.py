@@ -1,4 +1,4 @@
-"""Where things lie under `.fastq/`, how they are locked and how they are written whole or not at all.
+"""Where things lie under `.fastq/`, how they are locked and how they are written whole or not at all; their format and its upgrades.
 
 One directory holds all of a platform's state, so deleting it deletes everything. Nothing here reads or interprets content.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fastq.errors import WorkspaceError
+
+FORMAT = 1  # of what lies under `.fastq/`; a workspace without the number is of format 0
+STAGING = ".fastq-restore"  # beside `.fastq/`: a restore under way
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,16 @@ class Workspace:
         return self.state / "keys.db"
 
     @property
+    def monitor(self) -> Path:
+        """What the champion promised, what its logs looked like, and what has been found since."""
+        return self.state / "monitor"
+
+    @property
+    def format_file(self) -> Path:
+        """JSON: `format`, the number of the layout of `.fastq/`."""
+        return self.state / "format.json"
+
+    @property
     def audit(self) -> Path:
         """Append-only JSON lines: promotions, rollbacks, pauses, who, when, why."""
         return self.state / "audit.jsonl"
@@ -96,7 +110,11 @@ class Workspace:
         """Create directories (default: the state directory) for this user only."""
         for directory in directories or (self.state,):
             try:
+                fresh = not self.state.exists() and self.state in (directory, *directory.parents)
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if fresh and not self.format_file.exists():
+                    with replacing(self.format_file) as partial:
+                        partial.write_text(json.dumps({"format": FORMAT}), encoding="utf-8")
             except OSError as error:
                 raise WorkspaceError(f"{directory}: cannot be created ({error.strerror}); check the directory's owner and the disk's free space") from None
 
@@ -141,3 +159,103 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the renames in a directory survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- the format and its upgrades ---------------------------------------------------------------------------------------
+def _numbered(_workspace: Workspace) -> None:
+    """Format 1 is format 0 with its number written down: nothing else changes."""
+
+
+UPGRADES: dict[int, Callable[[Workspace], None]] = {0: _numbered}  # from each format to the next; changes nothing that `KEPT` does not hold
+KEPT = "before-format-{}"  # under `.fastq/`: what an upgrade changed, as it was; `undo_upgrade` puts it back
+
+
+def format_of(workspace: Workspace) -> int:
+    """The format of a workspace; that of this version where there is no state yet. Raises `WorkspaceError` where it can't be read."""
+    if not workspace.state.exists():
+        return FORMAT
+    try:
+        return int(json.loads(workspace.format_file.read_text(encoding="utf-8"))["format"])
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WorkspaceError(f'{workspace.format_file}: cannot be read ({error}); restore it from a backup, or write {{"format": {FORMAT}}}') from None
+
+
+def upgrade(workspace: Workspace) -> int:
+    """Bring a workspace to this version's format, step by step, each kept undoable; returns the format that it had.
+
+    Raises `WorkspaceError` where it is of a newer version. A step that is cut off is done again: it starts from what was kept.
+    """
+    before = format_of(workspace)
+    if before > FORMAT:
+        raise WorkspaceError(
+            f"{workspace.state}: was written by a newer fastq (format {before}, this one knows {FORMAT}); install that version, or restore a backup"
+        )
+    if before == FORMAT or not workspace.state.exists():
+        return before
+    with workspace.lock("upgrade", wait_seconds=60):
+        for step in range(format_of(workspace), FORMAT):
+            UPGRADES[step](workspace)
+            with replacing(workspace.format_file) as partial:
+                partial.write_text(json.dumps({"format": step + 1}), encoding="utf-8")
+    return before
+
+
+def keep(workspace: Workspace, path: Path, step: int) -> None:
+    """Called by an upgrade's step before it changes `path`: a copy that `undo_upgrade` puts back. What is kept already stays."""
+    kept = workspace.state / KEPT.format(step) / path.relative_to(workspace.state)
+    if not kept.exists():
+        with replacing(kept) as partial:
+            shutil.copyfile(path, partial)
+
+
+def undo_upgrade(workspace: Workspace) -> int:
+    """Put back what the last upgrade changed, for the version before; returns the format that stands then."""
+    last = format_of(workspace) - 1
+    if last < 0:
+        raise WorkspaceError(f"{workspace.state}: there is no upgrade to undo; it is of the oldest format")
+    kept = workspace.state / KEPT.format(last)
+    for path in sorted(kept.rglob("*")) if kept.exists() else ():
+        if path.is_file():
+            with replacing(workspace.state / path.relative_to(kept)) as partial:
+                shutil.copyfile(path, partial)
+    with replacing(workspace.format_file) as partial:
+        partial.write_text(json.dumps({"format": last}), encoding="utf-8")
+    return last
+
+
+def finish_restore(root: Path) -> bool:
+    """Do the renames of a restore that was stopped after its point of no return; whether there was one. Cheap where there was none."""
+    staging = root / STAGING
+    journal = staging / "swap.json"
+    if not journal.exists():
+        return False
+    lock = FileLock(staging / "swap.lock")
+    with lock:
+        try:
+            names = json.loads(journal.read_text(encoding="utf-8"))
+        except FileNotFoundError:  # another process was faster
+            return False
+        for name in names:
+            new, old = staging / "new" / name, staging / "old" / name
+            if not new.exists():
+                continue  # done before the stop
+            (root / name).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if (root / name).exists():
+                old.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                os.replace(root / name, old)
+            os.replace(new, root / name)
+        fsync_directory(root)
+        journal.unlink()
+    shutil.rmtree(staging, ignore_errors=True)
+    return True

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow, task
 
 from fastq import registry
+from fastq.errors import BundleError
 from fastq.platform import Platform
-from fastq.windows import Windows
+from fastq.windows import Windows, held_out_players
 from fastq.workspace import Workspace, replacing
 from pipelines.materialize import build_features, windows_of
 from pipelines.turn import ONCE_A_TURN, Progress, begin, forget, platform_of, progress, running
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
     from fastq.policy import Policy
 
+AFRESH = "afresh"
 TRAINED = "trained"  # in the turn's directory: the policy as it was learned, before its evaluation is known
 
 
@@ -34,18 +36,19 @@ def train_policy(workspace: str, turn: str) -> dict[str, Any]:
     directory = Workspace(platform.root).runs / turn
     data = windows_of(workspace, turn)
     noted, tell = directory / "run.json", progress.get()
-    earlier = json.loads(noted.read_text(encoding="utf-8"))["run_id"] if noted.exists() else None
-    tags = {"turn": turn, "fingerprint": platform.fingerprint()}
-    with registry.start_run(platform, f"retrain {turn[:8]}", _parameters(platform, data), tags, resume=earlier) as run:
+    earlier = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
+    begun, why = start_of(platform, data, earlier.get("from"))
+    tags = {"turn": turn, "fingerprint": platform.fingerprint(), "start": why}
+    with registry.start_run(platform, f"retrain {turn[:8]}", _parameters(platform, data), tags, resume=earlier.get("run_id")) as run:
         with replacing(noted) as partial:
-            partial.write_text(json.dumps({"run_id": run.id}), encoding="utf-8")
+            partial.write_text(json.dumps({"run_id": run.id, "from": begun.version if begun else AFRESH}), encoding="utf-8")
 
         def on_progress(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
             tell(stage, done, total, metrics)
             run.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=done)
 
         try:
-            policy = learner.train(platform, data, directory, resume=True, on_progress=on_progress)
+            policy = learner.train(platform, data, directory, resume=True, on_progress=on_progress, start=begun)
         except SystemExit as stopped:  # Lightning's answer to Ctrl-C and SIGTERM; its code would say "refused" or even "done"
             raise KeyboardInterrupt from stopped
         stages: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(dict)
@@ -57,7 +60,47 @@ def train_policy(workspace: str, turn: str) -> dict[str, Any]:
     made = directory / TRAINED
     shutil.rmtree(made, ignore_errors=True)  # left by a process that was killed while it saved
     policy.save(made)
-    return {"run_id": run.id, "decisions": len(data), "players": len(data.player_ids)}
+    return {"run_id": run.id, "decisions": len(data), "players": len(data.player_ids), "start": why}
+
+
+def start_of(platform: Platform, data: Windows, said: str | None = None) -> tuple[Policy | None, str]:
+    """The champion, from which training goes on where the logs alone have grown; None where it starts afresh; and a sentence that says which, and why.
+
+    `said` is what a stopped training had begun from, which it goes on from: a version, or `AFRESH`.
+    """
+    from fastq.features import fit_encoding
+
+    version = registry.champion(platform) if said is None else said
+    if version is None or version == AFRESH:
+        return None, "afresh: there is no champion to go on from" if version is None else "afresh, as before it was stopped"
+    try:
+        policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
+    except BundleError as error:
+        return None, f"afresh: {error}"
+    ours, its = platform.training.model_dump(), policy.platform.training.model_dump()
+    changed = [name for name in ours if name not in ("epochs", "seed", "alpha") and ours[name] != its[name]]
+    before = int(policy.details.get("decisions", 0))
+    learning = ~held_out_players(data.player_ids, platform.training.holdout, platform.training.seed)[data.player]
+    known = fit_encoding(platform, data.matrix[:1], data.attributes.filter(learning)).vocabularies
+    new = [name for name, values in known.items() if not set(values) <= set(policy.encoding.vocabularies.get(name, []))]
+    reason = (
+        f"fastq.yaml describes states, actions or objectives otherwise than when champion {version} was made"
+        if policy.platform.fingerprint() != platform.fingerprint()
+        else f"training.{', training.'.join(changed)} changed since champion {version}"
+        if changed
+        else f"the policies that acted are {', '.join(data.policies)}, and champion {version} knew {', '.join(policy.policies)}"
+        if list(policy.policies) != list(data.policies)
+        else f"{', '.join(new)} took values that champion {version} does not know"
+        if new
+        else "items of a catalogue are encoded anew"
+        if policy.catalogue is not None
+        else f"the logs have not grown: champion {version} learned from {before:,} decisions"
+        if len(data) <= before
+        else None
+    )
+    if reason is not None:
+        return None, f"afresh: {reason}"
+    return policy, f"from champion {version}: the definition is the same, and the logs grew from {before:,} to {len(data):,} decisions"
 
 
 def trained_policy(directory: Path) -> Policy:

@@ -7,14 +7,14 @@ result when a stopped turn is resumed, and is done afresh in the next turn. What
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import json
 import logging
 import os
 import shutil
-import signal
+import socket
 import sqlite3
-import threading
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -49,16 +49,29 @@ progress: ContextVar[Progress] = ContextVar("progress", default=_silent)
 
 
 def heals(task: Any, run: Any, state: Any) -> bool:
-    """Whether what failed may succeed when it is tried again: a connection or a busy database, never a refusal or a mistake."""
+    """Whether what failed may succeed when it is tried again. A step that took longer than its limit would again."""
+    if state.name == "TimedOut":
+        return False
     try:
         state.result()
     except BaseException as error:  # noqa: BLE001 - whatever it was, it is only looked at
-        seen: BaseException | None = error
-        while seen is not None:
-            if isinstance(seen, _HEAL) or type(seen).__name__ in _HEAL_NAMES:
-                return True
-            seen = seen.__cause__ or seen.__context__
+        return may_heal(error)
     return False
+
+
+def may_heal(error: BaseException) -> bool:
+    """Whether an error, or what caused it, is a connection or a busy database; a refusal or a mistake of ours does not heal."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, _HEAL) or type(seen).__name__ in _HEAL_NAMES:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def limited(step: Any, platform: Platform) -> Any:
+    """A task that may take `operations.step_limit` at most; its results are found again whatever the limit was."""
+    return step.with_options(timeout_seconds=platform.operations.step_limit.total_seconds())
 
 
 RETRIES: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [2, 10], "retry_condition_fn": heals}
@@ -123,8 +136,11 @@ def running(platform: Platform, on_progress: Progress | None = None) -> Iterator
 
     # Prefect may have been imported before the workspace was known: its settings are read once more from the environment
     settings = SettingsContext(profile=get_settings_context().profile, settings=Settings())
-    with settings, _quiet(), contextlib.ExitStack() as shown:
+    from prefect import tags
+
+    with settings, _quiet(), tags(process_tag()), contextlib.ExitStack() as shown:
         start_server()
+        close_orphans()
         token = progress.set(on_progress or shown.enter_context(drawn()))
         try:
             yield
@@ -132,12 +148,31 @@ def running(platform: Platform, on_progress: Progress | None = None) -> Iterator
             progress.reset(token)
 
 
-def start_server() -> None:
-    """Start Prefect's temporary server, unless another one is set, out of reach of the terminal's Ctrl-C.
+# Deaf to the signals that a terminal or systemd sends to the whole group: it ends when its parent closes its standard input, or dies in whatever way.
+_SERVER = """
+import os, signal, sys, threading
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+import uvicorn
+server = uvicorn.Server(uvicorn.Config("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=int(sys.argv[1]), log_level="error"))
+def last_as_long_as_the_parent():
+    while os.read(0, 1):
+        pass
+    server.should_exit = True
+    threading.Event().wait(10)
+    os._exit(0)  # still at it
+threading.Thread(target=last_as_long_as_the_parent, daemon=True).start()
+server.run()
+sys.exit(0 if server.started else 3)  # 3 tells Prefect to try another port
+"""
 
-    Left to itself Prefect starts it in the foreground's group: Ctrl-C ends it before us, and our goodbyes to it are tried again for a minute.
-    Raises `WorkspaceError` if it does not start.
+
+def start_server() -> None:
+    """Start Prefect's temporary server, unless another one is set, so that it ends with this process, after it and whatever ends it.
+
+    Left to itself Prefect starts it within reach of the signals that end us: it goes first, and our goodbyes to it are tried again for a minute;
+    and after a kill -9 it stays. Raises `WorkspaceError` if it does not start.
     """
+    import prefect
     from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import get_current_settings
 
@@ -146,24 +181,66 @@ def start_server() -> None:
         return
     # It might choose 8000, where `fastq serve` listens unless told otherwise.
     SubprocessASGIServer._port_range = range(8001, 9000)  # noqa: SLF001 - there is no setting for it
-    server, failures = SubprocessASGIServer(), []  # one per process: Prefect finds it running
+    server = SubprocessASGIServer()  # one per process: Prefect finds it running
+    if server.running:
+        return
 
-    def start() -> None:
-        try:
-            server.start()
-        except Exception as error:  # noqa: BLE001 - told by the thread that asked
-            failures.append(error)
+    def run() -> subprocess.Popen[Any]:
+        env = {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
+        env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}  # as Prefect starts it
+        return subprocess.Popen([sys.executable, "-c", _SERVER, str(server.port)], env=env, stdin=subprocess.PIPE, cwd=prefect.__module_path__.parent)
 
-    # A thread hands the signals that it has blocked down to the processes it starts; ours stays free to be interrupted meanwhile.
-    starting = threading.Thread(target=contextvars.copy_context().run, args=(start,))
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    ending = server.stop
+
+    def stop() -> None:
+        if server.server_process is not None and server.server_process.stdin is not None:
+            server.server_process.stdin.close()
+        ending()
+
+    server._run_uvicorn_command, server.stop = run, stop  # type: ignore[method-assign]  # noqa: SLF001 - as above
     try:
-        starting.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    starting.join()
-    for error in failures:
+        server.start()
+    except Exception as error:
         raise WorkspaceError(f"{settings.home}: Prefect's temporary server did not start ({error}); PREFECT_API_URL names another one") from error
+
+
+# ---- runs whose process died ---------------------------------------------------------------------------------------------
+def process_tag() -> str:
+    """What tells this process from every other one, of this machine and of others: host, pid and when it began."""
+    import psutil
+
+    return f"process:{socket.gethostname()}:{os.getpid()}:{int(psutil.Process().create_time())}"
+
+
+def died(tag: str) -> bool:
+    """Whether a tag names a process of this machine that is no more."""
+    import psutil
+
+    match tag.split(":"):
+        case ["process", host, pid, began] if host == socket.gethostname():
+            try:
+                return int(psutil.Process(int(pid)).create_time()) != int(began)
+            except psutil.NoSuchProcess:
+                return True
+    return False
+
+
+def close_orphans() -> int:
+    """End in Prefect's books, as crashed, the runs whose process died: nobody else would. Returns how many there were."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+    from prefect.client.schemas.sorting import FlowRunSort
+    from prefect.states import Crashed
+
+    open_states = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]))
+    closed = 0
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=open_states), sort=FlowRunSort.START_TIME_ASC, limit=200):
+            if any(died(tag) for tag in run.tags):
+                client.set_flow_run_state(run.id, Crashed(message="its process died; the next retraining goes on where it was"), force=True)
+                closed += 1
+    return closed
 
 
 @contextlib.contextmanager

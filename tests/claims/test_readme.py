@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel
 from scipy.stats import truncnorm
 
-from fastq.platform import Platform
+from fastq.platform import Platform, parse_duration
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -106,6 +106,8 @@ def test_an_optional_key_has_the_default_of_the_table(path, default):
         assert found is None
     elif default == "embedded":
         assert found in {"sqlite", "local"}
+    elif isinstance(found, timedelta):
+        assert found == parse_duration(default)
     else:
         assert str(found) == default or float(found) == float(default)
 
@@ -160,3 +162,23 @@ def test_your_own_logs_as_written(where, as_a_user):
     actions, values = json.loads(run.stdout)
     assert np.shape(actions) == (2, 1)
     assert np.isfinite(values).all()
+
+
+@pytest.mark.slow
+def test_it_runs_by_itself_as_written(where, as_a_user):
+    """The console block, in the workspace that the one before made; its last command is ended as systemd would."""
+    (console,) = blocks(section("It runs by itself"), "console")
+    *commands, last = console.strip().splitlines()
+    directory = where
+    for command in commands:
+        if command.startswith("cd "):
+            directory /= command.removeprefix("cd ")
+            continue
+        run = as_a_user("-c", command, cwd=directory, command=("bash",)).wait()
+        assert run.code == 0, f"{command}: {run.stdout[-1500:]}{run.stderr[-1500:]}"
+    assert (where / "shop.backup").stat().st_size > 100_000
+    schedule = as_a_user("-c", f"exec {last}", cwd=directory, command=("bash",))
+    schedule.shows("next retraining at")
+    schedule.process.send_signal(signal.SIGTERM)
+    assert schedule.wait(60).code == 128 + signal.SIGTERM
+    schedule.gone()

@@ -1,0 +1,2 @@
+CREATE DATABASE mlflow OWNER fastq;
+CREATE DATABASE feast OWNER fastq;
