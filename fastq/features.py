@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import polars as pl
 
 from fastq.errors import RequestError
 from fastq.platform import OWN_POLICY, CatalogueAction, Measure, Platform
-from fastq.records import Records
+from fastq.records import Records, parts_of
 
 EMBEDDING_RANK = 16  # directions kept of a catalogue's one-hot and numeric item features
 CLIP = 8.0  # standard deviations; beyond them a heavy-tailed measure would drown the rest of the state
@@ -145,43 +146,115 @@ def _seen(platform: Platform) -> pl.Expr:
 # ---- offline: the table of rows ----------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class PlayerRows:
-    """The offline feature table.
+    """The offline feature table: where the rows of each player lie, and what is to stand in them.
 
-    matrix [rows, F] float32, raw units; row 0 is empty and stands for every period before a player's first.
-    decided [rows] int64, microseconds since 1970 of the decision whose action and objectives the row holds, 0 for none.
-    counts [rows, measures] float32, events behind each cell.
-    frame: player_id, period, event_timestamp (when the row is complete), created_timestamp, row, policy, attributes.
+    spans: player_id, part (of the activity), first and last (periods), row (of the first period; the others follow it); sorted by player_id.
+    acted: the last decision of each player and period, with its `row`. events: the activity in its parts. ready: what `cells_of` gives of each
+    part, where another machine has worked it out.
+    Row 0 is empty and stands for every period before a player's first. The table itself is laid when it is asked for.
     """
 
-    matrix: np.ndarray
-    decided: np.ndarray
-    counts: np.ndarray
-    frame: pl.DataFrame
+    platform: Platform
     catalogue: Catalogue | None
+    players: pl.DataFrame | None
+    spans: pl.DataFrame
+    acted: pl.DataFrame
+    events: tuple[pl.LazyFrame, ...]
+    ready: tuple[pl.LazyFrame, ...] | None = None
+
+    def __len__(self) -> int:
+        """Rows of the table, the empty one among them."""
+        return 1 + int(self.spans.select((pl.col("last") - pl.col("first") + 1).sum()).item())
+
+    def lay(self, matrix: np.ndarray, decided: np.ndarray, counts: np.ndarray | None = None) -> None:
+        """Write the table into `matrix` [rows, F] float32, raw units, NaN where nothing is known; and beside it:
+
+        decided [rows] int64, microseconds since 1970 of the decision whose action and objectives the row holds, 0 for none;
+        counts [rows, measures] float32, events behind each cell, which only the online store needs.
+        """
+        measures, n_objectives = list(self.platform.state.measures), len(self.platform.objectives)
+        matrix.fill(np.nan)
+        decided.fill(0)
+        if counts is not None:
+            counts.fill(0)
+        if measures:
+            for part, events in enumerate(self.events):
+                cells = cells_of(self.platform, events) if self.ready is None else self.ready[part].collect()
+                places = self.spans.lazy().filter(pl.col("part") == part).select("player_id", "first", "row").collect()
+                cells = cells.join(places, on="player_id").with_columns(row=pl.col("row") + pl.col("period") - pl.col("first"))
+                at = cells["row"].to_numpy()
+                matrix[at, : len(measures)] = cells.select(pl.col(measures).cast(pl.Float32)).to_numpy(order="c")
+                if counts is not None:
+                    counts[at] = cells.select(pl.col([f"{name}#" for name in measures]).cast(pl.Float32)).to_numpy(order="c")
+        at = self.acted["row"].to_numpy()
+        matrix[at, len(measures) : matrix.shape[1] - n_objectives] = action_matrix(self.platform, self.acted, self.catalogue)
+        matrix[at, matrix.shape[1] - n_objectives :] = self.acted.select(pl.col(list(self.platform.objectives)).cast(pl.Float64)).to_numpy()
+        decided[at] = self.acted["decided"].to_numpy()
+
+    @cached_property
+    def _laid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        n, n_measures = len(self), len(self.platform.state.measures)
+        laid = np.empty((n, row_width(self.platform, self.catalogue)), np.float32), np.empty(n, np.int64), np.empty((n, n_measures), np.float32)
+        self.lay(*laid)
+        return laid
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """[rows, F] as `lay` writes it, in memory."""
+        return self._laid[0]
+
+    @property
+    def decided(self) -> np.ndarray:
+        """[rows] as `lay` writes it, in memory."""
+        return self._laid[1]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """[rows, measures] as `lay` writes it, in memory."""
+        return self._laid[2]
+
+    @cached_property
+    def frame(self) -> pl.DataFrame:
+        """The rows but the empty one: player_id, period, event_timestamp (when it is complete), created_timestamp, row, policy, attributes."""
+        complete = pl.from_epoch((pl.col("period") + 1) * microseconds(self.platform), time_unit="us").dt.replace_time_zone("UTC")
+        grid = (
+            self.spans.select("player_id", pl.int_ranges("first", pl.col("last") + 1).alias("period"))
+            .explode("period", empty_as_null=False)
+            .with_columns(row=pl.int_range(1, pl.len() + 1, dtype=pl.Int64), event_timestamp=complete, created_timestamp=complete)
+            .join(self.acted.select("row", "policy"), on="row", how="left", maintain_order="left")
+        )
+        return grid.hstack(attributes_at(self.platform, self.players, grid["player_id"], grid["event_timestamp"]))
 
 
-def _aggregates(measures: dict[str, Measure]) -> list[pl.Expr]:
-    """One expression per measure and one for the number of events behind it; a period without a value is null."""
+def _aggregates(measures: dict[str, Measure], *, counts: bool) -> list[pl.Expr]:
+    """One expression per measure and, if asked for, one for the number of events behind it; a period without a value is null."""
     expressions = []
     for name, measure in measures.items():
         column = pl.col(name)
         values = {
-            "sum": column.sum(),
+            "sum": pl.when(column.count() > 0).then(column.sum()),
             "mean": column.mean(),
             "min": column.min(),
             "max": column.max(),
             "last": column.drop_nulls().last(),
-            "count": column.count().cast(pl.Float64),
+            "count": pl.when(column.count() > 0).then(column.count().cast(pl.Float64)),
         }
-        expressions += [pl.when(column.count() > 0).then(values[measure.aggregate]).alias(name), column.count().alias(f"{name}#")]
+        expressions += [values[measure.aggregate].alias(name), *([column.count().alias(f"{name}#")] if counts else [])]
     return expressions
 
 
-def aggregate_events(platform: Platform, events: pl.LazyFrame, keys: Sequence[str] = ("player_id", "period")) -> pl.LazyFrame:
-    """Events to one row per key: every measure, and `measure#`, the number of events behind it."""
-    return (
-        events.with_columns(_moment(platform, "occurred_at")).sort("occurred_at", maintain_order=True).group_by(keys).agg(_aggregates(platform.state.measures))
-    )
+def aggregate_events(platform: Platform, events: pl.LazyFrame, keys: Sequence[str] = ("player_id", "period"), *, counts: bool = True) -> pl.LazyFrame:
+    """Events to one row per key: every measure and, with `counts`, `measure#`, the number of events behind it."""
+    measures = platform.state.measures
+    events = events.with_columns(_moment(platform, "occurred_at"))
+    if any(measure.aggregate == "last" for measure in measures.values()):
+        events = events.sort("occurred_at", maintain_order=True)
+    return events.group_by(keys).agg(_aggregates(measures, counts=counts))
+
+
+def cells_of(platform: Platform, events: pl.LazyFrame) -> pl.DataFrame:
+    """What the events of a part say of each period in which something happened, with the numbers of events; the same wherever it is worked out."""
+    return aggregate_events(platform, events.collect().lazy()).collect(engine="in-memory")  # the streaming engine adds in an order of chance
 
 
 def action_matrix(platform: Platform, frame: pl.DataFrame, catalogue: Catalogue | None) -> np.ndarray:
@@ -195,41 +268,19 @@ def action_matrix(platform: Platform, frame: pl.DataFrame, catalogue: Catalogue 
 def build_rows(platform: Platform, records: Records) -> PlayerRows:
     """Lay every player's history on the grid of periods, from the first thing seen of them to the last."""
     catalogue = build_catalogue(platform, records.items) if records.items is not None and isinstance(platform.action, CatalogueAction) else None
-    measures = list(platform.state.measures)
     decisions = records.decisions.with_columns(_moment(platform, "decided_at"), decided=pl.col("decided_at").dt.epoch("us"))
-    last = decisions.group_by("player_id", "period", maintain_order=True).last()
-    seen = last.select("player_id", "period")
-    cells = None
-    if measures and records.activity is not None:
-        cells = aggregate_events(platform, records.activity.lazy()).collect(engine="streaming")
-        seen = pl.concat([seen, cells.select("player_id", "period")])
-    spans = seen.group_by("player_id").agg(pl.col("period").min().alias("first"), pl.col("period").max().alias("last")).sort("player_id")
-    grid = (
-        spans.select("player_id", pl.int_ranges("first", pl.col("last") + 1).alias("period"))
-        .explode("period", empty_as_null=False)
-        .with_columns(row=pl.int_range(1, pl.len() + 1, dtype=pl.Int64))
-    )
-
-    width, n_measures = row_width(platform, catalogue), len(measures)
-    matrix = np.full((len(grid) + 1, width), np.nan, np.float32)
-    counts = np.zeros((len(grid) + 1, n_measures), np.float32)
-    decided = np.zeros(len(grid) + 1, np.int64)
-    if cells is not None:
-        cells = cells.join(grid, on=["player_id", "period"])
-        at = cells["row"].to_numpy()
-        for j, name in enumerate(measures):
-            matrix[at, j], counts[at, j] = cells[name].cast(pl.Float64).to_numpy(), cells[f"{name}#"].to_numpy()
-    last = last.join(grid, on=["player_id", "period"])
-    at = last["row"].to_numpy()
-    matrix[at, n_measures : width - len(platform.objectives)] = action_matrix(platform, last, catalogue)
-    matrix[at, width - len(platform.objectives) :] = last.select(pl.col(list(platform.objectives)).cast(pl.Float64)).to_numpy()
-    decided[at] = last["decided"].to_numpy()
-
-    complete = pl.from_epoch((pl.col("period") + 1) * microseconds(platform), time_unit="us").dt.replace_time_zone("UTC")
-    frame = grid.with_columns(event_timestamp=complete, created_timestamp=complete).join(
-        last.select("row", "policy"), on="row", how="left", maintain_order="left"
-    )
-    return PlayerRows(matrix, decided, counts, frame.hstack(attributes_at(platform, records.players, frame["player_id"], frame["event_timestamp"])), catalogue)
+    acted = decisions.group_by("player_id", "period", maintain_order=True).last()
+    events = parts_of(records.activity) if platform.state.measures else ()
+    reach = [pl.col("period").min().alias("first"), pl.col("period").max().alias("last")]
+    seen = [acted.group_by("player_id").agg(*reach).with_columns(part=pl.lit(None, pl.Int64))]
+    for part, rows in enumerate(events):
+        lived = rows.select("player_id", _moment(platform, "occurred_at")).group_by("player_id").agg(*reach).collect(engine="streaming")
+        seen.append(lived.with_columns(part=pl.lit(part, pl.Int64)))
+    spans = pl.concat(seen).group_by("player_id").agg(pl.col("first").min(), pl.col("last").max(), pl.col("part").max()).sort("player_id")
+    spans = spans.with_columns(row=1 + (pl.col("last") - pl.col("first") + 1).cum_sum().shift(1, fill_value=0))
+    places = acted.select("player_id").join(spans, on="player_id", how="left", maintain_order="left")
+    acted = acted.with_columns(row=places["row"] + acted["period"] - places["first"])
+    return PlayerRows(platform, catalogue, records.players, spans, acted, events)
 
 
 def attributes_at(platform: Platform, players: pl.DataFrame | None, player_ids: pl.Series, at: pl.Series) -> pl.DataFrame:

@@ -221,6 +221,8 @@ class Serving(_Branch):
 
 class Validation(_Branch):
     max_quarantined: float = Field(0.01, ge=0, le=1)  # share of rows above which the gate fails
+    max_shift: float = Field(0.25, gt=0)  # population stability index, against the logs that were last accepted, above which a warning is given
+    stop: list[str] = []  # rules that would warn or quarantine, but shall fail the gate
 
 
 class Services(_Branch):

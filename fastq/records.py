@@ -1,12 +1,14 @@
 """The log tables: good rows in canonical types, refused rows with their reasons, and how often each rule was broken.
 
-Rows in = accepted + quarantined + repeated, for each table. Decisions that fastq served are read beside the platform's own
+Rows in = accepted + quarantined + repeated, for each table. Tables are judged part by part (`fastq.staging`), and events, of which there may be
+more than memory holds, stay on disk in their parts. Decisions that fastq served are read beside the platform's own
 logs and merged by `decision_id`; so are the events that its endpoint took. What cannot be read at all raises `LogsError`; a bad row never does.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import sqlite3
@@ -18,11 +20,13 @@ from pathlib import Path
 from typing import Literal, Protocol, get_args
 
 import polars as pl
+import pyarrow.parquet as pq
 
 from fastq.errors import LogsError, WorkspaceError
 from fastq.forgetting import Forgotten, forgotten
 from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
-from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, read_rows, unread
+from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, unread
+from fastq.staging import Staged, stage
 from fastq.workspace import Workspace
 
 Table = Literal["decisions", "activity", "players", "proposals", "items"]
@@ -51,12 +55,33 @@ class Counts:
 
 
 @dataclass(frozen=True)
+class Events:
+    """Accepted events, in parts that fit into memory each; all events of a player stand in one part, in the order in which they were logged."""
+
+    parts: tuple[pl.LazyFrame, ...]
+
+    def lazy(self) -> pl.LazyFrame:
+        return pl.concat(self.parts)
+
+    def filter(self, predicate: pl.Expr) -> Events:
+        return Events(tuple(part.filter(predicate) for part in self.parts))
+
+    def select(self, *columns: str | pl.Expr) -> pl.DataFrame:
+        """Some columns of all of them, in memory."""
+        return self.lazy().select(*columns).collect(engine="streaming")
+
+    def collect(self) -> pl.DataFrame:
+        """All of them at once, sorted by player_id, occurred_at."""
+        return self.lazy().collect().sort("player_id", "occurred_at", maintain_order=True)
+
+
+@dataclass(frozen=True)
 class Records:
     """Every log table of a platform in canonical types; a table that `fastq.yaml` does not name is None.
 
     decisions   decision_id, player_id, decided_at, policy, propensity, assignment, model_version, the action columns, the
                 objectives; sorted by player_id, decided_at, decision_id
-    activity    player_id, occurred_at, known_at, the measures; sorted by player_id, occurred_at
+    activity    player_id, occurred_at, known_at, the measures; on disk in their parts, or a frame of a few
     players     player_id, valid_from (null = always), the attributes
     proposals   decision_id, policy, the action columns, propensity, assignment
     items       item_id, the item features
@@ -69,7 +94,7 @@ class Records:
     """
 
     decisions: pl.DataFrame
-    activity: pl.DataFrame | None
+    activity: Events | pl.DataFrame | None
     players: pl.DataFrame | None
     proposals: pl.DataFrame | None
     items: pl.DataFrame | None
@@ -79,6 +104,11 @@ class Records:
     warnings: list[str]
     read_at: datetime | None = None
     heard: dict[str, int] = field(default_factory=dict)
+
+
+def parts_of(activity: Events | pl.DataFrame | None) -> tuple[pl.LazyFrame, ...]:
+    """The parts of the events, however they are held."""
+    return activity.parts if isinstance(activity, Events) else () if activity is None else (activity.lazy(),)
 
 
 @dataclass(frozen=True)
@@ -218,8 +248,9 @@ def table_rules(platform: Platform) -> list[str]:
     names = ["rows.several", "player_id.several", "policy.several", "policy.acts", "propensity.given", "decided_at.fresh", "served.same"]
     names += [f"{objective}.known" for objective in platform.objectives]
     names += ["player_id.described"] * ("players" in logged) + ["activity.earlier"] * ("activity" in logged)
-    forgettable = [f"{table}.player_id.forgotten" for table in logged if table != "items"]
-    return [f"{table}.columns.used" for table in logged] + forgettable + [f"decisions.{name}" for name in names]
+    each = [f"{table}.{rule}" for table in logged for rule in ("columns.used", "files.same")]
+    each += [f"{table}.player_id.forgotten" for table in logged if table != "items"]
+    return each + [f"decisions.{name}" for name in names]
 
 
 # ---- reading and judging --------------------------------------------------------------------------------------------
@@ -234,79 +265,135 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
     now = datetime.now(UTC)
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=UTC)
-    accepted: dict[Table, pl.DataFrame] = {}
-    refused: dict[Table, pl.DataFrame] = {}
-    counts: dict[str, Counts] = {}
-    findings: list[Finding] = []
-    served, heard = _served(platform), _heard(platform)
+    judged: dict[Table, _Judged] = {}
+    heard = _heard(platform)
     up_to = dict(heard.group_by(LOG).agg(pl.col("recorded_at").max().dt.epoch("us")).rows())
-    heard = heard.drop(LOG)
-    earlier = pl.Series(dtype=pl.String)  # ids of decisions before `since`
-    gone, lost = forgotten(Workspace(platform.root)), pl.Series(dtype=pl.String)  # and ids of the decisions of players who were forgotten
-    served, heard = (rows.filter(~gone.holds(rows["player_id"])) for rows in (served, heard))
-
+    gone = forgotten(Workspace(platform.root))
+    beside = {"decisions": _served(platform), "activity": heard.drop(LOG)}
+    beside = {table: rows.filter(~gone.holds(rows["player_id"])) for table, rows in beside.items()}
     for table in ("items", "players", "activity", "decisions", "proposals"):  # decisions name items, and proposals decisions
         if (source := getattr(platform.logs, table)) is None:
             continue
-        rows = read_rows(platform.root, f"{FILE_NAME}: logs.{table}", source, columns_of(platform, table))
-        frame = rows.frame
-        if frame.is_empty() and {"decisions": served, "activity": heard}.get(table, frame).is_empty():
+        by = (KEYS[table] or ["player_id"])[0]  # repeats, and whatever else is told by several rows, stand in one part
+        staged = stage(Workspace(platform.root), table, source, f"{FILE_NAME}: logs.{table}", columns_of(platform, table), by, apart=not KEYS[table])
+        if not staged.rows and beside.get(table, pl.DataFrame()).is_empty():
             mend = "export it again" if table == "decisions" else f"export it again, or leave logs.{table} out"
-            raise LogsError(f"{FILE_NAME}: logs.{table}: {', '.join(rows.files[:3])}{', …' * (len(rows.files) > 3)}: no rows; {mend}")
-        frame, left_out = _without_forgotten(gone, frame, lost)
-        if table == "decisions":
-            lost = left_out["decision_id"]
-        if table != "items":
-            said = f"{table}: {_rows(len(left_out))} of players who were forgotten are left out, counted as repeated"
-            findings.append(Finding(f"{table}.player_id.forgotten", len(left_out), said))
-        if table == "activity":
-            counted = [m for m, measure in platform.state.measures.items() if measure.aggregate == "count" and m not in rows.found]
-            frame, heard = (events.with_columns(pl.lit(1.0).alias(m) for m in counted) for events in (frame, heard))
-        if since is not None:
-            if table == "decisions":
-                earlier = frame.filter(pl.col("decided_at") < since)["decision_id"].drop_nulls()
-                served = served.filter(pl.col("decided_at") >= since)
-            frame = frame.filter(_from(platform, table, since, earlier))
-            heard = heard.filter(_from(platform, "activity", since, earlier))
-        frame, repeated = _without_repeats(frame, table)
-        if table == "activity":
-            frame = _with_heard(platform, frame, heard)
-        if table == "decisions":
-            frame, differing = _with_served(platform, frame, served)
-            said = f"decisions: {_rows(differing)} of served decisions name another action than was served; what was served stands"
-            findings.append(Finding("decisions.served.same", differing, said))
-        around = Surroundings(
-            unread=frozenset(c for c in columns_of(platform, table) if unread(c) in frame.columns),
-            decisions=accepted["decisions"]["decision_id"] if table == "proposals" else None,
-            items=accepted["items"]["item_id"] if "items" in accepted else None,
-            now=now,
-        )
-        rules = row_rules(platform, table, around)
-        flags = frame.select(rule.broken.alias(rule.name) for rule in rules)
-        for rule in rules:
-            failed = int(flags[rule.name].sum())
-            said = f"{table}: {_rows(failed)} break the rule {rule.name} and are kept" if rule.severity == "warn" else ""
-            findings.append(Finding(rule.name, failed, said))
-        bad = flags.select(pl.any_horizontal(rule.name for rule in rules if rule.severity == "quarantine")).to_series()
-        refused[table] = _quarantine(frame.filter(bad), table, rules, rows.files)
-        accepted[table] = _canonical(platform, table, frame.filter(~bad))
-        counts[table] = Counts(frame.height - int(bad.sum()), int(bad.sum()), repeated + len(left_out))
-        others = f"{table}: ignored columns that fastq.yaml does not name: {', '.join(rows.ignored)}"
-        findings.append(Finding(f"{table}.columns.used", len(rows.ignored), others))
-    findings += _look_at_decisions(platform, accepted, now)
+            raise LogsError(f"{FILE_NAME}: logs.{table}: {', '.join(staged.files[:3])}{', …' * (len(staged.files) > 3)}: no rows; {mend}")
+        judged[table] = _judge(platform, table, staged, beside.get(table), judged, gone, since, now)
+    findings = [finding for table in judged.values() for finding in table.findings]
+    tables = {table: found.accepted for table, found in judged.items() if isinstance(found.accepted, pl.DataFrame)}
+    activity = judged["activity"].accepted if "activity" in judged else None
+    assert activity is None or isinstance(activity, Events)
+    findings += _look_at_decisions(platform, tables, activity, now)
     return Records(
-        decisions=accepted["decisions"],
-        activity=accepted.get("activity"),
-        players=accepted.get("players"),
-        proposals=accepted.get("proposals"),
-        items=accepted.get("items"),
-        quarantine=pl.concat([refused[table] for table in TABLES if table in refused], how="diagonal_relaxed"),
-        counts={table: counts[table] for table in TABLES if table in counts},
+        decisions=tables["decisions"],
+        activity=activity,
+        players=tables.get("players"),
+        proposals=tables.get("proposals"),
+        items=tables.get("items"),
+        quarantine=pl.concat([judged[table].refused for table in TABLES if table in judged], how="diagonal_relaxed"),
+        counts={table: judged[table].counts for table in TABLES if table in judged},
         metrics={finding.rule: finding.failed for finding in findings},
         warnings=[finding.sentence for finding in findings if finding.failed and finding.sentence],
         read_at=now,
         heard=up_to,
     )
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One table, judged: its good rows (in memory, but events in their parts), the refused ones, and what was found."""
+
+    accepted: pl.DataFrame | Events
+    refused: pl.DataFrame
+    counts: Counts
+    findings: list[Finding]
+    earlier: pl.Series  # ids of decisions before `since`
+    lost: pl.Series  # and of those of players who were forgotten
+
+
+def _judge(
+    platform: Platform,
+    table: Table,
+    staged: Staged,
+    beside: pl.DataFrame | None,
+    judged: Mapping[Table, _Judged],
+    gone: Forgotten,
+    since: datetime | None,
+    now: datetime,
+) -> _Judged:
+    """Split a table's rows, part by part; `beside` are the rows of it that fastq took down itself."""
+    decisions, items = judged.get("decisions"), judged.get("items")
+    around = Surroundings(
+        unread=staged.unread,
+        decisions=decisions.accepted["decision_id"] if decisions and table == "proposals" and isinstance(decisions.accepted, pl.DataFrame) else None,
+        items=items.accepted["item_id"] if items and isinstance(items.accepted, pl.DataFrame) else None,
+        now=now,
+    )
+    rules = row_rules(platform, table, around)
+    bad = pl.any_horizontal(rule.broken for rule in rules if rule.severity == "quarantine")
+    earlier, lost = (decisions.earlier, decisions.lost) if decisions else (pl.Series(dtype=pl.String), pl.Series(dtype=pl.String))
+    # each event is one to a count that has no column of its own
+    counted = [m for m, measure in platform.state.measures.items() if table == "activity" and measure.aggregate == "count" and m not in staged.found]
+    ones = [pl.lit(1.0).alias(m) for m in counted]
+    failed = dict.fromkeys((rule.name for rule in rules), 0)
+    counts, differing = Counts(0, 0, 0), 0
+    accepted, refused, before, left_out = [], [], [earlier], [lost]
+    forgot = 0
+    for part in range(staged.parts):
+        rows = staged.part(part).with_columns(ones)
+        if (theirs := _forgotten_rows(gone, rows, lost)) is not None:
+            left = rows.filter(theirs)
+            forgot += left.select(pl.len()).collect().item()
+            if table == "decisions":
+                left_out.append(left.select("decision_id").drop_nulls().collect().to_series())
+            rows = rows.filter(~theirs)
+        if since is not None:
+            if table == "decisions":
+                before.append(rows.filter(pl.col("decided_at") < since).select("decision_id").drop_nulls().collect().to_series())
+            rows = rows.filter(_from(platform, table, since, earlier))
+        rows, repeated = _without_repeats(rows, table)
+        if beside is not None:
+            mine = beside.filter(staged.mine(part)).with_columns(ones)
+            mine = mine if since is None else mine.filter(_from(platform, table, since, earlier))
+            if table == "activity":
+                rows = _with_heard(platform, rows, mine)
+            else:
+                rows, differ = _with_served(platform, rows, mine)
+                differing += differ
+        if table != "activity":  # small enough to be held, and to be asked twice
+            rows = rows.collect().lazy()
+        found = rows.select(pl.len().alias("?rows"), bad.sum().alias("?bad"), *(rule.broken.sum().alias(rule.name) for rule in rules)).collect(
+            engine="streaming"
+        )
+        height, spoiled, *broken = found.row(0)
+        failed = {rule.name: failed[rule.name] + (number or 0) for rule, number in zip(rules, broken, strict=True)}
+        spoiled = spoiled or 0
+        if spoiled:
+            refused.append(rows.filter(bad).collect())
+            rows = rows.filter(~bad)
+        accepted.append(_canonical(platform, table, rows))
+        counts = Counts(counts.accepted + height - spoiled, counts.quarantined + spoiled, counts.repeated + repeated)
+    counts = Counts(counts.accepted, counts.quarantined, counts.repeated + forgot)
+    findings = []
+    if table != "items":
+        said = f"{table}: {_rows(forgot)} of players who were forgotten are left out, counted as repeated"
+        findings.append(Finding(f"{table}.player_id.forgotten", forgot, said))
+    if table == "decisions":
+        said = f"decisions: {_rows(differing)} of served decisions name another action than was served; what was served stands"
+        findings.append(Finding("decisions.served.same", differing, said))
+    for rule in rules:
+        said = f"{table}: {_rows(failed[rule.name])} break the rule {rule.name} and are kept" if rule.severity == "warn" else ""
+        findings.append(Finding(rule.name, failed[rule.name], said))
+    others = f"{table}: ignored columns that fastq.yaml does not name: {', '.join(staged.ignored)}"
+    findings.append(Finding(f"{table}.columns.used", len(staged.ignored), others))
+    findings.append(Finding(f"{table}.files.same", len(staged.noticed), f"{table}: {'; '.join(staged.noticed)}"))
+    kept: pl.DataFrame | Events = Events(tuple(accepted))
+    if table != "activity":
+        kept = _sorted(table, pl.concat(pl.collect_all(accepted)))
+    bad_rows = pl.concat(refused, how="diagonal") if refused else staged.part(0).head(0).with_columns(*ones, pl.lit(value=False).alias(CONFLICT)).collect()
+    refusals = _quarantine(bad_rows.sort(FILE, ROW, nulls_last=True, maintain_order=True), table, rules, staged.files)
+    return _Judged(kept, refusals, counts, findings, pl.concat(before), pl.concat(left_out))
 
 
 def _from(platform: Platform, table: Table, since: datetime, earlier: pl.Series) -> pl.Expr:
@@ -323,29 +410,39 @@ def _from(platform: Platform, table: Table, since: datetime, earlier: pl.Series)
             return pl.lit(value=True)
 
 
-def _without_repeats(frame: pl.DataFrame, table: Table) -> tuple[pl.DataFrame, int]:
+def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, int]:
     """Rows that equal no earlier one in every column, marked where an earlier one has the same key; and how many were repeats.
 
     Of a table with a key, ignored columns are ignored here too; events have no key, and all that tells two apart may be ignored.
     """
     key = KEYS[table]
-    content = [c for c in frame.columns if c not in (FILE, ROW) and (c != OTHERS or not key)]
-    suspects = pl.col(key[0]) if len(key) == 1 else pl.struct(key or content).hash()
-    twins = frame.with_row_index("?index").filter(suspects.is_duplicated())  # few, so whole rows are compared among these only
+    names = rows.collect_schema().names()
+    content = [c for c in names if c not in (FILE, ROW) and (c != OTHERS or not key)]
+    alike = pl.col(key[0]) if len(key) == 1 else pl.struct(key).hash() if key else pl.col("player_id").hash() ^ pl.col("occurred_at").hash()
+    suspects = rows.select(FILE, ROW, alike.is_duplicated().alias("?suspect")).filter("?suspect").drop("?suspect").collect(engine="in-memory")
+    if suspects.is_empty():
+        return rows.with_columns(pl.lit(value=False).alias(CONFLICT)), 0
+    # few, so whole rows are compared among these only
+    twins = rows.join(suspects.lazy(), on=[FILE, ROW], how="semi", maintain_order="left").collect()
     conflict = ~pl.struct(key).is_first_distinct() & pl.col(key[0]).is_not_null() if key else pl.lit(value=False)
-    twins = twins.select("?index", repeated=~pl.struct(content).is_first_distinct(), conflict=conflict)
-    index = pl.int_range(pl.len(), dtype=pl.get_index_type())
-    marked = frame.with_columns(index.is_in(twins.filter("conflict")["?index"].implode()).alias(CONFLICT))
-    repeats = twins.filter("repeated")["?index"]
-    return marked.filter(~index.is_in(repeats.implode())), repeats.len()
+    twins = twins.select(FILE, ROW, repeated=~pl.struct(content).is_first_distinct(), conflict=conflict)
+    repeats = twins.filter("repeated").select(FILE, ROW)
+    conflicts = twins.filter(pl.col("conflict") & ~pl.col("repeated")).select(FILE, ROW, pl.lit(value=True).alias(CONFLICT))
+    if not repeats.is_empty():
+        rows = rows.join(repeats.lazy(), on=[FILE, ROW], how="anti", maintain_order="left")
+    if conflicts.is_empty():
+        return rows.with_columns(pl.lit(value=False).alias(CONFLICT)), repeats.height
+    rows = rows.join(conflicts.lazy(), on=[FILE, ROW], how="left", maintain_order="left").with_columns(pl.col(CONFLICT).fill_null(value=False))
+    return rows, repeats.height
 
 
-def _without_forgotten(gone: Forgotten, frame: pl.DataFrame, lost: pl.Series) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """The rows of a table that are of nobody who was forgotten, and the others; proposals by the ids of their `lost` decisions."""
-    theirs = gone.holds(frame["player_id"]) if "player_id" in frame.columns else None
-    if theirs is None and "decision_id" in frame.columns:
-        theirs = frame["decision_id"].is_in(lost.implode()).fill_null(value=False)
-    return (frame, frame.clear()) if theirs is None else (frame.filter(~theirs), frame.filter(theirs))
+def _forgotten_rows(gone: Forgotten, rows: pl.LazyFrame, lost: pl.Series) -> pl.Expr | None:
+    """Which rows of a table are of players who were forgotten; of proposals those of their `lost` decisions. None where none can be."""
+    names = rows.collect_schema().names()
+    if not gone or "player_id" not in names:
+        return pl.col("decision_id").is_in(lost.implode()).fill_null(value=False) if len(lost) and "decision_id" in names else None
+    players = rows.select(pl.col("player_id").unique()).collect().to_series()
+    return pl.col("player_id").is_in(players.filter(gone.holds(players)).implode()).fill_null(value=False)
 
 
 def _quarantine(rows: pl.DataFrame, table: Table, rules: list[RowRule], files: list[str]) -> pl.DataFrame:
@@ -366,24 +463,27 @@ def _quarantine(rows: pl.DataFrame, table: Table, rules: list[RowRule], files: l
     )
 
 
-def _canonical(platform: Platform, table: Table, rows: pl.DataFrame) -> pl.DataFrame:
-    """Accepted rows in exactly the columns and the order that `Records` promises."""
+def _canonical(platform: Platform, table: Table, rows: pl.LazyFrame) -> pl.LazyFrame:
+    """Accepted rows in exactly the columns that `Records` promises."""
     columns = list(columns_of(platform, table))
     match table:
         case "decisions" | "proposals":
             inside = [pl.col(name).clip(low, high) for name, (low, high) in zip(platform.dimension_names, platform.bounds.tolist(), strict=True)]
             probabilities = pl.col("assignment" if platform.dimension_names else ["assignment", "propensity"]).clip(upper_bound=1.0)
-            rows = rows.with_columns(*inside, probabilities).select(columns)
-            return rows.sort("player_id", "decided_at", "decision_id") if table == "decisions" else rows
+            return rows.with_columns(*inside, probabilities).select(columns)
         case "activity":
             # nothing is known before it happens, whatever a clock wrote
             known_at = pl.max_horizontal("recorded_at", "occurred_at").alias("known_at")
-            return rows.select("player_id", "occurred_at", known_at, *platform.state.measures).sort("player_id", "occurred_at", maintain_order=True)
+            return rows.select("player_id", "occurred_at", known_at, *platform.state.measures)
         case "players" | "items":
-            return rows.select(columns).sort(KEYS[table])
+            return rows.select(columns)
 
 
-def _look_at_decisions(platform: Platform, accepted: Mapping[Table, pl.DataFrame], now: datetime) -> list[Finding]:
+def _sorted(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
+    return rows.sort(["player_id", "decided_at", "decision_id"] if table == "decisions" else KEYS[table])
+
+
+def _look_at_decisions(platform: Platform, accepted: Mapping[Table, pl.DataFrame], activity: Events | None, now: datetime) -> list[Finding]:
     """What is worth a warning about the decisions as a whole."""
     decisions = accepted["decisions"]
     rows, state = decisions.height, platform.state
@@ -407,8 +507,8 @@ def _look_at_decisions(platform: Platform, accepted: Mapping[Table, pl.DataFrame
     if (players := accepted.get("players")) is not None:
         strangers = int(decisions.select(_stranger("player_id", players["player_id"]).sum()).item() or 0)
         found("player_id.described", strangers, f"{_rows(strangers)} of players who are not in the players log; their attributes are unknown")
-    if (activity := accepted.get("activity")) is not None:
-        first = activity.group_by("player_id").agg(pl.col("known_at").min().alias("?first"))
+    if activity is not None:
+        first = pl.concat([part.group_by("player_id").agg(pl.col("known_at").min().alias("?first")).collect() for part in activity.parts])
         unseen = (pl.col("?first") < pl.col("decided_at")).fill_null(value=False).not_().sum()
         early = int(decisions.join(first, on="player_id", how="left").select(unseen).item() or 0)
         found("activity.earlier", early, f"{_rows(early)} before any activity of their player; their history is empty")
@@ -437,7 +537,10 @@ def _served(platform: Platform) -> pl.DataFrame:
     columns = {name: DTYPES[column.kind] for name, column in columns_of(platform, "decisions").items()}
     decisions, outcomes, instead = (served_log(platform, table) for table in ("decisions", "outcomes", "executed"))
     action = json_fields("action", {a: columns[a] for a in platform.action_columns})
-    bodies = [pl.DataFrame(schema=columns), decisions.with_columns(pl.col("decided_at").cast(TIME), *action).drop("action")]
+    # an earlier version kept it among the details
+    chosen = pl.coalesce("assignment", pl.col("detail").str.json_decode(pl.Struct({"assignment": pl.Float64()})).struct.field("assignment"))
+    own = decisions.with_columns(pl.col("decided_at").cast(TIME), chosen.alias("assignment"), *action)
+    bodies = [pl.DataFrame(schema=columns), own.drop("action", "detail")]
     for path in sorted(directory.glob("[!.]*.parquet")):
         with naming(str(path)):
             batch = pl.read_parquet(path)
@@ -477,6 +580,7 @@ _SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log
         "model_version": pl.String(),
         "action": pl.String(),
         "assignment": pl.Float64(),
+        "detail": pl.String(),
     },
     "outcomes": {"decision_id": pl.String(), "objective": pl.String(), "value": pl.Float64(), "recorded_at": pl.Int64()},
     "executed": {"decision_id": pl.String(), "action": pl.String(), "recorded_at": pl.Int64()},
@@ -485,7 +589,7 @@ _SERVED: dict[str, dict[str, pl.DataType]] = {  # what is read of a server's log
 
 
 def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] | None = None, *, named: bool = False) -> pl.DataFrame:
-    """One table of all servers' logs, with `more` columns if asked for; a log of an earlier version may lack the table. `named`: `?log`, the file's name."""
+    """One table of all servers' logs, with `more` columns if asked for; a log of an earlier version may lack some of it. `named`: with `?log`, its file."""
     schema = _SERVED[table] | dict(more or {})
     found = [pl.DataFrame(schema=schema | ({LOG: pl.String()} if named else {}))]
     for path in decision_logs(platform):
@@ -533,7 +637,7 @@ def read_heard(platform: Platform, after: Mapping[str, int]) -> pl.DataFrame:
     return events.filter(pl.col("recorded_at") > known).drop(LOG).sort("recorded_at")
 
 
-def _with_heard(platform: Platform, frame: pl.DataFrame, heard: pl.DataFrame) -> pl.DataFrame:
+def _with_heard(platform: Platform, frame: pl.LazyFrame, heard: pl.DataFrame) -> pl.LazyFrame:
     """Events that came over HTTP beside the platform's own; one that was exported again is one row, known from when either says that it was."""
     if heard.is_empty():
         return frame
@@ -544,19 +648,20 @@ def _with_heard(platform: Platform, frame: pl.DataFrame, heard: pl.DataFrame) ->
     ours = heard.with_columns(**key).sort("recorded_at").unique(list(key), keep="first", maintain_order=True)  # replicas may each have taken it
     theirs = frame.with_columns(**key)
     first = ours.select(*key, pl.col("recorded_at").alias("?first"))
-    merged = theirs.join(first, on=list(key), how="left", nulls_equal=True, maintain_order="left")
-    merged = merged.with_columns(recorded_at=pl.min_horizontal("recorded_at", "?first")).select(frame.columns)
-    alone = ours.join(theirs, on=list(key), how="anti", nulls_equal=True, maintain_order="left").select(heard.columns)
+    merged = theirs.join(first.lazy(), on=list(key), how="left", nulls_equal=True, maintain_order="left")
+    merged = merged.with_columns(recorded_at=pl.min_horizontal("recorded_at", "?first")).select(frame.collect_schema().names())
+    alone = ours.lazy().join(theirs, on=list(key), how="anti", nulls_equal=True, maintain_order="left").select(heard.columns)
     return pl.concat([merged, alone], how="diagonal").with_columns(pl.col(CONFLICT).fill_null(value=False))
 
 
-def _with_served(platform: Platform, frame: pl.DataFrame, served: pl.DataFrame) -> tuple[pl.DataFrame, int]:
+def _with_served(platform: Platform, rows: pl.LazyFrame, served: pl.DataFrame) -> tuple[pl.LazyFrame, int]:
     """Served decisions beside the platform's own rows; one that was exported again is one row: as served, objectives of both.
 
     Returns the rows, and how many exported ones name another action than was served.
     """
     if served.is_empty():
-        return frame, 0
+        return rows, 0
+    frame = rows.collect()
     beside = frame.join(served.rename(lambda c: c if c == "decision_id" else f"{c} served"), on="decision_id", how="left", maintain_order="left")
     ours = pl.col(f"{EXECUTED} served").is_not_null() & ~pl.col(CONFLICT)
     facts = ["player_id", "decided_at", "policy", "propensity", "model_version", *platform.action_columns]
@@ -568,9 +673,9 @@ def _with_served(platform: Platform, frame: pl.DataFrame, served: pl.DataFrame) 
     merged: dict[str, pl.Expr] = {fact: pl.col(f"{fact} served") for fact in facts}
     merged["assignment"] = pl.coalesce("assignment served", "assignment")
     merged |= {o: pl.when(f"{EXECUTED} served").then(pl.coalesce(f"{o} served", o)) for o in platform.objectives}
-    rows = beside.with_columns(pl.when(ours).then(value).otherwise(name).alias(name) for name, value in merged.items()).select(frame.columns)
+    merged_rows = beside.with_columns(pl.when(ours).then(value).otherwise(name).alias(name) for name, value in merged.items()).select(frame.columns)
     alone = served.join(frame, on="decision_id", how="anti", maintain_order="left").drop(EXECUTED)
-    return pl.concat([rows, alone], how="diagonal").with_columns(pl.col(CONFLICT).fill_null(value=False)), differing
+    return pl.concat([merged_rows, alone], how="diagonal").with_columns(pl.col(CONFLICT).fill_null(value=False)).lazy(), differing
 
 
 # ---- the accepted tables on disk ------------------------------------------------------------------------------------
@@ -583,18 +688,54 @@ def write_tables(records: Records, workspace: Workspace) -> None:
         replaced = Path(f"{partial}.old")
         try:
             for table in (*TABLES, "quarantine"):
-                if (frame := getattr(records, table)) is not None:
+                if table != "activity" and (frame := getattr(records, table)) is not None:
                     frame.write_parquet(partial / f"{table}.parquet")
+            parts = _write_events(parts_of(records.activity), partial / "activity.parquet")
             counts = {table: [c.accepted, c.quarantined, c.repeated] for table, c in records.counts.items()}
             read_at = records.read_at.isoformat() if records.read_at else None
-            summary = json.dumps({"counts": counts, "metrics": records.metrics, "warnings": records.warnings, "read_at": read_at, "heard": records.heard})
-            (partial / "summary.json").write_text(summary, encoding="utf-8")
+            found = {"counts": counts, "metrics": records.metrics, "warnings": records.warnings}
+            summary = {**found, "read_at": read_at, "heard": records.heard, "parts": parts}
+            (partial / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
             if workspace.tables.exists():
                 workspace.tables.rename(replaced)
             partial.rename(workspace.tables)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _write_events(events: tuple[pl.LazyFrame, ...], path: Path) -> list[int]:
+    """All parts behind each other in one file; returns the rows of each."""
+    heights = []
+    with contextlib.ExitStack() as stack:
+        writer = None
+        for part in events:
+            table = part.collect().to_arrow(compat_level=pl.CompatLevel.oldest())
+            writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema, compression="zstd", compression_level=1))
+            writer.write_table(table, row_group_size=1 << 18)
+            heights.append(table.num_rows)
+    return heights
+
+
+def _read_events(path: Path, parts: list[int] | None) -> Events:
+    rows = pl.scan_parquet(path, glob=False)
+    if parts is None:  # an earlier version's
+        return Events((rows,))
+    if sum(parts) != rows.select(pl.len()).collect().item():  # a player was forgotten, so that rows have moved up
+        return Events(tuple(rows.filter(pl.col("player_id").hash() % len(parts) == part) for part in range(len(parts))))
+    starts = [0, *itertools.accumulate(parts)]
+    return Events(tuple(rows.slice(start, height) for start, height in zip(starts, parts, strict=False)))
+
+
+def read_events(platform: Platform) -> Events | None:
+    """The accepted events alone; None where there are none. Raises `WorkspaceError` as `read_tables`."""
+    directory = Workspace(platform.root).tables
+    if not (directory / "activity.parquet").exists():
+        return None
+    try:
+        return _read_events(directory / "activity.parquet", json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("parts"))
+    except (OSError, ValueError) as error:
+        raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq validate` again") from None
 
 
 def read_tables(platform: Platform) -> Records:
@@ -605,7 +746,8 @@ def read_tables(platform: Platform) -> Records:
     directory = Workspace(platform.root).tables
     try:
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
-        frames = {path.stem: pl.read_parquet(path) for path in directory.glob("*.parquet")}
+        frames = {path.stem: pl.read_parquet(path) for path in directory.glob("*.parquet") if path.stem != "activity"}
+        activity = read_events(platform)
         counts = {table: Counts(*numbers) for table, numbers in summary["counts"].items()}
         metrics, warnings = summary["metrics"], summary["warnings"]
         read_at, heard = datetime.fromisoformat(summary["read_at"]) if summary.get("read_at") else None, dict(summary.get("heard", {}))
@@ -616,19 +758,9 @@ def read_tables(platform: Platform) -> Records:
         raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq validate` again") from None
     for table in TABLES:
         empty = pl.DataFrame(schema={name: DTYPES[column.kind] for name, column in columns_of(platform, table).items()})
-        wanted = None if getattr(platform.logs, table) is None else _canonical(platform, table, empty).schema
-        if (frames[table].schema if table in frames else None) != wanted:
+        wanted = None if getattr(platform.logs, table) is None else _canonical(platform, table, empty.lazy()).collect_schema()
+        there = frames[table].schema if table in frames else activity.lazy().collect_schema() if table == "activity" and activity is not None else None
+        if there != wanted:
             raise WorkspaceError(f"{directory}: {table} was written for another fastq.yaml; run `fastq validate` again")
-    return Records(
-        decisions,
-        frames.get("activity"),
-        frames.get("players"),
-        frames.get("proposals"),
-        frames.get("items"),
-        quarantine,
-        counts,
-        metrics,
-        warnings,
-        read_at,
-        heard,
-    )
+    others = (frames.get("players"), frames.get("proposals"), frames.get("items"))
+    return Records(decisions, activity, *others, quarantine, counts, metrics, warnings, read_at, heard)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from fastq.overlap import Chances, Overlap
 from fastq.platform import Platform
 from fastq.records import Records
 from fastq.validation import Verdict
@@ -17,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+MOST_PAIRS = 12  # of policies in the picture; all are in the table
 SHOWN_ROWS = 100  # quarantined rows on the page; all of them are in the Parquet file
 
 _VALIDATION_PAGE = """\
@@ -85,6 +91,22 @@ _VALIDATION_PAGE = """\
 {% if warnings %}<h2>Worth knowing</h2>
 <ul>{% for warning in warnings %}<li>{{ warning }}</li>{% endfor %}</ul>{% endif %}
 
+{% if overlaps %}<h2>Where the policies meet</h2>
+<p>How often one policy is to be found in the states in which another acts, told by a classifier of players it had not seen. Where it is not,
+  nobody can tell from these logs what it would have brought.</p>
+{% if picture %}<img class="wide" alt="For each pair of policies, how their states are spread over the chance that the one rather than the other acts"
+  src="data:image/png;base64,{{ picture }}">{% endif %}
+<div class="wide"><table>
+  <thead><tr><th>In the states of</th><th>acts too</th><th class="n">Decisions</th><th class="n">Share of states</th><th class="n">Overlap</th>
+    <th>Counterfactuals</th></tr></thead>
+  <tbody>{% for pair in overlaps %}
+  <tr><td>{{ pair.policy }}</td><td>{{ pair.against }}</td><td class="n">{{ "{:,}".format(pair.decisions) if pair.decisions else "too few" }}</td>
+    <td class="n">{{ "{:.0%}".format(pair.shared) if pair.shared is not none }}</td>
+    <td class="n">{{ "{:.2f}".format(pair.common) if pair.common is not none }}</td>
+    <td class="{{ 'good' if pair.answerable else 'warn' }}">{{ "can be answered" if pair.answerable else "cannot be answered" }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>{% endif %}
+
 <h2>Quarantined rows</h2>
 {% if rows %}
 <p>{% if total > rows | length %}The first {{ rows | length }} of {{ "{:,}".format(total) }}; all{% else %}All{% endif %}
@@ -103,8 +125,8 @@ _VALIDATION_PAGE = """\
 """
 
 
-def validation_page(platform: Platform, records: Records, verdict: Verdict) -> str:
-    """The validation report as one HTML page: verdict, rows, rules, warnings, and the first quarantined rows with their reasons."""
+def validation_page(platform: Platform, records: Records, verdict: Verdict, overlaps: Sequence[Overlap] = (), chances: Chances | None = None) -> str:
+    """The validation report as one HTML page: verdict, rows, rules, warnings, where policies meet, and the first quarantined rows with their reasons."""
     from jinja2 import Environment, StrictUndefined
 
     decisions = records.counts["decisions"]
@@ -122,10 +144,34 @@ def validation_page(platform: Platform, records: Records, verdict: Verdict) -> s
         broken=[rule for rule in verdict.rules if not rule.passed],
         kept=[rule for rule in verdict.rules if rule.passed],
         does={"stop": "stops", "quarantine": "quarantines the row", "warn": "warns"},
-        warnings=records.warnings,
+        warnings=verdict.warnings,
+        overlaps=overlaps,
+        picture=_overlap_picture(chances) if chances else None,
         rows=records.quarantine.head(SHOWN_ROWS).select("table", "file", "row", "reason", "content").to_dicts(),
         total=records.quarantine.height,
     )
+
+
+def _overlap_picture(chances: Chances) -> str:
+    """For each pair of policies the states of the one (up) and of the other (down) by the chance that the first acts rather than the second; PNG, base64."""
+    from matplotlib.figure import Figure
+
+    pairs = [(a, b) for a in range(len(chances.policies)) for b in range(a)][:MOST_PAIRS]
+    columns = min(len(pairs), 3)
+    figure = Figure(figsize=(3.4 * columns, 2.2 * -(-len(pairs) // columns)), layout="constrained", facecolor="white")
+    for axes, (a, b) in zip(figure.subplots(-(-len(pairs) // columns), columns, squeeze=False).flat, pairs, strict=False):
+        chance = chances.chance[:, b] / (chances.chance[:, a] + chances.chance[:, b])
+        for policy, sign, colour in ((b, 1, GAIN), (a, -1, LOSS)):
+            height, edges = np.histogram(chance[chances.acted == policy], bins=20, range=(0, 1))
+            axes.bar(edges[:-1], sign * height / max(height.sum(), 1), width=0.05, align="edge", color=colour, label=_literal(chances.policies[policy]))
+        axes.axhline(0, color=INK, lw=0.8)
+        axes.set_yticks([])
+        axes.set_xlabel(_literal(f"chance of {chances.policies[b]} rather than {chances.policies[a]}"), fontsize=8, color=SOFT)
+        axes.legend(fontsize=7, frameon=False)
+        axes.spines[["top", "left", "right"]].set_visible(False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 # ---- one explanation as a picture -----------------------------------------------------------------------------------------

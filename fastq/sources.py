@@ -1,7 +1,7 @@
-"""Where a log lies and what its columns are: files, globs, URLs and database queries as frames in canonical types.
+"""Where a log lies and what its columns are: files, globs, URLs and database queries, lazily, as expressions of canonical types.
 
 Nothing here knows what a decision is. A value that cannot be its column's type becomes null and keeps its text beside it, so
-that one bad field is one bad row; a column that is of another type altogether raises `LogsError`.
+that one bad field is one bad row.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ EXPECTED: dict[Kind, tuple[str, str]] = {  # what a column should hold, and the 
 SUFFIXES = {".parquet": "Parquet", ".pq": "Parquet", ".csv": "CSV", ".ndjson": "NDJSON", ".jsonl": "NDJSON"}
 # Columns that reading adds; `unread("goal")` holds the text of a goal that is no number.
 FILE, ROW, OTHERS = "?file", "?row", "?others"
+_WHOLE_FLOAT = r"^-?\d+\.0$"
 
 
 def unread(column: str) -> str:
@@ -52,55 +53,28 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """All rows of a table in canonical types, in the order of their files' names.
+class Source:
+    """One file, URL or query of a log. `stamp` (size, time of change, inode) tells whether it is still what it was; None where nothing does."""
 
-    Beside the table's columns stand `?file` (index into `files`), `?row` (from 1, blank lines left out), `?others` (a hash of
-    the ignored columns) and, where a value had the wrong type, its text in `unread(column)`.
-    """
+    name: str  # for the error texts: relative to the workspace, without user, password and signature
+    key: str  # the setting that it comes from
+    at: Path | str | Logs.Query
+    stamp: list[int] | None
 
-    frame: pl.DataFrame
-    files: list[str]
-    found: set[str]  # columns that at least one file has
-    ignored: list[str]  # columns that no key asks for
-
-
-def read_rows(root: Path, key: str, source: str | Logs.Query, columns: Mapping[str, Column]) -> Rows:
-    """Read `columns` from a log; `key` names the setting it comes from. Raises `LogsError` that names file and column."""
-    frames: list[pl.DataFrame] = []
-    files: list[str] = []
-    ignored: dict[str, None] = {}
-    for name, scan in scans(root, key, source):
-        with naming(name):
-            schema = scan.collect_schema()
-        others = [c for c in schema.names() if c not in columns]
-        # two events may differ only in a column that is of no other use, such as an event's own id
-        other = [pl.struct(others).hash().alias(OTHERS)] if others else []
-        selection = [*_selection(name, columns, schema), *other, pl.lit(len(files), pl.UInt32).alias(FILE), pl.col(ROW)]
-        with naming(name):
-            frame = scan.with_row_index(ROW, 1).select(selection).collect(engine="streaming")
-        frames.append(_checked(name, columns, frame))
-        files.append(name)
-        ignored |= dict.fromkeys(others)
-    frame = pl.concat(frames, how="diagonal")
-    found = set(columns).intersection(frame.columns)
-    absent = [pl.lit(None, DTYPES[column.kind]).alias(c) for c, column in columns.items() if c not in found]
-    return Rows(frame.with_columns(absent), files, found, list(ignored))
+    def scan(self, root: Path) -> pl.LazyFrame:
+        return _query(root, self.key, self.at) if isinstance(self.at, Logs.Query) else _scan(self.name, self.at)
 
 
-def scans(root: Path, key: str, source: str | Logs.Query) -> Iterator[tuple[str, pl.LazyFrame]]:
-    """A name for the error texts and a lazy frame, for each file of a log, in the order of their names."""
+def sources_of(root: Path, key: str, source: str | Logs.Query) -> list[Source]:
+    """The files of a log, in the order of their names. Raises `LogsError` if there are none."""
     if isinstance(source, Logs.Query):
-        yield _query(root, key, source)
-        return
+        return [Source(f"{key} (query)", key, source, None)]
     if "://" in source:
         address = urlsplit(source)
-        name = f"{address.scheme}://{address.hostname or ''}{address.path}"  # without user, password and signature
-        yield name, _scan(name, source)
-        return
+        return [Source(f"{address.scheme}://{address.hostname or ''}{address.path}", key, source, None)]
     path = root / Path(source).expanduser()
     if path.is_dir():
-        paths = sorted(p for p in path.rglob("*") if _format(p.name) and not p.name.startswith("."))
+        paths = sorted(p for p in path.rglob("*") if format_of(p.name) and not p.name.startswith("."))
     elif path.exists():
         paths = [path]
     else:
@@ -108,9 +82,19 @@ def scans(root: Path, key: str, source: str | Logs.Query) -> Iterator[tuple[str,
     if not paths:
         what = "no file matches" if glob.has_magic(source) else "no log files in" if path.is_dir() else "no such file:"
         raise LogsError(f"{key}: {what} {source} (looked in {root}); correct the path, or put the log there")
+    found = []
     for path in paths:
         name = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-        yield name, _scan(name, path)
+        with naming(name):
+            status = path.stat()
+        found.append(Source(name, key, path, [status.st_size, status.st_mtime_ns, status.st_ino]))
+    return found
+
+
+def scans(root: Path, key: str, source: str | Logs.Query) -> Iterator[tuple[str, pl.LazyFrame]]:
+    """A name for the error texts and a lazy frame, for each file of a log, in the order of their names."""
+    for one in sources_of(root, key, source):
+        yield one.name, one.scan(root)
 
 
 @contextlib.contextmanager
@@ -122,10 +106,11 @@ def naming(name: str) -> Iterator[None]:
         raise LogsError(f"{name}: is empty; export it again") from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
-        raise LogsError(f"{name}: cannot be read as {_format(name) or 'a log'} ({said}); export it again") from None
+        raise LogsError(f"{name}: cannot be read as {format_of(name) or 'a log'} ({said}); export it again") from None
 
 
-def _format(name: str) -> str | None:
+def format_of(name: str) -> str | None:
+    """`Parquet`, `CSV` or `NDJSON`, by a file's name; None for anything else."""
     suffixes = [s.lower() for s in Path(name).suffixes]
     if suffixes and suffixes[-1] in (".gz", ".zst"):
         suffixes.pop()
@@ -134,7 +119,7 @@ def _format(name: str) -> str | None:
 
 def _scan(name: str, path: str | Path) -> pl.LazyFrame:
     remote = isinstance(path, str)  # a URL may hold a pattern; a local one is resolved already
-    match _format(name):
+    match format_of(name):
         case "Parquet":
             with naming(name):
                 return pl.scan_parquet(path, glob=remote)
@@ -149,7 +134,7 @@ def _scan(name: str, path: str | Path) -> pl.LazyFrame:
             raise LogsError(f"{name}: expected a name that ends in {', '.join(SUFFIXES)}; convert or rename the log")
 
 
-def _query(root: Path, key: str, source: Logs.Query) -> tuple[str, pl.LazyFrame]:
+def _query(root: Path, key: str, source: Logs.Query) -> pl.LazyFrame:
     uri = source.uri
     if uri.startswith("sqlite://"):
         path = root / uri.removeprefix("sqlite://")
@@ -157,15 +142,16 @@ def _query(root: Path, key: str, source: Logs.Query) -> tuple[str, pl.LazyFrame]
             raise LogsError(f"{key}.uri: no such file: {path}; correct the path")
         uri = f"sqlite://{path}"
     try:
-        return f"{key} (query)", pl.read_database_uri(source.query, uri).lazy()
+        return pl.read_database_uri(source.query, uri).lazy()
     except Exception as error:  # noqa: BLE001 - each driver raises its own
         said = " ".join(str(error).replace(uri, "the database").split())[:200]
         raise LogsError(f"{key}: the query cannot be run ({said}); correct its uri or query") from None
 
 
-def _selection(name: str, columns: Mapping[str, Column], schema: pl.Schema) -> list[pl.Expr]:
-    """Each column parsed into its canonical type, and beside it the text that could not be."""
-    selection = []
+def selection(name: str, columns: Mapping[str, Column], scan: pl.LazyFrame) -> list[pl.Expr]:
+    """Each column parsed into its canonical type and, where that can fail, beside it the text of what could not be. Raises `LogsError`."""
+    schema = scan.collect_schema()
+    selected = []
     for column, what in columns.items():
         if column not in schema:
             if what.optional:
@@ -177,24 +163,45 @@ def _selection(name: str, columns: Mapping[str, Column], schema: pl.Schema) -> l
         raw, dtype = pl.col(column), schema[column]
         if isinstance(dtype, pl.Categorical | pl.Enum):
             raw, dtype = raw.cast(pl.String), pl.String()
-        value = parsed(raw, what.kind, dtype)
+        floats = _whole_floats(scan, column) if what.kind == "id" and isinstance(dtype, pl.String) else None
+        value = parsed(raw, what.kind, dtype, floats)
         if value is None:
             expected, mend = EXPECTED[what.kind]
             raise LogsError(f"{name}: column {column!r} is of type {dtype}, expected {expected}; {mend}")
+        selected.append(value.alias(column))
         given = raw.str.contains(r"\S") if isinstance(dtype, pl.String) else raw.is_not_nan() if dtype.is_float() else raw.is_not_null()
-        selection.append(value.alias(column))
-        if not dtype.is_temporal():
-            selection.append(pl.when(given & value.is_null()).then(raw.cast(pl.String)).alias(unread(column)))
-    return selection
+        if _can_fail(what.kind, dtype):
+            selected.append(pl.when(given & value.is_null()).then(raw.cast(pl.String)).alias(unread(column)))
+    return selected
 
 
-def parsed(raw: pl.Expr, kind: Kind, dtype: pl.DataType) -> pl.Expr | None:
-    """`raw`, of type `dtype`, as its canonical type, null where a value cannot be that; None if no value of that type can."""
+def _can_fail(kind: Kind, dtype: pl.DataType) -> bool:
+    """Whether a value of type `dtype` may not be one of this kind."""
+    match kind:
+        case "number":
+            return isinstance(dtype, pl.String)
+        case "time":
+            return not dtype.is_temporal()
+        case "id" | "name":
+            return dtype.is_float()
+
+
+def _whole_floats(scan: pl.LazyFrame, column: str) -> bool:
+    """Whether every id that is there ends in `.0`; all are only looked at if the first ones do."""
+    ends = pl.col(column).cast(pl.String).str.contains(_WHOLE_FLOAT) | ~pl.col(column).cast(pl.String).str.contains(r"\S")
+    return all(rows.select(ends.all().alias("all")).collect(engine="streaming").item() for rows in (scan.head(1_000), scan))
+
+
+def parsed(raw: pl.Expr, kind: Kind, dtype: pl.DataType, floats: bool | None = None) -> pl.Expr | None:
+    """`raw`, of type `dtype`, as its canonical type, null where a value cannot be that; None if no value of that type can.
+
+    `floats`: whether ids of text all end in `.0`; where it is not known, the expression looks at the whole column.
+    """
     if isinstance(dtype, pl.Null):
         return raw.cast(DTYPES[kind])
     match kind:
         case "id" | "name":
-            return _as_text(raw, kind, dtype)
+            return _as_text(raw, kind, dtype, floats)
         case "number":
             if isinstance(dtype, pl.String):
                 return raw.str.strip_chars().cast(pl.Float64, strict=False)
@@ -203,19 +210,19 @@ def parsed(raw: pl.Expr, kind: Kind, dtype: pl.DataType) -> pl.Expr | None:
             return _as_time(raw, dtype)
 
 
-def _as_text(raw: pl.Expr, kind: Kind, dtype: pl.DataType) -> pl.Expr | None:
+def _as_text(raw: pl.Expr, kind: Kind, dtype: pl.DataType, floats: bool | None) -> pl.Expr | None:
     if isinstance(dtype, pl.String):
         given = pl.when(raw.str.contains(r"\S")).then(raw)
         if kind == "name":
             return given
         # a table that passed through a program without integers with gaps has 17.0 for 17, in every row
-        floats = given.str.contains(r"^-?\d+\.0$").all()  # nulls do not count
-        return pl.when(floats).then(given.str.strip_suffix(".0")).otherwise(given)
+        whole = given.str.contains(_WHOLE_FLOAT).all() if floats is None else pl.lit(value=floats)  # nulls do not count
+        return given if floats is False else pl.when(whole).then(given.str.strip_suffix(".0")).otherwise(given)
     if dtype.is_integer() or (isinstance(dtype, pl.Boolean) and kind == "name"):
         return raw.cast(pl.String)
     if dtype.is_float():
-        whole = pl.when(raw.is_finite() & (raw == raw.round())).then(raw.cast(pl.Int64, strict=False).cast(pl.String))
-        return whole if kind == "id" else pl.coalesce(whole, raw.fill_nan(None).cast(pl.String))
+        number = pl.when(raw.is_finite() & (raw == raw.round())).then(raw.cast(pl.Int64, strict=False).cast(pl.String))
+        return number if kind == "id" else pl.coalesce(number, raw.fill_nan(None).cast(pl.String))
     return None
 
 
@@ -241,15 +248,3 @@ def _since_1970(number: pl.Expr) -> pl.Expr:
     size = number.abs()
     scale = pl.when(size < 1e8).then(None).when(size < 1e11).then(1e6).when(size < 1e14).then(1e3).when(size < 1e17).then(1.0).when(size < 1e20).then(1e-3)
     return (number * scale).round().cast(pl.Int64, strict=False).cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-
-
-def _checked(name: str, columns: Mapping[str, Column], frame: pl.DataFrame) -> pl.DataFrame:
-    """Drop the text columns that hold nothing; a column most of whose values could not be read is of the wrong type."""
-    texts = {unread(c): c for c in columns if unread(c) in frame.columns}
-    lost = frame.select(pl.col(list(texts)).count()).row(0, named=True) if texts else {}
-    for text, number in lost.items():
-        column = texts[text]
-        if number > frame[column].count():
-            expected, mend = EXPECTED[columns[column].kind]
-            raise LogsError(f"{name}: column {column!r} holds values such as {frame[text].drop_nulls()[0][:60]!r}, expected {expected}; {mend}")
-    return frame.drop(text for text, number in lost.items() if not number)

@@ -1,18 +1,29 @@
 """The data gate: Great Expectations judges how often the rows of the logs broke each rule of the platform file.
 
 Polars counts (`records.metrics`), because it sees NaN and infinity everywhere and takes one pass; Great Expectations holds the
-suite, one expectation for each rule, and gives the verdict.
+suite, one expectation for each rule, and gives the verdict. What a log looked like when it was last accepted is kept as a `Profile`, and
+the next one is held against it: how many rows came, and how far what they hold has moved.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
-from fastq.platform import Platform
-from fastq.records import TABLES, Records, Severity, row_rules, table_rules
+import numpy as np
+import polars as pl
 
+from fastq.platform import Platform
+from fastq.records import TABLES, Records, Severity, parts_of, row_rules, table_rules
+from fastq.workspace import Workspace, replacing
+
+SAMPLE = 100_000  # rows at most that a distribution is told from
+FEWEST = 200  # rows below which none is
+BINS = 10
+LEAST_VOLUME, MOST_VOLUME = 0.5, 2.0  # of the earlier rows, or of the earlier rows per period
 GX_SEVERITY: dict[Severity, str] = {"stop": "critical", "quarantine": "warning", "warn": "info"}
 
 
@@ -28,11 +39,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether the logs may be learned from. `reasons` has a sentence for each stopping rule that failed."""
+    """Whether the logs may be learned from. `reasons` has a sentence for each stopping rule that failed, `warnings` for what else is worth knowing."""
 
     passed: bool
     rules: list[Rule]
     reasons: list[str]
+    warnings: list[str]
 
 
 def rules_of(platform: Platform) -> dict[str, Severity]:
@@ -40,16 +52,133 @@ def rules_of(platform: Platform) -> dict[str, Severity]:
     logged = [table for table in TABLES if getattr(platform.logs, table) is not None]
     stop: dict[str, Severity] = {"decisions.accepted.some": "stop", **{f"{table}.quarantined.share": "stop" for table in logged}}
     rows = {rule.name: rule.severity for table in logged for rule in row_rules(platform, table)}
-    return {**stop, **rows, **dict.fromkeys(table_rules(platform), "warn")}
+    warn: dict[str, Severity] = dict.fromkeys([*table_rules(platform), *_against_earlier(platform)], "warn")
+    rules: dict[str, Severity] = {**stop, **rows, **warn}
+    return rules | dict.fromkeys((rule for rule in platform.validation.stop if rule in rules), "stop")
 
 
-def validate(platform: Platform, records: Records) -> Verdict:
-    """Judge the records by the platform's rules.
+# ---- against earlier runs ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What accepted logs looked like: `rows` by table; `newest` decision; `rate`, decisions per period; and by the name of a quantity the
+    inner edges of ten bins that its values filled evenly then, with the share of values in each.
+    """
+
+    rows: dict[str, int]
+    newest: str | None
+    rate: float
+    edges: dict[str, list[float]]
+    shares: dict[str, list[float]]
+
+
+def _against_earlier(platform: Platform) -> list[str]:
+    tables = [f"{table}.rows.volume" for table in TABLES if getattr(platform.logs, table) is not None]
+    measures = [f"activity.{measure}.shift" for measure in platform.state.measures]
+    return [*tables, "decisions.rate.volume", *measures, *(f"decisions.{policy}.shift" for policy in platform.policies)]
+
+
+def profile(platform: Platform, records: Records) -> Profile:
+    """What these logs look like, for the next ones to be held against."""
+    values = _values(platform, records)
+    edges = {name: np.unique(np.quantile(found, np.linspace(0, 1, BINS + 1)[1:-1])).tolist() for name, found in values.items() if len(found) >= FEWEST}
+    shares = {name: _shares(values[name], inner).tolist() for name, inner in edges.items()}
+    newest = records.decisions["decided_at"].max()
+    rows = {table: counts.accepted for table, counts in records.counts.items()}
+    return Profile(rows, newest.isoformat() if isinstance(newest, datetime) else None, _rate(platform, records.decisions), edges, shares)
+
+
+def read_profile(workspace: Workspace) -> Profile | None:
+    """What the logs looked like when they were last accepted; None before the first time."""
+    try:
+        return Profile(**json.loads(workspace.reference.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def write_profile(workspace: Workspace, reference: Profile) -> None:
+    workspace.make()
+    with replacing(workspace.reference) as partial:
+        partial.write_text(json.dumps(asdict(reference)), encoding="utf-8")
+
+
+def _values(platform: Platform, records: Records, after: datetime | None = None) -> dict[str, np.ndarray]:
+    """By the name of each quantity that is watched, its known values (of a sample of rows): each measure, and what each policy did."""
+    found: dict[str, np.ndarray] = {}
+    decisions = records.decisions if after is None else records.decisions.filter(pl.col("decided_at") > after)
+    for policy in platform.policies:
+        mine = decisions.filter(pl.col("policy") == policy)
+        for dimension in platform.dimension_names:
+            found[f"decisions.{policy}.{dimension}"] = mine[dimension].gather_every(max(1, len(mine) // SAMPLE)).to_numpy()
+    if measures := list(platform.state.measures):
+        every = max(1, records.counts["activity"].accepted // SAMPLE) if "activity" in records.counts else 1
+        parts = [part if after is None else part.filter(pl.col("occurred_at") > after) for part in parts_of(records.activity)]
+        events = pl.concat([part.select(measures).gather_every(every).collect() for part in parts]) if parts else pl.DataFrame(schema=measures)
+        found |= {f"activity.{measure}": events[measure].drop_nulls().to_numpy() for measure in measures}
+    return found
+
+
+def _shares(values: np.ndarray, edges: list[float]) -> np.ndarray:
+    return np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1) / max(len(values), 1)
+
+
+def _rate(platform: Platform, decisions: pl.DataFrame) -> float:
+    """Decisions per period, from the first to the last; 0 where they lie within one."""
+    first, last = decisions["decided_at"].min(), decisions["decided_at"].max()
+    periods = (last - first) / platform.state.period if isinstance(first, datetime) and isinstance(last, datetime) else 0.0
+    return len(decisions) / periods if periods >= 1 else 0.0
+
+
+def shift(now: np.ndarray, then: np.ndarray) -> float:
+    """Population stability index of two vectors of shares: the sum of (now - then) log(now / then). Below 0.1 nothing moved, above 0.25 much did."""
+    now, then = np.maximum(now, 1e-4), np.maximum(then, 1e-4)
+    return float(((now - then) * np.log(now / then)).sum())
+
+
+def _moved(platform: Platform, records: Records, reference: Profile | None) -> tuple[dict[str, int], list[str]]:
+    """How often each rule against earlier runs failed, and a sentence for each that did. Without an earlier run none fails."""
+    failed = dict.fromkeys(_against_earlier(platform), 0)
+    said: list[str] = []
+    if reference is None:
+        return failed, said
+    for table, before in reference.rows.items():
+        now = records.counts[table].accepted if table in records.counts else 0
+        if f"{table}.rows.volume" in failed and now < LEAST_VOLUME * before:
+            failed[f"{table}.rows.volume"] = 1
+            said.append(f"{table}: {now:,} rows, when last accepted there were {before:,}; logs only grow, so part of them is missing")
+    newest = datetime.fromisoformat(reference.newest) if reference.newest else None
+    fresh = records.decisions.filter(pl.col("decided_at") > newest) if newest else records.decisions.clear()
+    rate = _rate(platform, fresh)
+    if rate and reference.rate and not LEAST_VOLUME <= rate / reference.rate <= MOST_VOLUME:
+        failed["decisions.rate.volume"] = 1
+        said.append(f"decisions: {rate:,.0f} a period since {reference.newest:.16}, before that {reference.rate:,.0f}")
+    # the whole log may have been replaced, and in a long log a new stretch drowns: both are looked at
+    for when, values in (("", _values(platform, records)), (f" since {reference.newest:.16}", _values(platform, records, newest) if newest else {})):
+        for name, found in values.items():
+            if name not in reference.edges or len(found) < FEWEST:
+                continue
+            moved = shift(_shares(found, reference.edges[name]), np.array(reference.shares[name]))
+            rule = f"{'.'.join(name.split('.')[:2])}.shift" if name.startswith("decisions.") else f"{name}.shift"
+            if moved > platform.validation.max_shift:
+                failed[rule] += 1
+                said.append(
+                    f"{name.replace('.', ': ', 1)} has moved by {moved:.2f}{when} (population stability index; {platform.validation.max_shift:g} is allowed)"
+                )
+    return failed, said
+
+
+# ---- the verdict ------------------------------------------------------------------------------------------------------
+
+
+def validate(platform: Platform, records: Records, reference: Profile | None = None) -> Verdict:
+    """Judge the records by the platform's rules and, where there is a `reference`, by what logs looked like before.
 
     The gate fails if a stopping rule fails: no decision is left, or more than `validation.max_quarantined` of a table's rows
     (repeats left out) are quarantined. A rule that was not measured counts as broken and stops.
     """
-    measured = {**records.metrics, "decisions.accepted.some": int(records.counts["decisions"].accepted == 0)}
+    moved, said = _moved(platform, records, reference)
+    measured = {**records.metrics, **moved, "decisions.accepted.some": int(records.counts["decisions"].accepted == 0)}
     allowed = dict.fromkeys(rules_of(platform), 0)
     for table, counts in records.counts.items():
         measured[f"{table}.quarantined.share"] = counts.quarantined
@@ -57,7 +186,7 @@ def validate(platform: Platform, records: Records) -> Verdict:
         allowed[f"{table}.quarantined.share"] = math.floor(platform.validation.max_quarantined * (counts.accepted + counts.quarantined) + 1e-9)
     rules = _judge(rules_of(platform), measured, allowed)
     reasons = [_reason(platform, records, rule, measured) for rule in rules if rule.severity == "stop" and not rule.passed]
-    return Verdict(not reasons, rules, reasons)
+    return Verdict(not reasons, rules, reasons, [*records.warnings, *said])
 
 
 def _judge(severities: dict[str, Severity], measured: dict[str, int], allowed: dict[str, int]) -> list[Rule]:
@@ -89,6 +218,8 @@ def _reason(platform: Platform, records: Records, rule: Rule, measured: dict[str
         return f"the rule {rule.rule} was not measured"
     if rule.rule == "decisions.accepted.some":
         return "no decision is left to learn from"
+    if rule.rule != f"{table}.quarantined.share":
+        return f"the rule {rule.rule}, which fastq.yaml lets stop, failed {rule.failed:,} times"
     rows, limit = counts.accepted + counts.quarantined, platform.validation.max_quarantined
     often = sorted((r.name for r in row_rules(platform, table) if r.severity == "quarantine"), key=lambda name: -measured.get(name, 0))[:1]
     said = f"{rule.failed:,} of {rows:,} rows of {table} ({rule.failed / max(rows, 1):.2%}) are quarantined, more than {limit:.2%}"

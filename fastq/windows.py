@@ -8,16 +8,32 @@ Termination is data: `discount` is 0 where the player churned.
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 import zlib
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import polars as pl
+import psutil
 
-from fastq.features import Catalogue, PlayerRows, PlayerStates, action_matrix, aggregate_events, attribute_rows, attributes_at, known_delay, microseconds
+from fastq.errors import LogsError, WorkspaceError
+from fastq.features import (
+    Catalogue,
+    PlayerRows,
+    PlayerStates,
+    action_matrix,
+    aggregate_events,
+    attribute_rows,
+    attributes_at,
+    known_delay,
+    microseconds,
+    row_width,
+)  # fmt: skip
 from fastq.platform import OWN_POLICY, Platform
 from fastq.records import Records
+from fastq.workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -130,65 +146,75 @@ def held_out_players(player_ids: list[str], share: float, seed: int) -> np.ndarr
     return ((drawn * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)).astype(float) / 2.0**53 < share
 
 
-def _churned(platform: Platform, decisions: pl.DataFrame, activity: pl.DataFrame | None, following: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class _Lived:
+    """What a part of the events tells about the decisions `at` of its players."""
+
+    begun: pl.DataFrame  # see `_partial_rows`
+    versions: pl.DataFrame  # see `_late_versions`
+    seen: pl.DataFrame  # at; before, after: the last event up to the decision, the first one after it
+
+
+def _lived(platform: Platform, decisions: pl.DataFrame, events: pl.DataFrame) -> _Lived:
+    events = events.with_columns(period=pl.col("occurred_at").dt.epoch("us").floordiv(microseconds(platform)))
+    happened = events.select("player_id", happened=pl.col("occurred_at").dt.epoch("us")).sort("happened")
+    asked = decisions.select("player_id", "moment", "at").sort("moment")
+
+    def nearest(strategy: Literal["backward", "forward"], *, at_the_moment: bool) -> pl.DataFrame:
+        found = asked.join_asof(
+            happened, left_on="moment", right_on="happened", by="player_id", strategy=strategy, allow_exact_matches=at_the_moment, check_sortedness=False
+        )
+        return found.select("at", "happened")
+
+    before, after = nearest("backward", at_the_moment=True), nearest("forward", at_the_moment=False)
+    seen = before.select("at", before="happened").join(after.select("at", after="happened"), on="at")
+    return _Lived(_partial_rows(platform, decisions, events), _late_versions(platform, decisions, events), seen)
+
+
+def _churned(platform: Platform, decisions: pl.DataFrame, lived: list[_Lived], newest: int | None, following: np.ndarray) -> np.ndarray:
     """[N] bool: before the next decision, or the log's end, the player had been without activity for `churn` periods, and came back no sooner.
 
     Decisions in the course of an absence are links of the chain like any other: to end it at the first of them would take knowledge of the
     days after, which the last `churn` periods of a log don't have, and values learned there would not be those learned before. The clock
     runs from the last activity; for somebody who had been gone already when the decision was made, from the decision.
     """
-    if activity is None or not platform.state.measures or activity.is_empty() or decisions.is_empty():
-        return np.zeros(len(decisions), bool)
+    n = len(decisions)
+    if newest is None or not n:
+        return np.zeros(n, bool)
     gap = platform.state.churn * microseconds(platform)
-    events = activity.select("player_id", happened=pl.col("occurred_at").dt.epoch("us")).sort("happened")
-    asked = decisions.select("player_id", "moment", order=pl.int_range(pl.len())).sort("moment")
-
-    def seen(strategy: Literal["backward", "forward"], *, at_the_moment: bool) -> pl.Series:
-        found = asked.join_asof(
-            events, left_on="moment", right_on="happened", by="player_id", strategy=strategy, allow_exact_matches=at_the_moment, check_sortedness=False
-        )
-        return found.sort("order")["happened"]
-
-    before, after = seen("backward", at_the_moment=True), seen("forward", at_the_moment=False)
     moment = decisions["moment"].to_numpy()
-    last, back = before.fill_null(np.iinfo(np.int64).min // 2).to_numpy(), after.fill_null(np.iinfo(np.int64).max).to_numpy()
+    last, back = np.full(n, np.iinfo(np.int64).min // 2), np.full(n, np.iinfo(np.int64).max)
+    for part in lived:
+        at = part.seen["at"].to_numpy()
+        last[at], back[at] = (
+            part.seen["before"].fill_null(np.iinfo(np.int64).min // 2).to_numpy(),
+            part.seen["after"].fill_null(np.iinfo(np.int64).max).to_numpy(),
+        )
     gone_at = np.where(moment - last < gap, last, moment) + gap
-    end = max(int(moment.max()), int(events["happened"].max()))  # type: ignore[arg-type]  # an int column's max
+    end = max(int(moment.max()), newest)
     return (back >= gone_at) & (gone_at <= np.where(following >= 0, moment[following], end))
 
 
-def _partial_rows(platform: Platform, decisions: pl.DataFrame, activity: pl.DataFrame | None) -> pl.DataFrame:
-    """What was known of the period under way: `at` (the decision), measures, and `previous`, the earlier decision of that period."""
-    opening = decisions.select("at", previous=pl.col("at").first().over("player_id", "moment") - 1, opening=pl.col("at").first().over("player_id", "period"))
-    earlier = opening.filter(pl.col("previous") >= pl.col("opening")).select("at", "previous")
-    names = list(platform.state.measures)
-    if activity is None or not names:
-        return earlier.with_columns(pl.lit(None, pl.Float64).alias(name) for name in names)
-    events = activity.with_columns(period=pl.col("occurred_at").dt.epoch("us").floordiv(microseconds(platform)))
+def _partial_rows(platform: Platform, decisions: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
+    """What was known of the period under way, of which something had happened: `at` (the decision), measures."""
     pairs = decisions.lazy().select("player_id", "period", "at", "decided_at").join(events.lazy(), on=["player_id", "period"], maintain_order="right")
     pairs = pairs.filter((pl.col("occurred_at") < pl.col("decided_at")) & (pl.col("known_at") < pl.col("decided_at")))
-    begun = aggregate_events(platform, pairs, keys=["at"]).collect(engine="streaming")
-    return begun.join(earlier, on="at", how="full", coalesce=True).sort("at")
+    return aggregate_events(platform, pairs, keys=["at"], counts=False).collect(engine="in-memory")
 
 
-def _late_versions(platform: Platform, decisions: pl.DataFrame, activity: pl.DataFrame | None) -> pl.DataFrame:
+def _late_versions(platform: Platform, decisions: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
     """Older periods as they were known at a decision, where events of theirs arrived only later: `at`, `period`, measures."""
-    names = list(platform.state.measures)
     length = microseconds(platform)
-    if activity is None or not names:
-        return pl.DataFrame(schema={"at": pl.Int64, "period": pl.Int64} | dict.fromkeys(names, pl.Float64))
-    events = activity.lazy().with_columns(period=pl.col("occurred_at").dt.epoch("us").floordiv(length))
-    late = (
-        events.filter(pl.col("known_at").dt.epoch("us") >= (pl.col("period") + 1) * length).group_by("player_id", "period").agg(known=pl.col("known_at").max())
-    )
+    late = events.lazy().filter(pl.col("known_at").dt.epoch("us") >= (pl.col("period") + 1) * length)
+    late = late.group_by("player_id", "period").agg(known=pl.col("known_at").max())
     touched = decisions.lazy().select("player_id", "at", "decided_at", now="period").join(late, on="player_id")
     touched = touched.filter(
         (pl.col("period") < pl.col("now")) & (pl.col("period") > pl.col("now") - platform.state.window - 1) & (pl.col("known") >= pl.col("decided_at"))
     )
-    touched = touched.select("player_id", "period", "at", "decided_at")
-    known = touched.join(events, on=["player_id", "period"], maintain_order="right").filter(pl.col("known_at") < pl.col("decided_at"))
-    cells = aggregate_events(platform, known, keys=["at", "period"])
-    return touched.select("at", "period").join(cells, on=["at", "period"], how="left").collect(engine="streaming").sort("at", "period")
+    touched = touched.select("player_id", "period", "at", "decided_at").collect(engine="in-memory").lazy()
+    known = touched.join(events.lazy(), on=["player_id", "period"], maintain_order="right").filter(pl.col("known_at") < pl.col("decided_at"))
+    cells = aggregate_events(platform, known, keys=["at", "period"], counts=False)
+    return touched.select("at", "period").join(cells, on=["at", "period"], how="left").collect(engine="in-memory")
 
 
 def _proposal_arrays(
@@ -204,33 +230,59 @@ def _proposal_arrays(
         proposals[at] = action_matrix(platform, known, catalogue)
         law[at], chance[at] = known["propensity"].cast(pl.Float64).to_numpy(), known["assignment"].cast(pl.Float64).to_numpy()
     own = np.arange(n), policy
-    proposals[own], law[own] = action, decisions["propensity"].cast(pl.Float64).to_numpy()
+    given = decisions["propensity"].cast(pl.Float64).to_numpy()
+    proposals[own], law[own] = action, np.where(np.isfinite(given), given, law[own])
     assigned = decisions["assignment"].cast(pl.Float64).to_numpy()
     chance[own] = np.where(np.isfinite(assigned), assigned, chance[own])
     return proposals, law, chance
 
 
-def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.DataFrame | None = None) -> Windows:
+def _look_back(decisions: pl.DataFrame, placed: pl.DataFrame, found: pl.Series) -> None:
+    """Raise `LogsError` where a pointer names a row that is not the player's own, or was not complete when the decision was made."""
+    behind = found - placed["row"]  # periods since the player's first
+    ahead = (placed["first"] + behind >= placed["period"]) | (behind < -1) | (placed["first"] + behind > placed["last"])
+    if ahead.any():
+        which = decisions["decision_id"].filter(ahead)
+        said = f"{which[0]}: the feature store found a row that was not complete when it was decided ({len(which):,} of {len(found):,} decisions)"
+        raise LogsError(f"{said}; nothing may be learned from what was not known; run `fastq retrain` to build the features anew")
+
+
+def _empty(shape: tuple[int, int], workspace: Workspace, memory: int | None) -> np.ndarray:
+    """A float32 matrix to be filled: in memory or, beyond the limit, in a file without a name, which is gone with whoever holds it."""
+    size = 4 * shape[0] * shape[1]
+    if size <= (psutil.virtual_memory().available // 2 if memory is None else memory):
+        return np.empty(shape, np.float32)
+    workspace.make()
+    try:
+        with tempfile.TemporaryFile(dir=workspace.state) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, not a signal in the middle of writing
+            return np.memmap(file, np.float32, "r+", shape=shape)
+    except OSError as error:
+        raise WorkspaceError(f"{workspace.state}: no room for a feature table of {size / 1e9:.1f} GB, more than fits into memory ({error.strerror})") from None
+
+
+def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.DataFrame | None = None, memory: int | None = None) -> Windows:
     """Transitions of all accepted decisions.
 
     `pointers` (decision_id, row) name the last complete row before each decision, as a point-in-time feature store finds it; without
-    them the grid is asked directly. A null pointer means that nothing was known yet.
+    them the grid is asked directly. A null pointer means that nothing was known yet. A matrix of more than `memory` bytes (half of what is
+    free, unless said) is laid in a file that is mapped, with the same content.
     """
     n_measures, n_objectives, length = len(platform.state.measures), len(platform.objectives), microseconds(platform)
     decisions = records.decisions.sort("player_id", "decided_at", "decision_id").with_columns(
         at=pl.int_range(pl.len(), dtype=pl.Int64), moment=pl.col("decided_at").dt.epoch("us")
     )
     decisions = decisions.with_columns(period=pl.col("moment").floordiv(length))
+    placed = decisions.select("player_id", "period").join(rows.spans, on="player_id", how="left", maintain_order="left")
+    first = placed["row"].to_numpy()
     if pointers is None:
-        pointers = decisions.select("decision_id", "player_id", period=pl.col("period") - 1).join(
-            rows.frame.select("player_id", "period", "row"), on=["player_id", "period"], how="left"
-        )
-    base = decisions.select("decision_id", "player_id").join(pointers.select("decision_id", "row"), on="decision_id", how="left", maintain_order="left")
-    starts = rows.frame.group_by("player_id").agg(first=pl.col("row").min(), start=pl.col("period").min())
-    placed = decisions.select("player_id", "period").join(starts, on="player_id", how="left", maintain_order="left")
-    first = placed["first"].fill_null(1).to_numpy()
+        complete = placed["period"] - 1
+        found = pl.select(pl.when(complete.is_between(placed["first"], placed["last"])).then(placed["row"] + complete - placed["first"])).to_series()
+    else:
+        found = decisions.select("decision_id").join(pointers.select("decision_id", "row"), on="decision_id", how="left", maintain_order="left")["row"]
+        _look_back(decisions, placed, found)
     # without a complete row yet, the window ends just before the player's first one
-    end = base["row"].fill_null(pl.Series(first - 1)).to_numpy().copy()
+    end = found.fill_null(pl.Series(first - 1)).to_numpy().copy()
 
     action = action_matrix(platform, decisions, rows.catalogue)
     reward = decisions.select(pl.col(list(platform.objectives)).cast(pl.Float64)).to_numpy().astype(float)
@@ -250,28 +302,47 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
     opening, first_of_player = (decisions.select(pl.col("at").first().over("player_id", *of)).to_series().to_numpy() for of in (["moment"], []))
     last_policy = np.where(opening > first_of_player, policy[opening - 1], -1)
 
-    extra, extra_decided, partial = [rows.matrix], [rows.decided], np.full(n, -1, np.int64)
-    begun = _partial_rows(platform, decisions, records.activity)
-    at, size = begun["at"].to_numpy(), len(rows.matrix)
-    block = np.full((len(begun), rows.matrix.shape[1]), np.nan, np.float32)
-    block[:, :n_measures] = begun.select(pl.col(list(platform.state.measures)).cast(pl.Float64)).to_numpy().reshape(len(begun), n_measures)
+    lived, newest = [], None
+    for part, mine in decisions.with_columns(part=placed["part"]).drop_nulls("part").partition_by("part", as_dict=True).items():
+        events = rows.events[part[0]].collect()
+        lived.append(_lived(platform, mine, events))
+    if rows.events:
+        newest = max((m for m in (p.select(pl.col("occurred_at").dt.epoch("us").max()).collect().item() for p in rows.events) if m is not None), default=None)
+
+    opening_of_day = decisions.select(pl.col("at").first().over("player_id", "period")).to_series().to_numpy()
+    earlier = pl.DataFrame({"at": np.arange(n), "previous": opening - 1}).filter(pl.Series(opening - 1 >= opening_of_day))
+    measures = dict.fromkeys(platform.state.measures, pl.Float64)
+    begun = pl.concat([pl.DataFrame(schema={"at": pl.Int64, **measures}), *(part.begun for part in lived)], how="vertical_relaxed")
+    begun = begun.join(earlier, on="at", how="full", coalesce=True).sort("at")
+    versions = pl.concat([pl.DataFrame(schema={"at": pl.Int64, "period": pl.Int64, **measures}), *(part.versions for part in lived)], how="vertical_relaxed")
+    versions = versions.sort("at", "period")
+
+    grid = len(rows)
+    matrix = _empty((grid + len(begun) + len(versions), row_width(platform, rows.catalogue)), Workspace(platform.root), memory)
+    decided = np.zeros(len(matrix), np.int64)
+    rows.lay(matrix[:grid], decided[:grid])
+    matrix[grid:] = np.nan
+
+    at, size = begun["at"].to_numpy(), grid
+    block = matrix[size : size + len(begun)]
+    block[:, :n_measures] = begun.select(pl.col(list(measures)).cast(pl.Float32)).to_numpy().reshape(len(begun), n_measures)
     previous = begun["previous"].fill_null(-1).to_numpy().astype(np.int64)
     acted = previous >= 0
     block[acted, n_measures : block.shape[1] - n_objectives] = action[previous[acted]]
     block[acted, block.shape[1] - n_objectives :] = reward[previous[acted]]
-    extra.append(block)
-    extra_decided.append(np.where(acted, moment[previous], 0) if n else np.zeros(0, np.int64))
+    if n:
+        decided[size : size + len(begun)] = np.where(acted, moment[previous], 0)
+    partial = np.full(n, -1, np.int64)
     partial[at] = size + np.arange(len(begun))
     size += len(begun)
 
-    versions = _late_versions(platform, decisions, records.activity)
     whose, when = versions["at"].to_numpy(), versions["period"].to_numpy()
     window_slot = when - decisions["period"].to_numpy()[whose] + platform.state.window  # slot in a window that ends one period before
-    original = first[whose] + when - placed["start"].fill_null(0).to_numpy()[whose]
-    block = rows.matrix[original].copy()
-    block[:, :n_measures] = versions.select(pl.col(list(platform.state.measures)).cast(pl.Float64)).to_numpy()
-    extra.append(block)
-    extra_decided.append(rows.decided[original])
+    original = first[whose] + when - placed["first"].to_numpy()[whose]
+    block = matrix[size:]
+    block[:] = matrix[original]
+    block[:, :n_measures] = versions.select(pl.col(list(measures)).cast(pl.Float32)).to_numpy().reshape(len(versions), n_measures)
+    decided[size:] = decided[original]
     late = np.stack([whose, window_slot, size + np.arange(len(versions))], 1).astype(np.int64)
 
     proposals, law, chance = _proposal_arrays(platform, records, decisions, policies, action, policy, rows.catalogue)
@@ -281,8 +352,8 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
         decision_id=decisions["decision_id"].to_list(),
         player_ids=player_ids.to_list(),
         policies=policies,
-        matrix=np.concatenate(extra),
-        decided=np.concatenate(extra_decided),
+        matrix=matrix,
+        decided=decided,
         end=end,
         first=first,
         partial=partial,
@@ -301,6 +372,6 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
         reward=reward,
         following=following,
         elapsed=elapsed,
-        terminated=_churned(platform, decisions, records.activity, following),
+        terminated=_churned(platform, decisions, lived, newest, following),
         attributes=attributes_at(platform, records.players, decisions["player_id"], decisions["decided_at"]),
     )

@@ -40,6 +40,11 @@ class Workspace:
         return self.state / "tables"
 
     @property
+    def staged(self) -> Path:
+        """Copies of the logs in canonical types, not yet judged, so that no file is read twice; to delete them costs time only."""
+        return self.state / "staged"
+
+    @property
     def quarantine(self) -> Path:
         """Refused rows with their reasons, one Parquet file per validation."""
         return self.state / "quarantine"
@@ -47,6 +52,16 @@ class Workspace:
     @property
     def reports(self) -> Path:
         return self.state / "reports"
+
+    @property
+    def reference(self) -> Path:
+        """What the logs looked like when they were last accepted; the next ones are held against it."""
+        return self.state / "reference.json"
+
+    @property
+    def overlap(self) -> Path:
+        """How much of the state space each pair of policies shared in the logs that were last accepted."""
+        return self.state / "overlap.json"
 
     @property
     def features(self) -> Path:

@@ -46,6 +46,8 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
             took(relative(platform, path), strike_table(path, player_id, sorted(ids)))
         for page in sorted(workspace.reports.glob("*.html")):
             took(relative(platform, page), strike_page(page, [player_id, *sorted(ids)]))
+        with workspace.lock("staged", wait_seconds=600):
+            took(f"{relative(platform, workspace.staged)}, copies of the logs that are made anew", strike_arrays(workspace.staged, ARRAYS))
         if removed:  # what stands in files without ids is made anew from the tables, and a stopped retraining can't go on with other ones
             for directory in (workspace.features, workspace.tables):
                 took(f"{relative(platform, directory)}, files that are made anew", strike_arrays(directory, ARRAYS))

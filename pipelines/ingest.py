@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow, task
 
-from fastq import records
+from fastq import overlap, records, validation
 from fastq.errors import GateRefused
 from fastq.platform import Platform
 from fastq.workspace import Workspace
@@ -24,7 +24,12 @@ def ingest_logs(workspace: str, turn: str, since: str | None) -> dict[str, Any]:
     document = judged(platform, read)
     if not document["passed"]:
         raise GateRefused(f"the logs were refused (report: {document['report']})", document["reasons"])
-    records.write_tables(read, Workspace(platform.root))
+    kept = Workspace(platform.root)
+    reference = validation.profile(platform, read)
+    records.write_tables(read, kept)
+    if since is None:  # a stretch of the logs is no measure for the whole
+        validation.write_profile(kept, reference)
+    overlap.write_overlaps(kept, [overlap.Overlap(**pair) for pair in document["overlap"]])
     progress.get()("reading and judging the logs", 1, 1, {})
     return document
 

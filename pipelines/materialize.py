@@ -16,6 +16,7 @@ from fastq.records import Records
 from fastq.windows import Windows
 from fastq.workspace import Workspace, replacing
 from feature_repo import store
+from pipelines.distribute import with_cells
 from pipelines.turn import ONCE_A_TURN, RETRIES, Progress, platform_of, progress, running
 
 POINTERS_FILE = "pointers.parquet"
@@ -23,7 +24,7 @@ POINTERS_FILE = "pointers.parquet"
 
 def _known_by(read: Records, at: datetime) -> bool:
     """Whether everything in the tables was known before `at`, so that the offline rows are the online ones too."""
-    newest = [read.decisions["decided_at"].max()] + ([read.activity["known_at"].max()] if read.activity is not None else [])
+    newest = [read.decisions["decided_at"].max()] + ([read.activity.select(pl.col("known_at").max()).item()] if read.activity is not None else [])
     return all(isinstance(moment, datetime) and moment < at for moment in newest if moment is not None)
 
 
@@ -77,7 +78,10 @@ def windows_of(workspace: str, turn: str) -> Windows:
     platform = platform_of(workspace)
     read = records.read_tables(platform)
     pointers = pl.read_parquet(Workspace(platform.root).features / POINTERS_FILE)
-    return windows.build(platform, read, features.build_rows(platform, read), pointers)
+    rows = features.build_rows(platform, read)
+    if platform.services.ray != "local":
+        rows = with_cells(platform, rows)
+    return windows.build(platform, read, rows, pointers)
 
 
 @flow(name="materialize", persist_result=False, validate_parameters=False)

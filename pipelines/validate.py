@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import uuid
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 from prefect import flow, task
 
-from fastq import records, report, validation
+from fastq import overlap, records, report, validation
 from fastq.platform import Platform
 from fastq.records import Records
 from fastq.workspace import Workspace, replacing
@@ -16,18 +18,20 @@ from pipelines.turn import EACH_TIME, RETRIES, Progress, platform_of, progress, 
 
 
 def judged(platform: Platform, read: Records) -> dict[str, Any]:
-    """The verdict on records as `fastq validate --json` gives it; its HTML report and the quarantine are kept beside earlier ones."""
+    """The verdict on records as `fastq validate --json` gives it; it, its HTML report and the quarantine are kept beside earlier ones."""
     workspace = Workspace(platform.root)
-    verdict = validation.validate(platform, read)
+    verdict = validation.validate(platform, read, validation.read_profile(workspace))
+    shared = overlap.chances(platform, read) if verdict.passed else None
+    pairs = overlap.overlaps(platform, shared) if verdict.passed else []
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
     page, quarantine = workspace.reports / f"validation-{name}.html", workspace.quarantine / f"{name}.parquet"
     workspace.make(workspace.reports, workspace.quarantine)
     with replacing(quarantine) as partial:
         read.quarantine.write_parquet(partial)
     with replacing(page) as partial:
-        partial.write_text(report.validation_page(platform, read, verdict), encoding="utf-8")
+        partial.write_text(report.validation_page(platform, read, verdict, pairs, shared), encoding="utf-8")
     decisions = read.counts["decisions"]
-    return {
+    document = {
         "passed": verdict.passed,
         "accepted": decisions.accepted,
         "quarantined": decisions.quarantined,
@@ -36,8 +40,12 @@ def judged(platform: Platform, read: Records) -> dict[str, Any]:
         "rules": [{"rule": rule.rule, "failed": rule.failed, "severity": rule.severity, "passed": rule.passed} for rule in verdict.rules],
         "report": relative(platform, page),
         "reasons": verdict.reasons,
-        "warnings": read.warnings,
+        "warnings": verdict.warnings,
+        "overlap": [asdict(pair) for pair in pairs],
     }
+    with replacing(page.with_suffix(".json")) as partial:
+        partial.write_text(json.dumps(document), encoding="utf-8")
+    return document
 
 
 @task(name="read the logs and judge them", **RETRIES, **EACH_TIME)

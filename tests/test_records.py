@@ -121,8 +121,8 @@ def test_good_logs_are_accepted_whole_in_canonical_columns_and_order(tmp_path: P
     assert records.decisions["decision_id"].to_list() == ["d0", "d3", "d1", "d4", "d2", "d5"]  # by player, then time
     assert records.decisions.schema["decided_at"] == pl.Datetime("us", "UTC")
     assert records.activity is not None
-    assert records.activity.columns == ["player_id", "occurred_at", "known_at", "rounds", "share"]
-    assert records.activity["known_at"].equals(records.activity["occurred_at"])
+    assert records.activity.collect().columns == ["player_id", "occurred_at", "known_at", "rounds", "share"]
+    assert records.activity.collect().select(pl.col("known_at") == pl.col("occurred_at")).to_series().all()
     assert records.players is not None
     assert records.players.to_dicts()[2] == {"player_id": "p2", "valid_from": None, "age": None, "channel": "ads"}
     assert records.proposals is None
@@ -385,7 +385,7 @@ def test_events_are_held_to_their_measures_bounds_and_known_when_recorded(tmp_pa
     records = read_records(make(tmp_path))
     assert records.counts["activity"] == Counts(3, 6, 1)
     assert records.activity is not None
-    assert records.activity["known_at"].to_list() == [late, START, late]
+    assert records.activity.collect()["known_at"].to_list() == [late, START, late]
     assert records.metrics["activity.recorded_at.order"] == 1
     assert records.quarantine["reason"].to_list() == [
         "player_id is missing",
@@ -411,7 +411,7 @@ def test_a_count_needs_no_column_of_its_own(tmp_path: Path) -> None:
     platform = make(tmp_path, state={"measures": {"visits": {"aggregate": "count"}}})
     records = read_records(platform)
     assert records.activity is not None
-    assert records.activity["visits"].to_list() == [1.0] * 4
+    assert records.activity.collect()["visits"].to_list() == [1.0] * 4
 
 
 def test_players_may_have_several_versions_but_one_truth_each(tmp_path: Path) -> None:
@@ -627,6 +627,20 @@ def test_served_decisions_stand_beside_the_platforms_own(tmp_path: Path) -> None
     assert records.decisions.filter(decision_id="s2")["propensity"].item() is None
 
 
+def test_with_which_chance_a_served_policy_was_chosen_is_read_back(tmp_path: Path) -> None:
+    """From the column of a server's log, or from the details of an earlier version's."""
+    write(tmp_path, "decisions.parquet", good())
+    database = serve(tmp_path, [("s1", "p1", AT, 0.25, ACTION), ("s2", "p1", AT, 0.25, ACTION)])
+    database.execute("update decisions set detail = '{\"assignment\": 0.9, \"seed\": 3}' where decision_id = 's1'")
+    database.commit()
+    assert read_records(bare(tmp_path)).decisions.filter(decision_id="s1")["assignment"].item() == 0.9
+    database.execute("alter table decisions add column assignment real")
+    database.execute("update decisions set assignment = 0.1 where decision_id = 's2'")
+    database.commit()
+    served = read_records(bare(tmp_path)).decisions.filter(pl.col("decision_id").is_in(["s1", "s2"]))
+    assert served.select("decision_id", "assignment").rows() == [("s1", 0.9), ("s2", 0.1)]
+
+
 def test_a_served_decision_that_is_exported_again_is_one_row_with_the_objectives_of_both(tmp_path: Path) -> None:
     serve(tmp_path, [("s1", "p1", AT, 0.25, ACTION), ("s2", "p2", AT, 0.5, ACTION)], [("s1", "joy", 0.5, 1)])
     export = good(2).with_columns(
@@ -718,9 +732,9 @@ def test_events_that_came_over_http_stand_beside_the_platforms_own(tmp_path: Pat
     hear(tmp_path, [("p1", at(START), at(heard) + 9, {"rounds": 5.0, "share": 0.25})], name="b.db")  # asked again, of another replica
     records = read_records(make(tmp_path))
     assert records.activity is not None
-    assert records.activity.filter(pl.col("occurred_at") == START).rows() == [("p1", START, heard, 5.0, 0.25), ("p9", START, heard, None, 1e-05)]
+    assert records.activity.collect().filter(pl.col("occurred_at") == START).rows() == [("p1", START, heard, 5.0, 0.25), ("p9", START, heard, None, 1e-05)]
     assert records.counts["activity"] == Counts(6, 0, 0)
-    assert records.activity.filter(pl.col("occurred_at") < START).equals(before.activity)
+    assert records.activity.collect().filter(pl.col("occurred_at") < START).equals(before.activity.collect())
     assert records.counts["decisions"] == before.counts["decisions"]
     assert_frame_equal(records.decisions, before.decisions)
     later = read_records(make(tmp_path), since=START + timedelta(days=6))  # five days back from there, START is no more
@@ -740,7 +754,7 @@ def test_an_event_that_is_exported_again_counts_once_and_is_known_from_when_it_f
         records = read_records(make(tmp_path, logs={"activity": f"logs/{name}"}))
         assert records.activity is not None
         assert records.counts["activity"] == Counts(5, 0, 1)
-        known = records.activity.select("player_id", (pl.col("known_at") - START) / hour, "share").rows()
+        known = records.activity.collect().select("player_id", (pl.col("known_at") - START) / hour, "share").rows()
         assert known == [("p0", 2, None), ("p1", 2, 0.5), ("p2", 1, 0.5), ("p2", 0, 0.5), ("p2", 2, None)]
 
 
@@ -761,7 +775,7 @@ def test_each_event_is_one_to_a_count_that_has_no_column(tmp_path: Path) -> None
     hear(tmp_path, [("p0", at(START), at(START), {"rounds": 1.0, "share": 0.5}), ("p1", at(START), at(START), {"rounds": 1.0, "visits": 2.0})])
     records = read_records(make(tmp_path, state={"measures": {**TREE["state"]["measures"], "visits": {"aggregate": "count"}}}))
     assert records.activity is not None
-    assert records.activity.select("player_id", "visits").rows() == [("p0", 1.0), ("p1", 1.0)]
+    assert records.activity.collect().select("player_id", "visits").rows() == [("p0", 1.0), ("p1", 1.0)]
 
 
 def test_an_empty_export_is_no_matter_where_events_came_over_http(tmp_path: Path) -> None:
@@ -796,10 +810,11 @@ def test_tables_are_read_back_as_they_were_written_and_replaced_whole(tmp_path: 
     for _ in range(2):
         write_tables(records, Workspace(tmp_path))
         again = read_tables(platform)
-        for table in ("decisions", "activity", "players", "quarantine"):
+        for table in ("decisions", "players", "quarantine"):
             assert_frame_equal(getattr(again, table), getattr(records, table))
+        assert_frame_equal(again.activity.collect(), records.activity.collect())
         assert (again.counts, again.metrics, again.warnings) == (records.counts, records.metrics, records.warnings)
-    assert {p.name for p in Workspace(tmp_path).state.iterdir()} == {"tables", "tables.lock"}
+    assert {p.name for p in Workspace(tmp_path).state.iterdir()} == {"tables", "tables.lock", "staged", "staged.lock"}
 
 
 def test_tables_that_are_missing_of_another_platform_or_damaged_are_refused_with_the_mend(tmp_path: Path) -> None:

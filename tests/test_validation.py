@@ -10,13 +10,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
 from fastq.platform import Platform, platform_from_tree
 from fastq.records import Counts, read_records
 from fastq.report import validation_page
-from fastq.validation import rules_of, validate
+from fastq.validation import profile, read_profile, rules_of, shift, validate, write_profile
+from fastq.workspace import Workspace
 
 START = datetime.now(UTC).replace(microsecond=0) - timedelta(days=3)
 
@@ -205,3 +207,52 @@ def test_a_page_can_be_made_of_logs_without_one_good_row(tmp_path: Path) -> None
     spoil(decisions(3), 3, "goal", 99.0).write_parquet(tmp_path / "decisions.parquet")
     records = read_records(platform(tmp_path))
     assert "Refused" in validation_page(platform(tmp_path), records, validate(platform(tmp_path), records))
+
+
+# ---- against earlier runs ----------------------------------------------------------------------------------------------
+
+
+def told(verdict: Any) -> dict[str, int]:
+    return {rule.rule: rule.failed for rule in verdict.rules if not rule.passed}
+
+
+def later(n: int, days: int, **columns: Any) -> pl.DataFrame:
+    frame = decisions(n).with_columns(decision_id=pl.lit(f"later{days}-") + pl.col("decision_id"), decided_at=pl.col("decided_at") + pl.duration(days=days))
+    return frame.with_columns(**columns)
+
+
+def test_logs_are_held_against_what_they_were_when_last_accepted(tmp_path: Path) -> None:
+    shop = platform(tmp_path)
+    drawn = np.random.default_rng(0).uniform(1, 15, 800)
+    before = decisions(800).with_columns(goal=pl.Series(drawn))
+    before.write_parquet(tmp_path / "decisions.parquet")
+    accepted = read_records(shop)
+    write_profile(Workspace(tmp_path), profile(shop, accepted))
+    reference = read_profile(Workspace(tmp_path))
+    assert reference == profile(shop, accepted)
+    assert told(validate(shop, accepted, reference)) == {}
+
+    alike = later(800, 40).with_columns(goal=pl.Series(np.random.default_rng(1).uniform(1, 15, 800)))
+    pl.concat([before, alike]).write_parquet(tmp_path / "decisions.parquet")
+    assert not [rule for rule in told(validate(shop, read_records(shop), reference)) if rule.endswith("shift")]
+
+    moved = alike.with_columns(goal=pl.when(pl.col("policy") == shop.policies[0]).then(1 + (pl.col("goal") - 1) / 4).otherwise("goal"))
+    pl.concat([before, moved]).write_parquet(tmp_path / "decisions.parquet")
+    verdict = validate(shop, read_records(shop), reference)
+    assert [rule for rule in told(verdict) if rule.endswith("shift")] == [f"decisions.{shop.policies[0]}.shift"]  # the other policy's did not move
+    assert any("has moved by" in said and shop.policies[0] in said for said in verdict.warnings)
+    assert verdict.passed
+
+    before.head(300).write_parquet(tmp_path / "decisions.parquet")
+    verdict = validate(shop, read_records(shop), reference)
+    assert told(verdict)["decisions.rows.volume"] == 1
+    assert any("300 rows, when last accepted there were 800" in said for said in verdict.warnings)
+    strict = shop.model_copy(update={"validation": shop.validation.model_copy(update={"stop": ["decisions.rows.volume"]})})
+    refused = validate(strict, read_records(strict), reference)
+    assert not refused.passed
+    assert "the rule decisions.rows.volume, which fastq.yaml lets stop, failed 1 times" in refused.reasons
+
+
+def test_an_index_of_shift_worked_by_hand() -> None:
+    assert shift(np.array([0.5, 0.5]), np.array([0.5, 0.5])) == 0
+    assert shift(np.array([0.9, 0.1]), np.array([0.5, 0.5])) == pytest.approx(0.4 * math.log(1.8) - 0.4 * math.log(0.2))

@@ -1,0 +1,144 @@
+"""How much of the state space each pair of policies shares, which decides what may be asked of one in the other's states.
+
+A classifier tells from a decision's state which policy acted; what it says of players that it was not fitted on (cross-fitting) is the chance of
+each policy in that state. Taken as if all policies acted equally often, the ratio of two chances is the ratio of the densities of their
+states (Bickel et al., 2009), and where it is far from one, one of them was never there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import polars as pl
+
+from fastq.features import PlayerStates, build_rows
+from fastq.platform import Platform
+from fastq.records import Records
+from fastq.windows import Windows, build
+from fastq.workspace import Workspace, replacing
+
+DECISIONS = 12_000  # at most, of whole players
+FOLDS = 3
+FEWEST = 50  # decisions of a policy below which nothing is said of it
+LEAST_CHANCE = 0.05  # of two policies that act equally often: below it the other one is not to be found in such a state
+LEAST_SHARED = 0.5  # of a policy's states in which the other one must be found for its counterfactuals to be answered
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How far `against` is to be found in the states of `policy`.
+
+    shared: share of these states in which `against` acts too (with at least 5 % of the chance of the two); None where too little is known.
+    common: overlap of the two distributions of states, from 0 (disjoint) to 1 (the same), the integral of the smaller density.
+    answerable: whether "what would `against` have brought here?" may be answered from the logs; `sentence` says why, or why not.
+    """
+
+    policy: str
+    against: str
+    decisions: int
+    shared: float | None
+    common: float | None
+    answerable: bool
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Chances:
+    """chance [N, K] of each of `policies` in N sampled states, as if all acted equally often; acted [N] index of the one that did."""
+
+    policies: list[str]
+    chance: np.ndarray
+    acted: np.ndarray
+
+
+def chances(platform: Platform, records: Records) -> Chances | None:
+    """Cross-fitted chances of the policies in a sample of states; None where there are too few decisions, players or policies to tell."""
+    players = records.decisions.group_by("player_id").len().sort(pl.col("player_id").hash(platform.training.seed), "player_id")
+    drawn = players.filter(pl.col("len").cum_sum() <= max(DECISIONS, players["len"].head(1).sum()))["player_id"].implode()
+    mine = pl.col("player_id").is_in(drawn)
+    activity = None if records.activity is None else records.activity.filter(mine)
+    sample = Records(records.decisions.filter(mine), activity, records.players, None, records.items, records.quarantine, records.counts, {}, [])
+    data = build(platform, sample, build_rows(platform, sample))
+    acted = np.bincount(data.policy, minlength=len(data.policies))
+    kept = np.flatnonzero(acted >= FEWEST)
+    rows = np.flatnonzero(np.isin(data.policy, kept))
+    if len(kept) < 2 or len(np.unique(data.player[rows])) < FOLDS:
+        return None
+    place = np.full(len(data.policies), -1)
+    place[kept] = np.arange(len(kept))
+    label = place[data.policy[rows]]
+    chance = _cross_fitted(_described(data, rows), label, data.player[rows], platform.training.seed)
+    balanced = chance / np.bincount(label)
+    return Chances([data.policies[k] for k in kept], balanced / balanced.sum(1, keepdims=True), label)
+
+
+def _described(data: Windows, rows: np.ndarray) -> np.ndarray:
+    """[N, X] what a classifier sees of each state: the newest period, the window's means and how much of it is known, the attributes; NaN where unknown."""
+    states: PlayerStates = data.states(rows)
+    assert states.actions is not None
+    assert states.objectives is not None
+    window = np.concatenate([states.history, states.actions, states.objectives], 2)
+    known = np.isfinite(window)
+    total, number = np.where(known, window, 0).sum(1), known.sum(1)
+    means = np.divide(total, number, out=np.full(total.shape, np.nan, total.dtype), where=number > 0)
+    attributes = [pl.DataFrame(data.attributes)[rows][name] for name in data.attributes.columns]
+    numbers = [a.to_numpy().astype(float) if a.dtype.is_numeric() else a.rank("dense").to_numpy().astype(float) for a in attributes]
+    return np.concatenate([window[:, -1], means, number / window.shape[1], *(column[:, None] for column in numbers)], 1)
+
+
+def _cross_fitted(x: np.ndarray, label: np.ndarray, player: np.ndarray, seed: int) -> np.ndarray:
+    """[N, K] chance of each label from a classifier that saw none of the same player."""
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    chance = np.tile(np.bincount(label) / len(label), (len(label), 1))
+    for fitted, held in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(x, label, player):
+        model = HistGradientBoostingClassifier(max_iter=40, learning_rate=0.1, max_leaf_nodes=7, min_samples_leaf=40, early_stopping=False, random_state=seed)
+        present = np.unique(label[fitted])
+        high, low = (edge.reduce(np.where(np.isnan(x[fitted]), far, x[fitted])) for edge, far in ((np.maximum, -np.inf), (np.minimum, np.inf)))
+        telling = high > low  # scikit-learn refuses columns that are empty
+        if len(present) > 1 and telling.any():
+            chance[held] = 0.0
+            chance[np.ix_(held, present)] = model.fit(x[np.ix_(fitted, telling)], label[fitted]).predict_proba(x[np.ix_(held, telling)])
+    return np.maximum(chance, 1e-6)
+
+
+def overlaps(platform: Platform, found: Chances | None) -> list[Overlap]:
+    """Every ordered pair of the platform's policies."""
+    names = [] if found is None else found.policies
+    pairs = []
+    for policy in platform.policies:
+        for against in platform.policies:
+            if policy == against:
+                continue
+            if found is None or policy not in names or against not in names:
+                said = f"too few decisions to tell whether {against} is to be found where {policy} acts"
+                pairs.append(Overlap(policy, against, 0, None, None, answerable=False, sentence=said))
+                continue
+            a, b = names.index(policy), names.index(against)
+            here, there = found.chance[found.acted == a], found.chance[found.acted == b]
+            shared = float((here[:, b] / (here[:, a] + here[:, b]) >= LEAST_CHANCE).mean())
+            common = float((np.minimum(1, here[:, b] / here[:, a]).mean() + np.minimum(1, there[:, a] / there[:, b]).mean()) / 2)
+            answerable = shared >= LEAST_SHARED
+            said = f"{against} acts in {shared:.0%} of the states in which {policy} does: "
+            said += f"what it would have brought there {'can' if answerable else 'cannot'} be told from these logs"
+            pairs.append(Overlap(policy, against, len(here), shared, common, answerable, said))
+    return pairs
+
+
+def write_overlaps(workspace: Workspace, pairs: Sequence[Overlap]) -> None:
+    """Keep the overlaps of the accepted logs."""
+    workspace.make()
+    with replacing(workspace.overlap) as partial:
+        partial.write_text(json.dumps([asdict(pair) for pair in pairs]), encoding="utf-8")
+
+
+def read_overlaps(workspace: Workspace) -> list[Overlap]:
+    """The overlaps of the logs that were last accepted; none before the first time."""
+    try:
+        return [Overlap(**pair) for pair in json.loads(workspace.overlap.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        return []

@@ -1,0 +1,72 @@
+"""Features past one machine: Ray Data works out the cells of each part of the accepted events, with the function that one machine uses.
+
+A part, in which its players' events all stand, is the unit of work: Ray's own blocks know nothing of players. The nodes share the
+workspace's file system; each part's cells are written there whole, and what is laid from them equals what one machine lays, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+from typing import Any
+
+import polars as pl
+
+from fastq import features, records
+from fastq.environment import prepare
+from fastq.errors import WorkspaceError
+from fastq.features import PlayerRows
+from fastq.platform import Platform
+from fastq.workspace import Workspace, replacing
+from pipelines.turn import platform_of
+
+
+def work_out(item: dict[str, Any]) -> dict[str, Any]:
+    """One part, on whichever node: read it, make its cells, write them."""
+    platform = platform_of(item["workspace"])
+    events = records.read_events(platform)
+    assert events is not None
+    cells = features.cells_of(platform, events.parts[item["part"]])
+    path = Workspace(platform.root).features / "cells" / f"{item['part']}.parquet"
+    with replacing(path) as partial:
+        cells.write_parquet(partial)
+    import ray
+
+    return {"part": item["part"], "cells": cells.height, "node": ray.get_runtime_context().get_node_id()}
+
+
+def with_cells(platform: Platform, rows: PlayerRows, told: list[dict[str, Any]] | None = None) -> PlayerRows:
+    """`rows`, built from the workspace's accepted tables, with the cells of each part worked out on the cluster that `services.ray` names.
+
+    A cluster that this process is connected to already is used as it is. `told` gets what each part's work was. Raises `WorkspaceError`
+    where the cluster can't be reached or a node can't do its part.
+    """
+    if not rows.events:
+        return rows
+    workspace = Workspace(platform.root)
+    prepare(workspace)
+    import ray
+    import ray.data
+
+    joined = not ray.is_initialized()
+    try:
+        if joined:
+            address = None if platform.services.ray == "local" else platform.services.ray
+            ray.init(address=address, include_dashboard=None if address else False, logging_level=logging.ERROR, log_to_driver=False)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        shutil.rmtree(workspace.features / "cells", ignore_errors=True)
+        workspace.make(workspace.features / "cells")
+        items = [{"workspace": str(platform.root), "part": part} for part in range(len(rows.events))]
+        done = ray.data.from_items(items, override_num_blocks=len(items)).map(work_out).take_all()
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise WorkspaceError(
+            f"services.ray: {platform.services.ray}: the cluster could not work out the features ({str(error).splitlines()[-1][:300]})"
+        ) from error
+    finally:
+        if joined:
+            ray.shutdown()
+    if told is not None:
+        told += done
+    return dataclasses.replace(rows, ready=tuple(pl.scan_parquet(workspace.features / "cells" / f"{item['part']}.parquet") for item in items))
