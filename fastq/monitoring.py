@@ -30,7 +30,7 @@ from scipy import stats
 from fastq.assignment import held_out
 from fastq.errors import ConfigurationError
 from fastq.platform import OWN_POLICY, Platform
-from fastq.records import Records, read_records, read_served, served_log
+from fastq.records import Events, Records, read_records, read_served, served_log
 
 Floats = NDArray[np.float64]
 Family = Literal["state", "action", "propensity", "policies", "outcome", "volume", "answers", "promise"]
@@ -222,8 +222,9 @@ def long_values(platform: Platform, read: Records, until: Reached, days: int, sh
     return pl.concat([cut, states]).select(values.columns)
 
 
-def _days(frame: pl.DataFrame, column: str, until: datetime, days: int) -> pl.DataFrame:
-    inside = frame.filter((pl.col(column) < until) & (pl.col(column) >= until - days * DAY))
+def _days(frame: pl.DataFrame | Events, column: str, until: datetime, days: int) -> pl.DataFrame:
+    found = frame.filter((pl.col(column) < until) & (pl.col(column) >= until - days * DAY))
+    inside = found.collect() if isinstance(found, Events) else found
     return inside.with_columns(((pl.lit(until) - pl.col(column) - pl.duration(microseconds=1)).dt.total_days()).cast(pl.Int32).alias("day"))
 
 
@@ -389,7 +390,7 @@ def reached(read: Records) -> Reached | None:
     newest = read.decisions["decided_at"].max()
     if not isinstance(newest, datetime):
         return None
-    acted = read.activity["occurred_at"].max() if read.activity is not None else None
+    acted = read.activity.select(pl.col("occurred_at").max()).item() if read.activity is not None else None
     ends = [newest, acted if isinstance(acted, datetime) else newest]
     hours = [moment.replace(minute=0, second=0, microsecond=0) for moment in ends]
     return Reached(hours[0] + timedelta(hours=1), hours[1] + timedelta(hours=1), min(hours))

@@ -63,6 +63,10 @@ class Events:
     def lazy(self) -> pl.LazyFrame:
         return pl.concat(self.parts)
 
+    @property
+    def height(self) -> int:
+        return int(self.lazy().select(pl.len()).collect().item())
+
     def filter(self, predicate: pl.Expr) -> Events:
         return Events(tuple(part.filter(predicate) for part in self.parts))
 

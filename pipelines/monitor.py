@@ -174,7 +174,7 @@ def _stale(platform: Platform, read: records.Records, moment: datetime) -> list[
     limit = platform.state.period * platform.serving.stale_after
     found = []
     for name, frame, column in (("decisions", read.decisions, "decided_at"), ("activity", read.activity, "known_at")):
-        newest = frame[column].max() if frame is not None and frame.height else None
+        newest = frame.select(pl.col(column).max()).item() if frame is not None and frame.height else None
         if frame is not None and (not isinstance(newest, datetime) or moment - newest > limit):
             since = f"since {newest:%Y-%m-%d %H:%M} UTC" if isinstance(newest, datetime) else "at all since the last retraining"
             says = f"the {name} log has stopped arriving: nothing {since}, and {monitoring_span(limit)} are allowed"
