@@ -53,7 +53,8 @@ def _of_log(path: Path, before: int) -> int:
                 log.execute("COMMIT")
                 dropped += len(rows)
             log.execute("DELETE FROM requests WHERE recorded_at < ?", (before,))
-            with contextlib.suppress(sqlite3.OperationalError):  # somebody writes
+            with contextlib.suppress(sqlite3.OperationalError):  # a server has it open: what was dropped is used again by its new rows
+                log.execute("PRAGMA busy_timeout = 1000")
                 log.execute("PRAGMA wal_checkpoint(TRUNCATE)")
                 log.execute("VACUUM")
                 log.execute("PRAGMA wal_checkpoint(TRUNCATE)")
