@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -112,7 +113,7 @@ def log_to_file(workspace: Workspace) -> None:
     def line(record: logging.LogRecord) -> str:
         said = {"at": online.rfc3339(round(record.created * 1e6)), "level": record.levelname, "process": record.process, "message": record.getMessage()}
         if record.exc_info:
-            said["trace"] = logging.Formatter().formatException(record.exc_info)
+            said["trace"] = "".join(traceback.format_exception(record.exc_info[1]))
         return orjson.dumps(said).decode()
 
     handler.format = line  # type: ignore[method-assign]

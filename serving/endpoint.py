@@ -33,7 +33,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import Gauge, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastq.assignment import excluded_players
@@ -362,8 +362,8 @@ async def opened(desk: Desk) -> AsyncIterator[None]:
     follower = threading.Thread(target=follow, args=(desk, stop), name="follow-champion", daemon=True)
     follower.start()
     if service.model is not None:
-        with contextlib.suppress(FastqError):  # the first request should not pay for lazy imports
-            await asyncio.to_thread(online.decide, service, [Ask(players=(NOBODY,))])
+        with contextlib.suppress(FastqError):
+            await asyncio.to_thread(online.warm, service)
     try:
         yield
     finally:
@@ -732,7 +732,7 @@ def create_app(platform: Platform) -> FastAPI:
     lag = Gauge("fastq_decision_log_lag_seconds", "How long the commit under way has taken so far", registry=desk.metrics.registry)
     lag.set_function(lambda: desk.service.log.lag_seconds if desk.service else 0)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text format."""
         return Response(generate_latest(desk.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -29,7 +29,7 @@ from fastq.errors import BundleError, FastqError, RequestError, UnknownPlayerErr
 from fastq.features import Columns, OnlineStates, PlayerStates
 from fastq.forgetting import forgotten
 from fastq.platform import OWN_POLICY, Cap, CatalogueAction, Platform
-from fastq.policy import Encoded, Policy, Recommendation, action_dicts
+from fastq.policy import CHUNKS, Encoded, Policy, Recommendation, action_dicts
 from fastq.workspace import Workspace
 from serving.decision_log import Action, Decision, DecisionLog, Event, now_us, open_log
 
@@ -37,6 +37,7 @@ logger = logging.getLogger("fastq.serving")
 COMMITTING_US = 60_000_000  # a decision made before a state was read may have been committed after; to lay one twice changes nothing
 RETRY_SECONDS = 1.0  # how long an online store that failed is left alone
 PAUSE_SECONDS = 0.25  # how old the last look for a pause may be
+WARM_ROWS = 64  # largest batch that is drawn once before the first request
 KEPT_POLICIES = 4  # older model versions held in memory for explanations
 
 
@@ -383,6 +384,22 @@ def _spoken(age: timedelta) -> str:
 def rfc3339(microseconds: int) -> str:
     """A moment in UTC, to the microsecond."""
     return (datetime(1970, 1, 1, tzinfo=UTC) + timedelta(microseconds=microseconds)).isoformat(timespec="microseconds").replace("+00:00", "Z")
+
+
+def warm(service: Service) -> None:
+    """Do once what the first requests would else wait for: a draw in each size of batch that the endpoint computes, and the store's file in memory."""
+    model = service.current()
+    for size in (size for size in CHUNKS if size <= WARM_ROWS):
+        blank = features.empty_states(service.platform, ["x"] * size, row_width(model))
+        states = features.states_at(service.platform, blank, datetime.now(UTC))
+        draw(model.policy, model.policy.encode(states), Ask(), np.zeros(size, np.uint64))
+        features.pack_states(states)
+    with contextlib.suppress(StoreUnavailable):
+        service.read(["x"], row_width(model))
+    file = Workspace(service.platform.root).feast / "online.db"
+    if service.platform.services.online_store == "sqlite" and file.exists() and hasattr(os, "posix_fadvise"):
+        with file.open("rb") as pages:
+            os.posix_fadvise(pages.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)  # a page that is not in memory holds up a whole batch
 
 
 # ---- decisions ---------------------------------------------------------------------------------------------------------
