@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve
+.PHONY: help demo test check bench bench-serve bench-online
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ bench: $(VENV)/.installed  ## measurements: tests/benchmarks
 
 bench-serve: $(VENV)/.installed  ## the endpoint against a bare one behind the same Ray Serve: requests, latency, processor time
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_serve.py $(ARGS)
+
+bench-online: $(VENV)/.installed  ## one player's state out of SQLite, Redis and PostgreSQL; features point in time against Feast's default store
+	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_online.py $(ARGS)
 
 # The stamp is written last, so an installation that was cut off is taken up again.
 $(VENV)/.installed: requirements.lock pyproject.toml

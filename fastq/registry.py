@@ -436,7 +436,7 @@ def strike(platform: Platform, decision_ids: Sequence[str], who: str = "fastq") 
             partial = Path(tempfile.mkdtemp(prefix=".fetch-", dir=workspace.models))
             try:
                 _without_evidence(directory, partial / "bundle", rows)
-                _audit(workspace, who, "forget", version=name, rows=len(rows))
+                workspace.record(who, "forget", version=name, rows=len(rows))
                 client.log_artifacts(version.run_id, str(partial / "bundle"), "bundle")
                 client.set_model_version_tag(platform.platform, name, _DIGEST_TAG, _sha256(partial / "bundle" / "bundle.json"))
                 directory.rename(partial / "before")
