@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve bench-operations bench-data
+.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ bench-operations: $(VENV)/.installed  ## false alarms, power, coverage and rollb
 
 bench-data: $(VENV)/.installed  ## logs to windows at size: 10 million events and decisions, and the slope from 100 thousand to 30 million
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_data.py' tests/benchmarks/bench_data.py $(ARGS)
+
+bench-online: $(VENV)/.installed  ## one player's state out of SQLite, Redis and PostgreSQL; features point in time against Feast's default store
+	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_online.py $(ARGS)
 
 # The stamp is written last, so an installation that was cut off is taken up again.
 $(VENV)/.installed: requirements.lock pyproject.toml
