@@ -40,7 +40,6 @@ from fastq.workspace import Workspace
 
 logger = logging.getLogger("fastq.serving")
 SETTLED_NS = 100_000_000  # how old a directory's last change must be before its list is kept
-CHECKPOINT_PAGES = 8_000  # of the WAL, 32 MB, before it is written back: pages of the indexes change again and again until then
 T = TypeVar("T")
 Action = dict[str, float] | dict[str, str | None]
 
@@ -196,7 +195,6 @@ class DecisionLog:
         database = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
-        database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
         database.executescript(_SCHEMA)
         if not any(column[1] == "assignment" for column in database.execute("PRAGMA table_info(decisions)")):  # a file of an earlier release
             database.execute("ALTER TABLE decisions ADD COLUMN assignment REAL")

@@ -69,7 +69,7 @@ logger = logging.getLogger("fastq.serving")
 Body = TypeVar("Body", bound=BaseModel)
 MOST_BYTES = 16 * 2**20  # of a request's body
 BATCH_ROWS = 256  # players that one batch takes on the event loop; larger requests go to a thread
-MOST_WAITING = 128  # requests that wait for a batch; one more is refused at once, which is kinder than an answer that comes too late
+MOST_UNDER_WAY = 192  # requests that wait for a batch or for the disk; one more is refused at once, which is kinder than an answer that comes too late
 MOST_KEY = 300  # characters of an Idempotency-Key
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
 QUERY_SECONDS = 20  # that an analyst's SQL may run
@@ -123,6 +123,7 @@ class Desk:
     metrics: Metrics
     service: Service | None = None
     waiting: deque[Waiting] = field(default_factory=deque)
+    under_way: int = 0
     flushing: bool = False
     probed_at: float = -1e9
     probed: str | None = "not yet looked at"
@@ -153,15 +154,19 @@ class Desk:
         """Decisions for one request, computed together with whatever else arrived meanwhile, and on disk if they are to be kept."""
         self.open()
         loop = asyncio.get_running_loop()
-        if len(self.waiting) >= MOST_WAITING:
+        if self.under_way >= MOST_UNDER_WAY:
             self.metrics.refused.labels("overload").inc()
             raise Overloaded("too many requests wait already; ask again in a moment")
         entry = Waiting(ask, keep, request, loop.create_future())
-        self.waiting.append(entry)
-        if not self.flushing:
-            self.flushing = True
-            loop.call_soon(self._flush)
-        return await entry.future
+        self.under_way += 1
+        try:
+            self.waiting.append(entry)
+            if not self.flushing:
+                self.flushing = True
+                loop.call_soon(self._flush)
+            return await entry.future
+        finally:
+            self.under_way -= 1
 
     def _flush(self) -> None:
         """One batch: as many waiting requests as fit."""

@@ -528,7 +528,7 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(platform: Platform,
 def test_more_than_can_be_answered_soon_is_refused_and_nothing_of_it_is_stored(
     platform: Platform, keys: dict[str, str], player: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "MOST_WAITING", 3)
+    monkeypatch.setattr(endpoint, "MOST_UNDER_WAY", 3)
     decide = endpoint.online.decide
     monkeypatch.setattr(endpoint.online, "decide", lambda *given: (time.sleep(0.05), decide(*given))[1])
     with TestClient(endpoint.create_app(platform)) as client, concurrent.futures.ThreadPoolExecutor(24) as pool:
