@@ -20,7 +20,7 @@ from fastq.records import Records
 from fastq.windows import Windows, build
 from fastq.workspace import Workspace, replacing
 
-DECISIONS = 12_000  # at most, of whole players
+DECISIONS = 6_000  # at most, of whole players
 FOLDS = 3
 FEWEST = 50  # decisions of a policy below which nothing is said of it
 LEAST_CHANCE = 0.05  # of two policies that act equally often: below it the other one is not to be found in such a state
@@ -93,6 +93,7 @@ def _cross_fitted(x: np.ndarray, label: np.ndarray, player: np.ndarray, seed: in
     """[N, K] chance of each label from a classifier that saw none of the same player."""
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.model_selection import StratifiedGroupKFold
+    from threadpoolctl import threadpool_limits
 
     chance = np.tile(np.bincount(label) / len(label), (len(label), 1))
     for fitted, held in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(x, label, player):
@@ -102,7 +103,8 @@ def _cross_fitted(x: np.ndarray, label: np.ndarray, player: np.ndarray, seed: in
         telling = high > low  # scikit-learn refuses columns that are empty
         if len(present) > 1 and telling.any():
             chance[held] = 0.0
-            chance[np.ix_(held, present)] = model.fit(x[np.ix_(fitted, telling)], label[fitted]).predict_proba(x[np.ix_(held, telling)])
+            with threadpool_limits(1):  # so small a fit waits for its threads longer than it works
+                chance[np.ix_(held, present)] = model.fit(x[np.ix_(fitted, telling)], label[fitted]).predict_proba(x[np.ix_(held, telling)])
     return np.maximum(chance, 1e-6)
 
 
