@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,19 @@ from serving.decision_log import Event, Reported, Request, now_us
 from serving.online import Ask
 
 
+def copied(root: Path, to: Path) -> Path:
+    """A workspace of its own: MLflow notes where artifacts lie as absolute paths, and the original's are not to be touched."""
+    shutil.copytree(root, to)
+    with contextlib.closing(sqlite3.connect(to / ".fastq" / "mlflow" / "mlflow.db")) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(root), str(to)))
+    return to
+
+
 @pytest.fixture(scope="module")
 def lived_in(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A workspace in which a player, and another one beside them, left traces everywhere; the player's id and the other's."""
-    root = shutil.copytree(trained, tmp_path_factory.mktemp("forget") / "workspace")
+    root = copied(trained, tmp_path_factory.mktemp("forget") / "workspace")
     platform = load_platform(root)
     policy = registry.load_policy("models:/arena@champion", root)
     decisions = records.read_tables(platform).decisions
@@ -51,7 +62,7 @@ def lived_in(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 
 @pytest.fixture
 def platform(lived_in: tuple[Path, str, str], tmp_path: Path) -> Platform:
-    return load_platform(shutil.copytree(lived_in[0], tmp_path / "workspace"))
+    return load_platform(copied(lived_in[0], tmp_path / "workspace"))
 
 
 def traces(root: Path, ids: set[str]) -> list[str]:
