@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from filelock import FileLock, Timeout
 
 from fastq.errors import WorkspaceError
 from fastq.workspace import Workspace, replacing
@@ -130,7 +131,8 @@ def strike_page(path: Path, ids: Sequence[str]) -> int:
 def strike_log(path: Path, player_id: str) -> dict[str, int]:
     """Delete a player from one server's log of decisions, which may be written to meanwhile; rows by table.
 
-    Idempotency keys keep the decisions of others in the same request. What was deleted is overwritten in the file.
+    Idempotency keys keep the decisions of others in the same request. What was deleted is overwritten in the file; and where no server holds it, the file
+    is written anew, since SQLite leaves copies of rows that it moved in the slack of its pages.
     """
     removed: dict[str, int] = {}
     try:
@@ -155,6 +157,9 @@ def strike_log(path: Path, player_id: str) -> dict[str, int]:
             for table in ("activity", "decisions"):
                 removed[table] = database.execute(f"DELETE FROM {table} WHERE player_id = :player", {"player": player_id}).rowcount  # noqa: S608 - constants only
             database.execute("COMMIT")
+            unheld = FileLock(path.with_suffix(".db.lock"), mode=0o600)  # as `serving.decision_log` locks it
+            with contextlib.suppress(Timeout), unheld.acquire(timeout=0):
+                database.execute("VACUUM")
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # as far as readers allow
     except sqlite3.Error as error:
         raise WorkspaceError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import signal
 import subprocess
@@ -143,13 +142,13 @@ def undisturbed(before: Platform, tmp_path_factory: pytest.TempPathFactory) -> t
     return everything(platform), len(renames)
 
 
-@pytest.mark.parametrize(("kind", "at"), [("rename", 1), ("rename", 2), ("rename", -1), ("batch", 3)])
+@pytest.mark.parametrize(("kind", "at"), [("rename", 2), ("batch", 3)])
 def test_killed_and_run_again(before: Platform, undisturbed: tuple[dict[str, object], int], tmp_path: Path, kind: str, at: int) -> None:
-    """The first two renames swap the tables, the last one replaces the states' file; the batch is half written when the process dies."""
-    wanted, renames = undisturbed
+    """Between the two renames that swap the tables; and when a batch of states is half written."""
+    wanted, _ = undisturbed
     old = everything(before)
     platform = load_platform(shutil.copytree(before.root, tmp_path / "shop"))
-    assert turn(platform, kind, at if at > 0 else renames + 1 + at).returncode == -signal.SIGKILL
+    assert turn(platform, kind, at).returncode == -signal.SIGKILL
     left = everything(platform)  # everything can be read: what was there before, or whole what is there now
     assert [left["decisions"] in (old["decisions"], wanted["decisions"]), left["rows"] in (old["rows"], wanted["rows"])] == [True, True]
     again = turn(platform)
@@ -158,18 +157,14 @@ def test_killed_and_run_again(before: Platform, undisturbed: tuple[dict[str, obj
     assert not list(Workspace(platform.root).state.glob(".tables.*")), "what the killed one left is removed"
 
 
-@pytest.mark.parametrize("limit", [2_000, 12_000])
-def test_a_full_disk_is_said_and_changes_nothing(before: Platform, undisturbed: tuple[dict[str, object], int], tmp_path: Path, limit: int) -> None:
-    """No file may grow beyond the limit: the first table already cannot be written, or the tables can and the features not."""
+def test_a_full_disk_is_said_and_changes_nothing(before: Platform, undisturbed: tuple[dict[str, object], int], tmp_path: Path) -> None:
+    """No file may grow beyond two kilobytes, so that not even a table can be written."""
     platform = load_platform(shutil.copytree(before.root, tmp_path / "shop"))
     old = everything(platform)
-    refused = turn(platform, "full", limit)
+    refused = turn(platform, "full", 2_000)
     assert refused.returncode == 1
     assert "refused:" in refused.stderr, refused.stderr[-2000:]
     assert "disk" in refused.stderr.rsplit("refused:", 1)[1]
-    left = everything(platform)
-    assert left["states"] == old["states"]
-    assert left["rows"] in (old["rows"], undisturbed[0]["rows"])
-    assert json.loads((Workspace(platform.root).tables / "summary.json").read_text())["counts"]
+    assert everything(platform) == old
     assert turn(platform).returncode == 0
     assert everything(platform) == undisturbed[0]

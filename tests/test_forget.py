@@ -55,7 +55,9 @@ def lived_in(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     recommend_all(platform, root / "all.parquet")
     queries.ask(platform, "SELECT count(*) FROM explanations")
     logged = pl.read_parquet(root / platform.logs.decisions).filter(pl.col("player_id") == player)
-    logged.head(1).with_columns(decision_id=pl.lit("bad"), policy=pl.lit("nobody")).write_parquet((root / platform.logs.decisions).with_name("worse.parquet"))
+    logged.head(1).with_columns(decision_id=pl.lit("a-refused-decision"), policy=pl.lit("nobody")).write_parquet(
+        (root / platform.logs.decisions).with_name("worse.parquet")
+    )
     validate_logs(platform)
     return root, player, other
 
@@ -89,7 +91,7 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
     policy = registry.load_policy("models:/arena@champion", platform.root)
     directory = registry.fetch(platform)
     before, others = load_file(directory / "weights.safetensors"), rows_of(platform, other)
-    ids = set(records.read_tables(platform).decisions.filter(pl.col("player_id") == player)["decision_id"]) | {"bad"}
+    ids = set(records.read_tables(platform).decisions.filter(pl.col("player_id") == player)["decision_id"]) | {"a-refused-decision"}
     ids |= set(records.served_log(platform, "decisions").filter(pl.col("player_id") == player)["decision_id"])
     assert traces(platform.root, {player, *ids})
     with online.open_service(platform) as service:  # serving goes on
