@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import html
-import itertools
 import json
 import re
 import secrets
@@ -96,21 +95,6 @@ def strike_table(path: Path, player_id: str, decision_ids: Sequence[str]) -> int
         return 0  # replaced meanwhile
     except pl.exceptions.PolarsError as error:
         raise WorkspaceError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]}); remove it, or restore it from a backup") from None
-    return number
-
-
-def strike_events(directory: Path, player_id: str) -> int:
-    """Rewrite the accepted events without a player's; where the tables' summary says how many rows each part of them has, it says so again."""
-    path, noted = directory / "activity.parquet", directory / "summary.json"
-    summary = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
-    if parts := summary.get("parts"):
-        edges = list(itertools.accumulate(parts, initial=0))
-        rows = pl.scan_parquet(path, glob=False).select(pl.col("player_id").cast(pl.String) == player_id).collect().to_series()
-        summary["parts"] = [end - start - int(rows[start:end].sum()) for start, end in itertools.pairwise(edges)]
-    number = strike_table(path, player_id, [])
-    if parts and number:
-        with replacing(noted) as partial:
-            partial.write_text(json.dumps(summary), encoding="utf-8")
     return number
 
 

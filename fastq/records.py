@@ -27,7 +27,7 @@ from fastq.forgetting import Forgotten, forgotten
 from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
 from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, unread
 from fastq.staging import Staged, stage
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, is_full
 
 Table = Literal["decisions", "activity", "players", "proposals", "items"]
 Severity = Literal["stop", "quarantine", "warn"]
@@ -704,6 +704,10 @@ def write_tables(records: Records, workspace: Workspace) -> None:
             if workspace.tables.exists():
                 workspace.tables.rename(replaced)
             partial.rename(workspace.tables)
+        except Exception as error:
+            if is_full(error):
+                raise WorkspaceError(f"{workspace.tables}: the disk is full; the tables are as they were: free some space and run the command again") from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
