@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import html
-import itertools
 import json
 import re
 import secrets
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
+from filelock import FileLock, Timeout
 
 from fastq.errors import WorkspaceError
 from fastq.workspace import Workspace, replacing
@@ -98,21 +98,6 @@ def strike_table(path: Path, player_id: str, decision_ids: Sequence[str]) -> int
     return number
 
 
-def strike_events(directory: Path, player_id: str) -> int:
-    """Rewrite the accepted events without a player's; where the tables' summary says how many rows each part of them has, it says so again."""
-    path, noted = directory / "activity.parquet", directory / "summary.json"
-    summary = json.loads(noted.read_text(encoding="utf-8")) if noted.exists() else {}
-    if parts := summary.get("parts"):
-        edges = list(itertools.accumulate(parts, initial=0))
-        rows = pl.scan_parquet(path, glob=False).select(pl.col("player_id").cast(pl.String) == player_id).collect().to_series()
-        summary["parts"] = [end - start - int(rows[start:end].sum()) for start, end in itertools.pairwise(edges)]
-    number = strike_table(path, player_id, [])
-    if parts and number:
-        with replacing(noted) as partial:
-            partial.write_text(json.dumps(summary), encoding="utf-8")
-    return number
-
-
 def strike_page(path: Path, ids: Sequence[str]) -> int:
     """Rewrite a report without the rows of tables that quote one of these ids as JSON does; returns how many there were."""
     text = path.read_text(encoding="utf-8")
@@ -130,7 +115,8 @@ def strike_page(path: Path, ids: Sequence[str]) -> int:
 def strike_log(path: Path, player_id: str) -> dict[str, int]:
     """Delete a player from one server's log of decisions, which may be written to meanwhile; rows by table.
 
-    Idempotency keys keep the decisions of others in the same request. What was deleted is overwritten in the file.
+    Idempotency keys keep the decisions of others in the same request. What was deleted is overwritten in the file; and where no server holds it, the file
+    is written anew, since SQLite leaves copies of rows that it moved in the slack of its pages.
     """
     removed: dict[str, int] = {}
     try:
@@ -155,6 +141,9 @@ def strike_log(path: Path, player_id: str) -> dict[str, int]:
             for table in ("activity", "decisions"):
                 removed[table] = database.execute(f"DELETE FROM {table} WHERE player_id = :player", {"player": player_id}).rowcount  # noqa: S608 - constants only
             database.execute("COMMIT")
+            unheld = FileLock(path.with_suffix(".db.lock"), mode=0o600)  # as `serving.decision_log` locks it
+            with contextlib.suppress(Timeout), unheld.acquire(timeout=0):
+                database.execute("VACUUM")
             database.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # as far as readers allow
     except sqlite3.Error as error:
         raise WorkspaceError(

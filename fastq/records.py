@@ -27,7 +27,7 @@ from fastq.forgetting import Forgotten, forgotten
 from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
 from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, unread
 from fastq.staging import Staged, stage
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, is_full
 
 Table = Literal["decisions", "activity", "players", "proposals", "items"]
 Severity = Literal["stop", "quarantine", "warn"]
@@ -688,6 +688,7 @@ def _with_served(platform: Platform, rows: pl.LazyFrame, served: pl.DataFrame) -
 def write_tables(records: Records, workspace: Workspace) -> None:
     """Keep the accepted tables, the quarantine and the counts under `workspace.tables`, all of them or nothing."""
     with workspace.lock("tables", wait_seconds=60):
+        _recover(workspace)
         partial = Path(tempfile.mkdtemp(prefix=".tables.", dir=workspace.state))
         replaced = Path(f"{partial}.old")
         try:
@@ -703,6 +704,10 @@ def write_tables(records: Records, workspace: Workspace) -> None:
             if workspace.tables.exists():
                 workspace.tables.rename(replaced)
             partial.rename(workspace.tables)
+        except Exception as error:
+            if is_full(error):
+                raise WorkspaceError(f"{workspace.tables}: the disk is full; the tables are as they were: free some space and run the command again") from error
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -742,12 +747,24 @@ def read_events(platform: Platform) -> Events | None:
         raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq validate` again") from None
 
 
+def _recover(workspace: Workspace) -> None:
+    """Put back the tables of a process that was killed between two renames, and remove what it left; under the lock nobody else is at work."""
+    for replaced in workspace.state.glob(".tables.*.old"):
+        if not workspace.tables.exists():
+            replaced.rename(workspace.tables)
+    for left in workspace.state.glob(".tables.*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def read_tables(platform: Platform) -> Records:
     """The tables that `write_tables` kept.
 
     Raises `WorkspaceError` if there are none, or if they were written for another `fastq.yaml`.
     """
     directory = Workspace(platform.root).tables
+    if not directory.exists() and Workspace(platform.root).state.exists():
+        with Workspace(platform.root).lock("tables", wait_seconds=60):
+            _recover(Workspace(platform.root))
     try:
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         frames = {path.stem: pl.read_parquet(path) for path in directory.glob("*.parquet") if path.stem != "activity"}

@@ -21,7 +21,7 @@ import polars as pl
 from fastq.errors import LogsError, WorkspaceError
 from fastq.platform import Logs
 from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, Column, Source, format_of, naming, selection, sources_of, unread
-from fastq.workspace import Workspace, replacing
+from fastq.workspace import Workspace, is_full, replacing
 
 PART_BYTES = 32 << 20  # of a log's files for each part: small ones are grouped within the processor's cache
 MOST_PARTS = 256  # each is an open file while a log is staged
@@ -249,7 +249,7 @@ def _written(directory: Path, frames: list[pl.LazyFrame], partitions: list[Parti
         segment = Segment(name, [max(number, 1) for number in pieces], partitions)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         shutil.rmtree(made, ignore_errors=True)
-        if "os error 28" in str(error) or "No space left" in str(error):
+        if is_full(error):
             raise WorkspaceError(f"{directory}: the disk is full; nothing was changed; free some space and run the command again") from None
         for partition, frame in zip(partitions, frames, strict=True):
             with naming(partition.name):  # whose fault it is

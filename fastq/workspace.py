@@ -6,6 +6,7 @@ One directory holds all of a platform's state, so deleting it deletes everything
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -172,8 +173,18 @@ def replacing(path: Path) -> Iterator[Path]:
         with partial.open("rb") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
+    except Exception as error:
+        if is_full(error):
+            raise WorkspaceError(f"{path}: the disk is full; what was there before is there still: free some space and run the command again") from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether an error says that a file may not grow: a full disk, a quota, a limit on its size. Polars tells the number in its text alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return (isinstance(error, OSError) and error.errno in numbers) or any(f"os error {number})" in str(error) for number in numbers)
 
 
 def fsync_directory(directory: Path) -> None:

@@ -26,6 +26,7 @@ from fastq.platform import Platform
 from fastq.workspace import Workspace, replacing
 from feature_repo import online
 from feature_repo.definitions import ROWS_FILE, ROWS_VIEW, STATE_FIELD, STATE_FILE, STATE_VIEW, attribute_fields, definitions, feature_directory, project_name
+from feature_repo.online import Values
 
 if TYPE_CHECKING:
     from feast import FeatureStore, RepoConfig
@@ -48,7 +49,7 @@ class PlayerStore:
     feast: FeatureStore
     online: Path | None
     identity: tuple[int, int] | None
-    values: online.Values
+    values: Values
     prefix: bytes
     packing: Packing
 

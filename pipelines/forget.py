@@ -9,7 +9,7 @@ import polars as pl
 
 from fastq import registry
 from fastq.errors import FastqError, UnknownPlayerError
-from fastq.forgetting import forgotten, remember, strike_arrays, strike_events, strike_log, strike_page, strike_table
+from fastq.forgetting import forgotten, remember, strike_arrays, strike_log, strike_page, strike_table
 from fastq.platform import FILE_NAME, Platform
 from fastq.records import KEYS, columns_of, decision_logs, served_log
 from fastq.sources import parsed, scans
@@ -42,9 +42,8 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
             removed.append({"where": where, "rows": rows})
 
     with workspace.lock("retrain", wait_seconds=120), workspace.lock("queries", wait_seconds=600):
-        events = workspace.tables / "activity.parquet"
         for path in sorted(workspace.state.rglob("*.parquet")):
-            took(relative(platform, path), strike_events(workspace.tables, player_id) if path == events else strike_table(path, player_id, sorted(ids)))
+            took(relative(platform, path), strike_table(path, player_id, sorted(ids)))
         for page in sorted(workspace.reports.glob("*.html")):
             took(relative(platform, page), strike_page(page, [player_id, *sorted(ids)]))
         with workspace.lock("staged", wait_seconds=600):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,19 @@ from serving.decision_log import Event, Reported, Request, now_us
 from serving.online import Ask
 
 
+def copied(root: Path, to: Path) -> Path:
+    """A workspace of its own: MLflow notes where artifacts lie as absolute paths, and the original's are not to be touched."""
+    shutil.copytree(root, to)
+    with contextlib.closing(sqlite3.connect(to / ".fastq" / "mlflow" / "mlflow.db")) as database, database:
+        for table, column in (("experiments", "artifact_location"), ("runs", "artifact_uri")):
+            database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(root), str(to)))
+    return to
+
+
 @pytest.fixture(scope="module")
 def lived_in(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
     """A workspace in which a player, and another one beside them, left traces everywhere; the player's id and the other's."""
-    root = shutil.copytree(trained, tmp_path_factory.mktemp("forget") / "workspace")
+    root = copied(trained, tmp_path_factory.mktemp("forget") / "workspace")
     platform = load_platform(root)
     policy = registry.load_policy("models:/arena@champion", root)
     decisions = records.read_tables(platform).decisions
@@ -44,14 +55,16 @@ def lived_in(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     recommend_all(platform, root / "all.parquet")
     queries.ask(platform, "SELECT count(*) FROM explanations")
     logged = pl.read_parquet(root / platform.logs.decisions).filter(pl.col("player_id") == player)
-    logged.head(1).with_columns(decision_id=pl.lit("bad"), policy=pl.lit("nobody")).write_parquet((root / platform.logs.decisions).with_name("worse.parquet"))
+    logged.head(1).with_columns(decision_id=pl.lit("a-refused-decision"), policy=pl.lit("nobody")).write_parquet(
+        (root / platform.logs.decisions).with_name("worse.parquet")
+    )
     validate_logs(platform)
     return root, player, other
 
 
 @pytest.fixture
 def platform(lived_in: tuple[Path, str, str], tmp_path: Path) -> Platform:
-    return load_platform(shutil.copytree(lived_in[0], tmp_path / "workspace"))
+    return load_platform(copied(lived_in[0], tmp_path / "workspace"))
 
 
 def traces(root: Path, ids: set[str]) -> list[str]:
@@ -78,7 +91,7 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
     policy = registry.load_policy("models:/arena@champion", platform.root)
     directory = registry.fetch(platform)
     before, others = load_file(directory / "weights.safetensors"), rows_of(platform, other)
-    ids = set(records.read_tables(platform).decisions.filter(pl.col("player_id") == player)["decision_id"]) | {"bad"}
+    ids = set(records.read_tables(platform).decisions.filter(pl.col("player_id") == player)["decision_id"]) | {"a-refused-decision"}
     ids |= set(records.served_log(platform, "decisions").filter(pl.col("player_id") == player)["decision_id"])
     assert traces(platform.root, {player, *ids})
     with online.open_service(platform) as service:  # serving goes on
