@@ -534,7 +534,7 @@ def deploy(
 
 @app.command()
 def monitor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
-    """One look now: drift since the last retraining, and promises kept.
+    """One look now: drift, and promises kept.
 
     States, actions, propensities, unknown and degraded answers, volume and freshness against the logs that the last retraining learned from;
     outcomes against what was promised at promotion. May be run as often as you like: each hour spends its share of one false-alarm budget.
@@ -571,9 +571,9 @@ def lift(
 
 @app.command()
 def doctor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
-    """What is installed, reachable, stale or misconfigured, each with the mend.
+    """What is wrong here, each with the mend.
 
-    Ends with 1 where something is wrong.
+    What is installed, reachable, stale, left over or misconfigured. Ends with 1 where something is wrong.
     """
     with answering(as_json) as answer:
         from fastq.environment import prepare

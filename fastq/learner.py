@@ -29,7 +29,7 @@ from fastq.features import fit_encoding
 from fastq.networks import Actor, Represented, Values
 from fastq.platform import Platform
 from fastq.policy import Policy, Reference, Situation
-from fastq.representation import WARM_PATIENCE, EachEpoch, Progress, Units, fit, outcome_targets, represent, train_representation
+from fastq.representation import WARM_EPOCHS, WARM_PATIENCE, EachEpoch, Progress, Units, fit, outcome_targets, represent, train_representation
 from fastq.windows import Windows, held_out_players
 
 FOLDS = 4  # of players, for nuisances and for what unseen players confirm
@@ -374,7 +374,7 @@ def train(
         stage_two_data(policy, at, network, states, windows, features, scale),
         torch.from_numpy(checked),
         seed=training.seed,
-        epochs=min(training.epochs, LEVEL_EPOCHS),
+        epochs=min(training.epochs, LEVEL_EPOCHS if start is None else WARM_EPOCHS),
         learning_rate=training.learning_rate,
     )
     fit(

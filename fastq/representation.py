@@ -30,7 +30,7 @@ from fastq.windows import Windows
 from fastq.workspace import replacing
 
 HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
-WARM_PATIENCE = 2  # epochs without improvement after which a training that began from a policy has nothing more to learn
+WARM_EPOCHS, WARM_PATIENCE = 3, 2  # at most, and without improvement, where training goes on from a policy: measured in infra/log.md
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
 
 
@@ -314,7 +314,7 @@ def train_representation(
         targets,
         torch.from_numpy(validation_rows).to(device),
         seed=training.seed,
-        epochs=training.epochs,
+        epochs=training.epochs if start is None else min(training.epochs, WARM_EPOCHS),
         learning_rate=training.learning_rate,
         balance=training.balance,
     )

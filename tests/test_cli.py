@@ -16,7 +16,31 @@ from fastq.cli import answering
 from fastq.errors import GateRefused
 from fastq.platform import platform_from_tree
 
-COMMANDS = ["demo", "init", "validate", "retrain", "evaluate", "serve", "recommend", "explain", "query", "models", "promote", "rollback", "keys"]
+COMMANDS = [
+    "demo",
+    "init",
+    "validate",
+    "retrain",
+    "evaluate",
+    "benchmark",
+    "serve",
+    "recommend",
+    "explain",
+    "query",
+    "models",
+    "promote",
+    "rollback",
+    "pause",
+    "resume",
+    "schedule",
+    "deploy",
+    "monitor",
+    "lift",
+    "doctor",
+    "backup",
+    "restore",
+    "keys",
+]
 YAML = """
 version: 1
 platform: corner

@@ -24,7 +24,7 @@ def arena(tmp_path_factory):
     platform = load_platform(root)
     read = records.read_records(platform)
     start = read.decisions["decided_at"].min() + WARM_UP * DAY
-    kept = {"decisions": read.decisions.filter(pl.col("decided_at") >= start), "activity": read.activity.filter(pl.col("occurred_at") >= start)}
+    kept = {"decisions": read.decisions.filter(pl.col("decided_at") >= start), "activity": read.activity.filter(pl.col("occurred_at") >= start).collect()}
     read = replace(read, **kept)
     return platform, read, monitoring.reached(read).full - QUIET * DAY
 

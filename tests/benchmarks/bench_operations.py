@@ -61,6 +61,7 @@ def alarms(x, hour, tests=TESTS):
     return found
 
 
+@pytest.mark.timeout(7_200)
 def test_false_alarms_of_quiet_histories():
     """At most 5 % of the histories, looked at hourly for 90 days, have one."""
     started, wrong = time.monotonic(), 0
@@ -108,6 +109,7 @@ def test_outcomes_worse_than_promised_by_a_tenth():
     assert found >= 25  # the bar of 48 is missed on outcomes as noisy as these: infra/log.md says by how much and why
 
 
+@pytest.mark.timeout(3_600)
 def test_lift_covers_at_all_times():
     """Players come over the first 30 days, act at rates of their own, and are looked at after each of 90 days; a tenth is held out."""
     worlds, missed, widths = 400, 0, []

@@ -1,0 +1,80 @@
+"""The flow `monitor` on a trained workspace: a finding is told once and drawn; a broken guardrail rolls back, with a record of why."""
+
+import json
+import shutil
+from datetime import UTC, datetime, timedelta
+
+import polars as pl
+import pytest
+
+from fastq import registry
+from fastq.platform import load_platform
+from fastq.workspace import Workspace
+from pipelines import monitor
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """The trained workspace, for one test to change."""
+    root = tmp_path / "copy"
+    shutil.copytree(trained, root, ignore=shutil.ignore_patterns("*.lock"))
+    return load_platform(root)
+
+
+def look(platform):
+    return monitor.one_look.fn(str(platform.root), datetime.now(UTC).isoformat())
+
+
+def test_quiet_logs_find_nothing_and_a_changed_unit_is_told_once(copy):
+    assert [finding["family"] for finding in look(copy)["findings"] if finding["family"] != "volume"] == []
+    newest = max((copy.root / "logs" / "activity").glob("*.parquet"))
+    events = pl.read_parquet(newest)
+    later = events.with_columns(pl.col("occurred_at") + timedelta(days=1), minutes=pl.col("minutes") * 60)
+    if "recorded_at" in later.columns:
+        later = later.with_columns(pl.col("recorded_at") + timedelta(days=1))
+    later.write_parquet(newest.with_name("zz-next-day.parquet"))
+    found = look(copy)
+    keys = [finding["key"] for finding in found["findings"]]
+    assert "minutes" in keys
+    assert found["drift"]
+    finding = found["findings"][keys.index("minutes")]
+    assert "<svg" in (copy.root / finding["picture"]).read_text()
+    again = look(copy)
+    assert "minutes" in [finding["key"] for finding in again["findings"]]  # it still stands
+    assert again["new"] == []
+    assert not again["drift"]  # but starts nothing a second time
+
+
+def serve(platform, version, cost, first=0, players=200):
+    """Served decisions of one version whose cost comes out around the given one."""
+    from serving.decision_log import Decision, Reported, now_us, open_log
+
+    action = dict.fromkeys(platform.dimension_names, 2.0)
+    ids = range(first, first + players)
+    rows = [Decision(f"v{version}-{p}", f"p{p:05d}", now_us(), "fastq", 0.1, version, action, {}, None) for p in ids]
+    log = open_log(platform)
+    try:
+        log.append(rows).result()
+        spread = [cost * (0.5 + (p % 11) / 10) for p in ids]
+        log.report([Reported(row.decision_id, {"cost": value}) for row, value in zip(rows, spread, strict=True)]).result()
+    finally:
+        log.close()
+
+
+def test_a_champion_that_breaks_its_ceiling_is_rolled_back_with_a_reason(copy):
+    client = registry._client(copy)
+    first = client.get_model_version(copy.platform, "1")
+    client.create_model_version(copy.platform, source=first.source, run_id=first.run_id, tags=dict(first.tags))
+    registry.promote(copy, "2", forced=True, reason="the test's second version")
+    ceiling = copy.objectives["cost"].ceiling
+    serve(copy, "2", 0.7 * ceiling)
+    assert look(copy)["rolled_back_to"] is None
+    assert registry.champion(copy) == "2"
+    serve(copy, "2", 3 * ceiling, first=200)
+    found = look(copy)
+    assert found["rolled_back_to"] == "1"
+    assert registry.champion(copy) == "1"
+    last = json.loads(Workspace(copy.root).audit.read_text().splitlines()[-1])
+    assert (last["action"], last["who"]) == ("rollback", "monitor")
+    assert "above its ceiling" in last["reason"]
+    assert look(copy)["rolled_back_to"] is None  # version 1 has broken nothing
