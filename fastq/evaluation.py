@@ -8,7 +8,7 @@ counterfactual too. The gate compares a candidate with the champion, or with the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from statistics import NormalDist
 from typing import Any
@@ -218,7 +218,9 @@ def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> P
         if isinstance(fitted, ope.Refusal):
             return Panel([ope.self_normalised(reward, target.weights, player)] if not discount.any() else [], None)
         q, v = fitted.q, fitted.v
-    terms += [ope.sequential_doubly_robust(reward, target.weights, q, v, **sequence, steps=STEPS, normalised=True)]
+    cut = ope.sequential_doubly_robust(reward, target.weights, q, v, **sequence, steps=STEPS, normalised=True)
+    # beyond its steps the model is taken at its word
+    terms.append(replace(cut, support=tuple(replace(each, modelled=bool(rate.any())) for each, rate in zip(cut.support, discount.T, strict=True))))
     if not discount.any():
         terms.append(ope.self_normalised(reward, target.weights, player))
     terms.append(ope.direct_method(v, player))

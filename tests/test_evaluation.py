@@ -145,6 +145,9 @@ def test_every_estimate_is_a_number_in_its_interval_with_words(report, policy):
         assert row["verdict"].startswith(("trust", "do not trust: "))
     assert {row["estimator"] for row in report.estimates} >= {"direct_method"}
     assert all(row["verdict"].startswith("do not trust: the model alone") for row in report.estimates if row["estimator"] == "direct_method")
+    cut = [row for row in report.estimates if row["estimator"] == "self_normalised_sequential_doubly_robust" and row["objective"] is None]
+    assert cut
+    assert all("the interval leaves out the model's own error" in row["verdict"] for row in cut), "beyond one decision it is the model's word"
     assert report.decisions >= report.players > 0
 
 

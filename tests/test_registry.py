@@ -243,7 +243,9 @@ def test_damage_is_named(tmp_path, harm, says):
 
 def test_names_of_models(platform):
     (platform.root / "fastq.yaml").write_text(json.dumps(TREE))
-    version = registered(platform, 1.0)
+    with registry.start_run(platform, "a run", {}) as run:
+        pass
+    version = registry.register(platform, run.id, bundle(platform.root / "made", feature_fingerprint="other"))
     for uri in ("models:arena", "models:/arena", "models:/arena@", "models:/a/b/c"):
         with pytest.raises(RequestError, match="expected models:/"):
             registry.load_policy(uri, platform.root)
