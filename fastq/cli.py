@@ -413,13 +413,17 @@ def keys_revoke(
 
 
 @app.command()
-def models(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
+def models(
+    history: Annotated[bool, typer.Option("--history", help="Who promoted, rolled back or paused what, when and why, too.")] = False,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
     """List the versions, their aliases and the gate's verdicts."""
     with answering(as_json) as answer:
         platform = _platform(workspace)
         from fastq import registry
 
-        answer({"models": registry.models(platform)}, _models)
+        answer({"models": registry.models(platform)} | ({"history": registry.history(platform)} if history else {}), _models)
 
 
 @app.command()
@@ -837,6 +841,15 @@ def _estimates(document: Document) -> Iterable[RenderableType]:
         objective = "weighted sum" if row["objective"] is None else row["objective"]
         table.add_row(row["policy"], objective, row["estimator"], *(_number(row[name]) for name in ("value", "low", "high", "ess")), _plain(row["verdict"]))
     yield table
+    for warning in document.get("warnings", []):
+        yield f"[yellow]{_plain(warning)}[/]"
+    if difference := document.get("difference"):
+        low, high = (_number(difference[name]) for name in ("low", "high"))
+        yield f"Against {document['against']}: {_number(difference['value'])} ({low} to {high}), {_plain(document['alpha_because'])}."
+    for reason in document.get("reasons", []):
+        yield f"The gate would refuse it: {_plain(reason)}"
+    if "report" in document:
+        yield f"Report: {document['report']}"
 
 
 def _benchmark(document: Document) -> Iterable[RenderableType]:
@@ -1006,6 +1019,12 @@ def _models(document: Document) -> Iterable[RenderableType]:
     for model in document["models"]:
         table.add_row(str(model["version"]), ", ".join(model["aliases"]), str(model["created_at"]), _plain(str(model["verdict"])))
     yield table if document["models"] else "There are no models yet: fastq retrain"
+    if "history" in document:
+        done = _table("History", "when", "who", "what", "version", "why")
+        for line in document["history"]:
+            what = f"{line['action']}{' (forced)' if line.get('forced') else ''}"
+            done.add_row(str(line["at"]), _plain(str(line["who"])), what, str(line.get("version") or ""), _plain(str(line.get("reason") or "")))
+        yield done
 
 
 def _deployed(document: Document) -> Iterable[RenderableType]:

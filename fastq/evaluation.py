@@ -7,30 +7,46 @@ counterfactual too. The gate compares a candidate with the champion, or with the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastq import ope
+from fastq import features, ope
 from fastq.equations import action_features
-from fastq.platform import OWN_POLICY
+from fastq.platform import OWN_POLICY, Platform
 from fastq.policy import Policy, Situation
 from fastq.windows import Windows, held_out_players
 
-STEPS = 1  # decisions that are corrected by weights before the model takes over: the product of weights of two continuous draws carries no more
+STEPS = 1  # decisions that the second opinion corrects by weights before the model takes over
 LEAST_CHANCE = 0.01  # an estimated probability of being assigned to a policy is never taken to be smaller
 LEAST_PLAYERS = 2
+LEAST_SEGMENT_PLAYERS = 30.0  # effective players that a segment named in the platform file needs
+LEAST_BOOTSTRAP_ALPHA = 0.01  # of 1,000 resamples the outermost 10 still say where a tail lies; beyond it goes on as the normal one does
+DISAGREEMENT = 2.0  # standard errors by which two answers to one question may differ before a warning
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One judgement of a candidate by the gate: when, on data until when (both microseconds since 1970), and how it ended."""
+
+    at: int
+    data_until: int
+    promoted: bool
 
 
 @dataclass(frozen=True)
 class Report:
     """What the logs say of a candidate. `estimates`: one record per policy, objective (None: weighted sum) and estimator, as `fastq evaluate --json`.
 
-    difference: the candidate against `against`, paired on the same rows. guardrails: mean immediate value under the policy as served.
-    reasons: why the gate refused; empty if `promoted`.
+    difference: the candidate against `against`, paired on the same rows. guardrails: mean immediate value under the policy as served. segments: the
+    difference per value of each attribute in `evaluation.segments`. cross_checks: the candidate's weighted sum by its own Q, by the fitted Q of the evaluation
+    and by the doubly robust default; warnings: where they disagree. alpha: the error rate of this attempt, with its reason in `alpha_because`.
+    reasons: why the gate refused; empty if `promoted`. data_until: the newest decision, RFC 3339.
     """
 
     estimates: list[dict[str, Any]]
@@ -41,6 +57,12 @@ class Report:
     reasons: list[str]
     players: int
     decisions: int
+    segments: list[dict[str, Any]] = field(default_factory=list)
+    cross_checks: list[dict[str, Any]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    alpha: float = 0.025
+    alpha_because: str = ""
+    data_until: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,51 +156,90 @@ def logging_density(windows: Windows, rows: np.ndarray) -> np.ndarray:
 
     The mixture's weights are bounded by what any policy does, so their variance is never larger (Agarwal et al. 2017, arXiv 1703.06180).
     """
-    mixture: np.ndarray = (windows.law[rows] * windows.chance[rows]).sum(1)
-    complete = np.isfinite(mixture) & (np.abs(windows.chance[rows].sum(1) - 1) < 1e-3)
-    return np.where(complete, mixture, windows.propensity[rows])
+    mixture = logging_mixture(windows, rows)
+    return np.where(np.isfinite(mixture), mixture, windows.propensity[rows])
+
+
+def logging_mixture(windows: Windows, rows: np.ndarray) -> np.ndarray:
+    """[N] density of the logged action under all policies together, NaN where a law or a chance is not known."""
+    law, chance = windows.law[rows], windows.chance[rows]
+    # where the known chances sum to 1 a policy without one did not act then, as ours did not before it was served
+    acting = np.isfinite(chance) & (chance > 0)
+    mixture: np.ndarray = np.where(acting, law * np.where(acting, chance, 0.0), 0.0).sum(1)
+    return np.where(np.abs(np.where(acting, chance, 0.0).sum(1) - 1) < 1e-3, mixture, np.nan)
 
 
 def behaviour_target(policy: Policy, held: Held, k: int) -> Target:
-    """Behaviour policy `k`: what it would do by the experts; weight 1 / chance of being assigned where it acted, 0 elsewhere.
+    """Behaviour policy `k`: what it would do by the experts; its density over that of all policies together where every law and chance is known.
 
-    The chance is the logged one; else the representation's classifier estimates it, and the target says so.
+    Elsewhere weight 1 / chance of being assigned where it acted, 0 where another did: the same in expectation, with more variance. The chance is the
+    logged one; else the representation's classifier estimates it, and the target says so.
     """
     windows, rows = held.windows, held.rows
     acted = windows.policy[rows] == k
     logged = windows.assignment[rows]
-    estimated = bool((acted & ~np.isfinite(logged)).any())
+    mixture = logging_mixture(windows, rows)
+    balanced = np.isfinite(mixture) & (mixture > 0)
+    estimated = bool((acted & ~balanced & ~np.isfinite(logged)).any())
     if estimated:
         logged = np.maximum(held.at.assignment[:, k].numpy(), LEAST_CHANCE)
-    return Target(windows.policies[k], held.at.expected[:, k].numpy(), np.where(acted, 1.0 / np.where(acted, logged, 1.0), 0.0), estimated)
+    weights = np.where(acted, 1.0 / np.where(acted, logged, 1.0), 0.0)
+    weights[balanced] = np.nan_to_num(windows.law[rows, k][balanced]) / mixture[balanced]
+    return Target(windows.policies[k], held.at.expected[:, k].numpy(), weights, estimated)
 
 
-def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> list[ope.Terms]:
-    """The panel for one target, best first: doubly robust, self-normalised weights, the model alone. discount [N, M] per decision."""
+@dataclass(frozen=True)
+class Panel:
+    """The estimators' sums for one target, best first, and the model behind them (None where there was too little to fit one)."""
+
+    terms: list[ope.Terms]
+    model: ope.DoubleReinforcement | None
+
+
+def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> Panel:
+    """Double reinforcement learning; as second opinions its model corrected for `STEPS` decisions only, and alone. discount [N, M] per decision."""
     windows, rows = held.windows, held.rows
     reward, player = windows.reward[rows], windows.player[rows]
-    truncated = windows.truncated[rows]
+    sequence = {"discount": discount, "following": held.following, "truncated": windows.truncated[rows], "player": player}
 
     def x(phi: np.ndarray) -> np.ndarray:
         difference = phi - held.at.reference.numpy()
         effects = np.einsum("bmtp,bp->bmt", held.at.slope.numpy(), difference).reshape(len(rows), -1)
-        return np.concatenate([held.state, difference, effects], 1)
+        return np.concatenate([difference, effects], 1)
 
-    rng = np.random.default_rng(seed)
-    fitted = ope.fitted_q(x(held.phi), x(target.features), reward, discount, held.following, truncated, player, rng=rng, free=held.free)
+    logged, wanted, rng = x(held.phi), x(target.features), np.random.default_rng(seed)
+    found = ope.double_reinforcement(held.state, logged, wanted, reward, target.weights, **sequence, rng=rng, free=held.free)
     terms: list[ope.Terms] = []
-    if isinstance(fitted, ope.FittedQ):
-        terms += [
-            ope.sequential_doubly_robust(reward, target.weights, fitted.q, fitted.v, discount, held.following, truncated, player, steps=STEPS, normalised=True),
-            ope.direct_method(fitted.v, player),
-        ]
+    if isinstance(found, ope.DoubleReinforcement):
+        terms.append(found.terms)
+        q, v = found.q, found.v
+    else:
+        fitted = ope.fitted_q(np.hstack([held.state, logged]), np.hstack([held.state, wanted]), reward, **sequence, rng=rng, free=held.free)
+        if isinstance(fitted, ope.Refusal):
+            return Panel([ope.self_normalised(reward, target.weights, player)] if not discount.any() else [], None)
+        q, v = fitted.q, fitted.v
+    cut = ope.sequential_doubly_robust(reward, target.weights, q, v, **sequence, steps=STEPS, normalised=True)
+    # beyond its steps the model is taken at its word
+    terms.append(replace(cut, support=tuple(replace(each, modelled=bool(rate.any())) for each, rate in zip(cut.support, discount.T, strict=True))))
     if not discount.any():
-        terms.insert(1, ope.self_normalised(reward, target.weights, player))
-    return terms
+        terms.append(ope.self_normalised(reward, target.weights, player))
+    terms.append(ope.direct_method(v, player))
+    return Panel(terms, found if isinstance(found, ope.DoubleReinforcement) else None)
 
 
-def evaluate(policy: Policy, windows: Windows, champion: Policy | None = None, *, on_step: Callable[[str], None] | None = None) -> Report:
-    """Value the candidate, every behaviour policy and the champion on held-out players; then let the gate decide."""
+def evaluate(
+    policy: Policy,
+    windows: Windows,
+    champion: Policy | None = None,
+    *,
+    attempts: Sequence[Attempt] = (),
+    now: datetime | None = None,
+    on_step: Callable[[str], None] | None = None,
+) -> Report:
+    """Value the candidate, every behaviour policy and the champion on held-out players; then let the gate decide.
+
+    attempts: what the gate said in this workspace before, oldest first; they set the error rate of this attempt, and how new its data have to be.
+    """
     platform, seed = policy.platform, policy.platform.training.seed
     names = list(platform.objectives)
     say = on_step or (lambda _: None)
@@ -190,20 +251,76 @@ def evaluate(policy: Policy, windows: Windows, champion: Policy | None = None, *
     targets += [behaviour_target(policy, held, k) for k, name in enumerate(windows.policies) if name != OWN_POLICY]
 
     discount = np.where((platform.discounts > 0) & windows.truncated[held.rows, None], platform.discounts, windows.discount[held.rows])
-    panel: dict[str, list[ope.Terms]] = {}
+    panel: dict[str, Panel] = {}
     records: list[dict[str, Any]] = []
     for target in targets:
         say(f"estimating {target.name}")
         panel[target.name] = estimators(held, target, discount, seed)
-        records += described(panel[target.name], target, names, platform.weights, seed, tested_on_training)
+        records += described(panel[target.name].terms, target, names, platform.weights, seed, tested_on_training)
 
+    alpha, because = alpha_of_attempt(platform.training.alpha, attempts, now or datetime.now(UTC))
     against = champion_name(targets, records, champion is not None)
-    reasons, difference = gate_on_difference(panel, against, platform.weights, platform.training.alpha, seed)
+    reasons, difference, terms = gate_on_difference(panel, {target.name: target for target in targets}, against, held, platform.weights, alpha, seed)
     if tested_on_training:
         reasons.append(f"{len(windows.player_ids)} players are too few to hold some out: the candidate would be judged on players it learned from")
     say("checking guardrails")
-    guardrails, broken = gate_on_guardrails(held, targets[0], platform, seed)
-    return Report(records, against, difference, guardrails, not (reasons + broken), reasons + broken, len(np.unique(windows.player[held.rows])), len(held.rows))
+    guardrails, broken = gate_on_guardrails(held, targets[0], platform, seed, alpha)
+    segments, thin = gate_on_segments(terms, held, targets[0], platform, seed) if terms is not None else ([], [])
+    checks, warnings = cross_checks(policy, held, targets[0], panel[targets[0].name], platform.weights, seed)
+    stale = gate_on_data(windows, attempts)
+    reasons = [*reasons, *broken, *thin, *stale]
+    if policy.fingerprint != features.fingerprint(windows.platform):
+        reasons.append("the candidate was made for other features than these logs were read with")
+    newest = datetime.fromtimestamp(int(windows.moment.max()) / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z") if len(windows) else ""
+    return Report(
+        records, against, difference, guardrails, not reasons, reasons, len(np.unique(windows.player[held.rows])), len(held.rows),
+        segments, checks, warnings, alpha, because, newest,
+    )  # fmt: skip
+
+
+def alpha_of_attempt(alpha: float, attempts: Sequence[Attempt], now: datetime) -> tuple[float, str]:
+    """The error rate of this attempt: `alpha` for a workspace's first, then `alpha` per year, as it accrues between attempts.
+
+    However often the gate is asked, the chance that it ever lets a worse policy pass in a year is then at most 2 `alpha` (the union bound). Asking
+    twice in a row costs nothing but power: what has not accrued can't be spent.
+    """
+    if not attempts:
+        return alpha, f"error rate {alpha:.3g}: the first attempt in this workspace"
+    days = max(0.0, (now.timestamp() - attempts[-1].at / 1e6) / 86_400)
+    rate = max(alpha * min(days / 365, 1.0), 1e-9)
+    return rate, f"error rate {rate:.2g}: attempt {len(attempts) + 1}, {days:.2g} days after the last; {alpha:.3g} a year are spent as they accrue"
+
+
+def gate_on_data(windows: Windows, attempts: Sequence[Attempt]) -> list[str]:
+    """Whether anything was logged since the last promotion: the same logs can't be asked again until they say yes."""
+    seen = max((attempt.data_until for attempt in attempts if attempt.promoted), default=None)
+    newest = int(windows.moment.max()) if len(windows) else 0
+    if seen is None or newest > seen:
+        return []
+    when = datetime.fromtimestamp(newest / 1e6, UTC)
+    return [f"nothing was decided since the last promotion: the newest decision in these logs is of {when:%Y-%m-%d %H:%M} UTC"]
+
+
+def cross_checks(policy: Policy, held: Held, target: Target, panel: Panel, weights: np.ndarray, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """The candidate's weighted sum by FAST-Q's own Q, by the evaluation's fitted Q and by the doubly robust default; warnings where they disagree."""
+    phi = torch.from_numpy(target.features)
+    own = float((policy.totals(held.at, phi[:, None])[:, 0, :, 0].numpy() @ weights).mean())
+    checks = [{"estimator": "fast_q", "value": own, "low": None, "high": None, "verdict": "do not trust: the model's own word, on what it was trained for"}]
+    answers = {}
+    for terms in panel.terms:
+        answer = ope.estimate(terms, objective_weights=weights, rng=np.random.default_rng(seed))[-1]
+        if isinstance(answer, ope.Estimate):
+            answers[terms.estimator] = answer
+            checks.append({"estimator": terms.estimator, "value": answer.value, "low": answer.low, "high": answer.high, "verdict": answer.verdict})
+    best = next(iter(answers.values()), None)
+    if best is None:
+        return checks, []
+    said = {"FAST-Q's own Q": own} | ({"the fitted Q evaluation": answers["direct_method"].value} if "direct_method" in answers else {})
+    return checks, [
+        f"{name} says {value:.3g}, {best.estimator.replace('_', ' ')} {best.value:.3g} ± {best.standard_error:.2g}: they disagree"
+        for name, value in said.items()
+        if abs(value - best.value) > DISAGREEMENT * best.standard_error
+    ]
 
 
 def described(terms: list[ope.Terms], target: Target, names: list[str], weights: np.ndarray, seed: int, tested_on_training: bool) -> list[dict[str, Any]]:
@@ -229,6 +346,8 @@ def described(terms: list[ope.Terms], target: Target, names: list[str], weights:
                     "low": answer.low,
                     "high": answer.high,
                     "ess": answer.ess,
+                    "top_share": answer.top_share,
+                    "overlap": answer.overlap,
                     "verdict": words,
                 }
             )
@@ -244,44 +363,93 @@ def champion_name(targets: list[Target], records: list[dict[str, Any]], has_cham
     return max(behaviours, key=lambda name: values.get(name, -np.inf)) if behaviours else OWN_POLICY
 
 
+def bound(answer: ope.Estimate, alpha: float, asked: float) -> tuple[float, float]:
+    """Bounds at error rate `alpha` per side of an interval drawn at `asked`; a smaller rate stretches it as the normal tail goes on."""
+    if alpha >= asked:
+        return answer.low, answer.high
+    stretch = NormalDist().inv_cdf(1 - alpha) / NormalDist().inv_cdf(1 - asked)
+    return answer.value - stretch * (answer.value - answer.low), answer.value + stretch * (answer.high - answer.value)
+
+
 def gate_on_difference(
-    panel: dict[str, list[ope.Terms]], against: str, weights: np.ndarray, alpha: float, seed: int
-) -> tuple[list[str], dict[str, Any] | None]:
-    """Whether the lower bound of the difference to `against`, at error rate `alpha`, is above zero."""
-    if against not in panel or not panel[OWN_POLICY] or not panel[against] or against == OWN_POLICY:
-        return [f"there is nothing to compare with: no estimate of {against}"], None
-    difference = ope.paired_difference(panel[OWN_POLICY][0], panel[against][0])
-    answer = ope.estimate(difference, objective_weights=weights, rng=np.random.default_rng(seed), level=1 - 2 * alpha)[-1]
+    panel: dict[str, Panel], targets: dict[str, Target], against: str, held: Held | None, weights: np.ndarray, alpha: float, seed: int
+) -> tuple[list[str], dict[str, Any] | None, ope.Terms | None]:
+    """Whether the lower bound of the difference to `against`, at error rate `alpha`, is above zero.
+
+    Paired on the same rows, with the difference of both policies' weights, which is 0 in expectation, as control variate where it is known (`held`).
+    """
+    mine, other = panel.get(OWN_POLICY), panel.get(against)
+    if mine is None or other is None or not mine.terms or not other.terms or against == OWN_POLICY:
+        return [f"there is nothing to compare with: no estimate of {against}"], None, None
+    difference = ope.paired_difference(mine.terms[0], other.terms[0])
+    if held is not None:
+        control = targets[OWN_POLICY].weights - targets[against].weights
+        difference = ope.controlled(difference, control, held.windows.player[held.rows])
+    asked = max(alpha, LEAST_BOOTSTRAP_ALPHA)
+    answer = ope.estimate(difference, objective_weights=weights, rng=np.random.default_rng(seed), level=1 - 2 * asked)[-1]
     if isinstance(answer, ope.Refusal):
-        return [f"the difference to {against} cannot be estimated: {answer.reason}"], None
-    found = {"value": answer.value, "low": answer.low, "high": answer.high, "ess": answer.ess, "estimator": answer.estimator, "verdict": answer.verdict}
+        return [f"the difference to {against} cannot be estimated: {answer.reason}"], None, None
+    low, high = bound(answer, alpha, asked)
+    found = {
+        "value": answer.value, "low": low, "high": high, "standard_error": answer.standard_error, "ess": answer.ess, "top_share": answer.top_share,
+        "overlap": answer.overlap, "estimator": answer.estimator, "verdict": answer.verdict,
+    }  # fmt: skip
     reasons = []
-    if answer.low <= 0:
+    if low <= 0:
         reasons.append(
-            f"not shown to be better than {against}: the difference is {answer.value:+.3g}, "
-            f"but {answer.low:+.3g} to {answer.high:+.3g} at an error rate of {alpha:.1%}"
+            f"not shown to be better than {against}: the difference is {answer.value:+.3g}, but {low:+.3g} to {high:+.3g} at an error rate of {alpha:.2%}"
         )
     if not answer.trusted:
         reasons.append(f"the evidence does not suffice: {answer.verdict.removeprefix('do not trust: ')}")
-    return reasons, found
+    return reasons, found, difference
 
 
-def gate_on_guardrails(held: Held, candidate: Target, platform: Any, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+def gate_on_segments(difference: ope.Terms, held: Held, candidate: Target, platform: Platform, seed: int) -> tuple[list[dict[str, Any]], list[str]]:
+    """Whether evidence suffices in every value of each attribute in `evaluation.segments`, and shows no harm there (at the gate's yearly level)."""
+    found, reasons = [], []
+    player = held.windows.player[held.rows]
+    last = np.append(np.flatnonzero(np.diff(player)), len(player) - 1)  # the newest decision of each player: rows are sorted by player and time
+    weight = np.bincount(player, weights=np.where(np.isfinite(candidate.weights), candidate.weights, 0.0))[player[last]]
+    for name in platform.evaluation.segments:
+        values = held.windows.attributes[held.rows[last]][name].cast(str).fill_null("unknown").to_numpy()
+        for value in np.unique(values):
+            mine = values == value
+            players, effective = int(mine.sum()), ope.effective_sample_size(weight[mine])
+            answer = ope.estimate(
+                ope.subset(difference, mine), objective_weights=platform.weights, rng=np.random.default_rng(seed), level=1 - 2 * platform.training.alpha
+            )[-1]
+            numbers = (
+                {"value": None, "low": None, "high": None} if isinstance(answer, ope.Refusal) else {n: getattr(answer, n) for n in ("value", "low", "high")}
+            )
+            found.append({"attribute": name, "segment": str(value), "players": players, "effective_players": effective, **numbers})
+            if effective < LEAST_SEGMENT_PLAYERS or isinstance(answer, ope.Refusal):
+                reasons.append(
+                    f"{name} {value}: the evidence does not suffice, {effective:.0f} effective players of {players}; {LEAST_SEGMENT_PLAYERS:.0f} are needed"
+                )
+            elif answer.high < 0:
+                reasons.append(f"{name} {value}: worse there, by {answer.value:+.3g} ({answer.low:+.3g} to {answer.high:+.3g})")
+    return found, reasons
+
+
+def gate_on_guardrails(held: Held, candidate: Target, platform: Platform, seed: int, alpha: float) -> tuple[list[dict[str, Any]], list[str]]:
     """Whether each ceiling and floor holds with its bound: the mean immediate value per decision under the policy as served."""
     guarded = [(j, name, o) for j, (name, o) in enumerate(platform.objectives.items()) if o.ceiling is not None or o.floor is not None]
     if not guarded:
         return [], []
-    terms = estimators(held, candidate, np.zeros((len(held.rows), len(platform.objectives))), seed)
-    answers = ope.estimate(terms[0], rng=np.random.default_rng(seed), level=1 - 2 * platform.training.alpha) if terms else ()
+    terms = estimators(held, candidate, np.zeros((len(held.rows), len(platform.objectives))), seed).terms
+    asked = max(alpha, LEAST_BOOTSTRAP_ALPHA)
+    answers = ope.estimate(terms[0], rng=np.random.default_rng(seed), level=1 - 2 * asked) if terms else ()
     found, reasons = [], []
     for j, name, objective in guarded:
         answer = answers[j] if answers else ope.Refusal("none", j, "no estimator could answer")
         if isinstance(answer, ope.Refusal):
             reasons.append(f"{name}: its guardrail cannot be checked: {answer.reason}")
             continue
-        found.append({"objective": name, "ceiling": objective.ceiling, "floor": objective.floor, "value": answer.value, "low": answer.low, "high": answer.high})
-        if objective.ceiling is not None and answer.high > objective.ceiling:
-            reasons.append(f"{name}: {answer.value:.3g} per decision, and up to {answer.high:.3g} cannot be ruled out; the ceiling is {objective.ceiling:g}")
-        if objective.floor is not None and answer.low < objective.floor:
-            reasons.append(f"{name}: {answer.value:.3g} per decision, and as little as {answer.low:.3g} cannot be ruled out; the floor is {objective.floor:g}")
+        low, high = bound(answer, alpha, asked)
+        limits = {"ceiling": objective.ceiling, "floor": objective.floor}
+        found.append({"objective": name, **limits, "value": answer.value, "low": low, "high": high, "verdict": answer.verdict})
+        if objective.ceiling is not None and high > objective.ceiling:
+            reasons.append(f"{name}: {answer.value:.3g} per decision, and up to {high:.3g} cannot be ruled out; the ceiling is {objective.ceiling:g}")
+        if objective.floor is not None and low < objective.floor:
+            reasons.append(f"{name}: {answer.value:.3g} per decision, and as little as {low:.3g} cannot be ruled out; the floor is {objective.floor:g}")
     return found, reasons

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -25,7 +25,8 @@ LEAST_MEASURED = 0.50  # share of rows that have both a weight and an outcome
 LARGEST_WEIGHT_GAP = 0.10  # distance of the mean weight from 1, where it is also more than three standard errors
 LARGEST_UNREACHED = 0.01  # share of rows, times their discount, whose paths all have weight 0 at some later decision
 LARGEST_CHANGED = 0.10  # share of the weight that an estimator may change on purpose: the bias that this brings is in no interval
-LARGEST_NEGATIVE = 0.05  # share of a fitted density ratio, in absolute value, that may lie below 0, where no true one lies
+LARGEST_NEGATIVE = 0.25  # share of a fitted density ratio, in absolute value, that may lie below 0, where no true one lies
+LARGEST_APART = 2.5  # standard errors between a fitted ratio of states and the same ratio one step back
 LARGEST_UNUSABLE = 0.01  # share of resamples in which the estimator is not defined; over one half there is no interval at all
 POOLED_PLAYERS = 2_000  # more players than this are pooled into so many groups before resampling
 RESAMPLED_NUMBERS = 2_000_000  # float64 numbers per batch of resamples, which bounds the memory
@@ -77,8 +78,9 @@ class Support:
     an outcome; mean_weight: mean over the rows with a known weight, 1 wherever it is within three standard errors (clustered by player) of 1;
     modelled: the value comes from the model alone; unreached: the largest share of rows, times their discount, that are still on their way at some
     decision where none of them has weight left; changed: share of the weight that the estimator changed on purpose: switched off, shrunk
-    away, moved to shorter returns or to a kernel that a bound cuts; negative: share of a fitted density ratio, in absolute value, below 0; setting:
-    the threshold, shrinkage or bandwidth in use, None where there is none or where objectives differ.
+    away, moved to shorter returns or to a kernel that a bound cuts; negative: share of a fitted density ratio, in absolute value, below 0; apart:
+    standard errors between the value by a fitted ratio of states and the value by that ratio one step back; setting: the
+    threshold, shrinkage or bandwidth in use, None where there is none or where objectives differ.
     """
 
     ess: float
@@ -91,6 +93,7 @@ class Support:
     unreached: float = 0.0
     changed: float = 0.0
     negative: float = 0.0
+    apart: float = 0.0
     setting: float | None = None
 
 
@@ -99,6 +102,8 @@ class Terms:
     """An estimator summed per player: numerator and denominator [P, M, K], with the diagnostics of each objective.
 
     players [P] are the ids met in `player`, sorted; rows is N; refusals [M] hold the reason where an objective cannot be answered, else None.
+    refits [G, M]: the values with one of G groups of players left out and every fitted model refitted without it, None where nothing is fitted or
+    the fit is taken as given; from them the interval learns the model's own error. group [P]: which of them each player is in.
     """
 
     estimator: str
@@ -108,6 +113,8 @@ class Terms:
     denominator: Floats
     support: tuple[Support, ...]
     refusals: tuple[str | None, ...]
+    refits: Floats | None = None
+    group: Ints | None = None
 
     def values(self) -> Floats:
         """[M] point estimates, NaN where the objective is refused."""
@@ -118,6 +125,17 @@ class Terms:
         """[P, M, K] what each player adds to each ratio's error, (numerator_p - ratio denominator_p) / sum denominator; 0 where nothing is measured."""
         whole = self.denominator.sum(0)
         return ratio_or_zero(self.numerator - ratio_or_zero(self.numerator.sum(0), whole) * self.denominator, whole)
+
+    def refit_errors(self, combinations: Floats) -> Floats:
+        """[C] delete-a-group jackknife standard errors of combinations [C, M], sqrt((G-1)/G sum_g (V_g - mean V_g)^2); 0 without refits.
+
+        Shao and Tu 1995, "The Jackknife and Bootstrap", section 2.3: unlike the linearised error it moves every fitted model too.
+        """
+        if self.refits is None:
+            return np.zeros(len(combinations))
+        usable = np.array([reason is None for reason in self.refusals])
+        values = self.refits[:, usable] @ combinations[:, usable].T
+        return np.sqrt((len(values) - 1) * values.var(axis=0))
 
     def standard_errors(self) -> Floats:
         """[M] linearised standard errors, sqrt(P / (P-1) sum_p (sum_k influence)^2): players are independent, their rows are not."""
@@ -162,6 +180,7 @@ def estimate(
     interval = bootstrap_by_player(
         terms.numerator[:, usable], terms.denominator[:, usable], np.stack(answered)[:, usable], rng=rng, level=level, resamples=resamples
     )
+    widening = np.maximum(1.0, ratio_or_zero(terms.refit_errors(np.stack(answered)), interval.standard_error))
     answers: list[Estimate | Refusal] = []
     place = 0
     for (objective, row), reason in zip(selections, refused, strict=True):
@@ -169,7 +188,8 @@ def estimate(
             answers.append(Refusal(terms.estimator, objective, reason))
             continue
         value, low, high, error = (float(each[place]) for each in (interval.value, interval.low, interval.high, interval.standard_error))
-        unusable = float(interval.unusable[place])
+        unusable, wider = float(interval.unusable[place]), float(widening[place])
+        low, high, error = value - wider * (value - low), value + wider * (high - value), wider * error
         place += 1
         if unusable > 0.5:
             answers.append(Refusal(terms.estimator, objective, f"{unusable:.0%} of the resamples hold no row with weight"))
@@ -198,7 +218,8 @@ def _refusal_reason(terms: Terms, row: Floats) -> str | None:
 def paired_difference(first: Terms, second: Terms) -> Terms:
     """V(first) - V(second) on the same rows, so that what both share cancels in the interval; give it to `estimate`.
 
-    The two may be of different estimators. Diagnostics are the worse of the two.
+    The two may be of different estimators. Diagnostics are the worse of the two. Refits are paired too, group by group, where both have them; a value
+    without refits counts as one that no refit moves.
     """
     if first.rows != second.rows or not np.array_equal(first.players, second.players) or len(first.refusals) != len(second.refusals):
         raise RequestError("paired_difference: expected both estimates on the same rows, players and objectives")
@@ -210,7 +231,59 @@ def paired_difference(first: Terms, second: Terms) -> Terms:
         np.concatenate([first.denominator, second.denominator], axis=2),
         tuple(worst_support(pair) for pair in zip(first.support, second.support, strict=True)),
         tuple(one or other for one, other in zip(first.refusals, second.refusals, strict=True)),
+        _paired_refits(first, second),
+        second.group if first.group is None else first.group,
     )
+
+
+def controlled(terms: Terms, control: ArrayLike, player: ArrayLike) -> Terms:
+    """The same value less beta times the mean of a control whose expectation is known to be 0, beta_m = Cov(V_m, control) / Var(control).
+
+    The control variate of least variance, which "Delta-OPE" (Jeunen and Ustimenko 2024, arXiv:2405.10024) chooses for differences of two policies, whose
+    weights average the same; beta is estimated on the same players, a bias of the order 1 / P. control [N], NaN where it is not known: those rows are left
+    out; player [N] as the terms' own.
+    """
+    values = as_vector("control", control)
+    clusters = clusters_of(player, control=values)
+    if not np.array_equal(clusters.players, terms.players):
+        raise RequestError("controlled: expected a control on the same players")
+    there = np.isfinite(values)
+    top, bottom = clusters.sums(np.where(there, values, 0.0)), clusters.sums(there)
+    pull = ratio_or_zero(top - ratio_or_zero(top.sum(), bottom.sum()) * bottom, bottom.sum())
+    spread = float(pull @ pull)
+    if spread == 0:
+        return terms
+    beta = terms.influences().sum(2).T @ pull / spread
+    refits = terms.refits
+    if refits is not None and terms.group is not None:
+        tops, bottoms = (np.bincount(terms.group, weights=each, minlength=len(refits)) for each in (top, bottom))
+        refits = refits - np.outer(ratio_or_zero(top.sum() - tops, bottom.sum() - bottoms), beta)
+    numerator = np.concatenate([terms.numerator, -np.multiply.outer(top, beta)[:, :, None]], axis=2)
+    denominator = np.concatenate([terms.denominator, np.repeat(bottom[:, None, None], len(beta), axis=1)], axis=2)
+    return replace(terms, numerator=numerator, denominator=denominator, refits=refits)
+
+
+def subset(terms: Terms, kept: Bools) -> Terms:
+    """The same value over some of the players [P] alone, models as they are; the diagnostics stay those of all of them."""
+    few = None if kept.sum() >= 2 else f"{int(kept.sum())} players: an interval needs at least two"
+    return replace(
+        terms,
+        players=terms.players[kept],
+        numerator=terms.numerator[kept],
+        denominator=terms.denominator[kept],
+        refusals=tuple(few or reason for reason in terms.refusals),
+        refits=None,
+        group=None,
+    )
+
+
+def _paired_refits(first: Terms, second: Terms) -> Floats | None:
+    one, other = first.refits, second.refits
+    if one is None and other is None:
+        return None
+    if one is not None and other is not None and one.shape != other.shape:
+        raise RequestError("paired_difference: expected both estimates refitted on the same groups of players")
+    return (first.values() if one is None else one) - (second.values() if other is None else other)
 
 
 def bootstrap_by_player(
@@ -356,6 +429,10 @@ def verdict(support: Support, *, unusable: float = 0.0, standard_error: float = 
         doubts.append(f"{_changed(support)}, and the interval leaves out the bias that this brings")
     if support.negative > LARGEST_NEGATIVE:
         doubts.append(f"{support.negative:.0%} of the fitted density ratio lies below 0: its features are too poor, or its rows too few")
+    if support.apart > LARGEST_APART:
+        doubts.append(
+            f"the fitted ratio of states and the same one step back lie {support.apart:.1f} standard errors apart: its features miss some of the past"
+        )
     if unusable > LARGEST_UNUSABLE:
         doubts.append(f"{unusable:.0%} of the resamples hold no row with weight")
     if standard_error == 0:
@@ -385,6 +462,7 @@ def worst_support(supports: Iterable[Support]) -> Support:
         max(support.unreached for support in each),
         max(support.changed for support in each),
         max(support.negative for support in each),
+        max(support.apart for support in each),
         each[0].setting if len({support.setting for support in each}) == 1 else None,
     )
 

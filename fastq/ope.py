@@ -45,6 +45,7 @@ from numpy.typing import ArrayLike
 
 from fastq.errors import RequestError
 from fastq.intervals import (
+    LARGEST_APART,
     LARGEST_CHANGED,
     LARGEST_NEGATIVE,
     LARGEST_TOP_SHARE,
@@ -71,6 +72,7 @@ from fastq.intervals import (
     bootstrap_by_player,
     clusters_of,
     confidence_sequence,
+    controlled,
     effective_sample_size,
     empirical_bernstein,
     estimate,
@@ -82,6 +84,7 @@ from fastq.intervals import (
     refuse_level,
     refuse_negative,
     refuse_other_rows,
+    subset,
     support_of,
     terms_of,
     usable_weights,
@@ -90,6 +93,7 @@ from fastq.intervals import (
 )
 
 __all__ = [
+    "LARGEST_APART",
     "LARGEST_CHANGED",
     "LARGEST_NEGATIVE",
     "LARGEST_TOP_SHARE",
@@ -100,6 +104,7 @@ __all__ = [
     "LEAST_MEASURED",
     "LEAST_OVERLAP",
     "DensityRatio",
+    "DoubleReinforcement",
     "Estimate",
     "FittedQ",
     "Interval",
@@ -109,8 +114,10 @@ __all__ = [
     "balanced_weights",
     "bootstrap_by_player",
     "confidence_sequence",
+    "controlled",
     "density_ratio",
     "direct_method",
+    "double_reinforcement",
     "doubly_robust",
     "effective_sample_size",
     "empirical_bernstein",
@@ -132,12 +139,15 @@ __all__ = [
     "sequential_doubly_robust",
     "shrunk_doubly_robust",
     "slope",
+    "subset",
     "switch_doubly_robust",
     "verdict",
     "worst_support",
 ]
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # strengths that `fitted_q` and `density_ratio` choose among, per row, on features of mean square 1
+FIT_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # those of q in `double_reinforcement`
+RATIO_RIDGE = 1e-3  # of its ratio: a stronger one leaves the future out, a weaker one is noise; measured in infra/log.md
 THRESHOLDS = (0.999, 0.99, 0.95, 0.9, 0.75, 0.5)  # quantiles of the weights that are not 0, tried by `switch_doubly_robust` after infinity
 SHRINKAGES = (1e3, 1e2, 1e1, 3.0, 1.0, 0.1)  # multiples of the mean square of the weights, tried by `shrunk_doubly_robust` after infinity
 BANDWIDTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0, 3 / 2)  # multiples of each action's standard deviation, tried by `kernel_smoothed`
@@ -157,6 +167,16 @@ class FittedQ:
     fold: Ints
     ridge: Floats
     radius: Floats
+
+
+@dataclass(frozen=True)
+class DoubleReinforcement:
+    """`double_reinforcement`'s answer and what it was made of: q, v, u [N, M], each row predicted without its player; u: ratio of occupancies of states."""
+
+    terms: Terms
+    q: Floats
+    v: Floats
+    u: Floats
 
 
 @dataclass(frozen=True)
@@ -902,6 +922,203 @@ def _marginal(
         refusals.append(reason or no_support(size, measured, clusters))
     name = f"self_normalised_{estimator}" if normalised else estimator
     return terms_of(name, clusters, numerators, denominators, supports, refusals)
+
+
+# --- everything fitted in one place ------------------------------------------------------------------------------------------------------------
+
+
+def double_reinforcement(
+    state: ArrayLike,
+    logged: ArrayLike,
+    target: ArrayLike,
+    rewards: ArrayLike,
+    weights: ArrayLike,
+    discount: ArrayLike,
+    following: ArrayLike,
+    truncated: ArrayLike,
+    player: ArrayLike,
+    *,
+    rng: np.random.Generator,
+    free: int = 1,
+    folds: int = 5,
+    groups: int = 20,
+    largest_weight: float | None = None,
+) -> DoubleReinforcement | Refusal:
+    """V = mean_i v(s_i) + (1/n) sum_i u(s_i) rho_i (r_i + d_i v(s'_i) - q(s_i, a_i)): marginal doubly robust, with everything in it fitted here.
+
+    Double reinforcement learning (Kallus and Uehara 2020, arXiv:1908.08526) with the ratio of occupancies split into what is known, the weight rho of the
+    action, and a ratio of states alone, u(s) = E[w | s] with w the minimax ratio of `density_ratio`. So no model's error is left in the action's part;
+    with a discount of 0 u is 1 and this is `doubly_robust`; else what the fits get wrong enters as a product of two errors. u below 0, where
+    no ratio lies, is taken for 0 and its share told as `negative`; `overlap` and `mean_weight` are those of rho.
+
+    rho above `largest_weight` counts as that much, by default the square root of the number of players (Ionides 2008, "Truncated importance sampling"): a bias
+    that vanishes as the players grow, and no single decision on which all hangs. The share of the weight that this takes away is told as `changed`.
+
+    u rests on features that hold all of the past that matters. That is checked: 1 + d rho u of the decision before, where there is one, has to say the
+    same as u; by how many standard errors the two values lie apart is told as `apart`.
+
+    Cross-fitted: a player's q, v and u come from the other folds. The refits leave out each of `groups` of players in turn, models and all, so that
+    the interval holds the error of the fits too. state [N, S]: features of the state, an intercept first, the first `free` not shrunk; logged [N, A]:
+    features of the logged action in its state; target [N, A]: their expectation under the target. Others as in `sequential_doubly_robust`. The ridge of q is
+    chosen on held-out folds, as in `fitted_q`; that of u is `RATIO_RIDGE`. Refused with fewer players than groups.
+    """
+    states, weight = as_finite_table("state", state), as_vector("weights", weights)
+    if folds < 2 or groups % folds:
+        raise RequestError(f"groups: expected a multiple of folds, and at least 2 folds, got {groups} and {folds}")
+    if not 1 <= free <= states.shape[1] or np.ptp(states[:, 0]) > 0 or not states[0, 0]:
+        raise RequestError(f"state, free: expected an intercept in the first column and 1 to {states.shape[1]} free ones, got {free}")
+    x_logged, x_target = (np.hstack([states, as_finite_table(name, x)]) for name, x in (("logged", logged), ("target", target)))
+    design = _design(x_logged, x_target, rewards, discount, following, truncated, player, rng=rng, folds=groups)
+    if design is None or design.folds < groups:
+        return Refusal("double_reinforcement", None, f"fewer than {groups} players: too few to refit the models without some of them")
+    reward, episode = design.reward, design.episode
+    refuse_other_rows(rewards=reward, weights=weight)
+    known, no_law = usable_weights(weight)
+    law, whole_weight = overlap_and_mean(known, clusters_of(player)), float(np.nansum(known))
+    limit = math.sqrt(len(np.unique(player))) if largest_weight is None else largest_weight
+    known = np.minimum(known, limit)
+    changed = 1 - float(np.nansum(known)) / whole_weight if whole_weight > 0 else 0.0
+    after, led = np.maximum(episode.following, 0), (episode.following >= 0)[:, None]
+    counted = np.isfinite(reward) & ~(episode.truncated[:, None] & (episode.discount > 0))
+    measured = counted & np.isfinite(known)[:, None]
+    fits = _nuisances(design, counted, states.shape[1], free, folds)
+    fold = design.fold % folds
+    by_fold = [np.flatnonzero(fold == held_out) for held_out in range(folds)]
+    features = [(states[mine], x_logged[mine], x_target[mine]) for mine in by_fold]
+
+    def predicted(left_out: int | None) -> tuple[Floats, Floats, Floats]:
+        """q, v, u [N, M], each row by the fit without its fold and without the group left out."""
+        q, v, u = (whole[0].copy(), whole[1].copy(), whole[2].copy()) if left_out is not None else tuple(np.full(reward.shape, np.nan) for _ in range(3))
+        for held_out, (mine, (state_of, logged_of, target_of)) in enumerate(zip(by_fold, features, strict=True)):
+            if left_out is not None and left_out % folds == held_out:
+                continue  # it was never part of this fold's fit
+            for objectives, fit in fits:
+                theta, gamma = fit(held_out, left_out)
+                place = np.ix_(mine, objectives)
+                q[place], v[place], u[place] = logged_of @ theta, target_of @ theta, (state_of @ gamma)[:, None]
+        return q, v, u
+
+    q, v, u = whole = predicted(None)
+    occupied = np.maximum(u, 0)
+
+    def summed(ratio: Floats) -> Terms:
+        sequence = (episode.discount, episode.following, episode.truncated, player)
+        return _marginal("double_reinforcement", reward, ratio * known[:, None], q, v, *sequence, normalised=False)
+
+    # the states of today are those that the log begins with, or that the target came to from yesterday's: what u says there can be checked one step back
+    before = np.full(len(reward), -1)
+    before[episode.following[led[:, 0]]] = np.flatnonzero(led[:, 0])
+    came = (before >= 0) & np.isfinite(known[before])
+    back = np.where(came[:, None], 1 + episode.discount[before] * np.where(came, known[before], 0.0)[:, None] * occupied[before], 1.0)
+    back = np.where(((before >= 0) & ~came)[:, None], occupied, back)
+    terms = summed(occupied)
+    gap = paired_difference(summed(back), terms)
+    apart = np.where(episode.discount.any(0), np.abs(ratio_or_zero(np.nan_to_num(gap.values()), gap.standard_errors())), 0.0)
+    refits = np.full((groups, reward.shape[1]), np.nan)
+    fitted = np.isfinite(v).all(0)
+    for group in range(groups if fitted.any() else 0):
+        q_left, v_left, u_left = predicted(group)
+        rest = design.fold != group
+        surprise = np.where(measured, reward + np.where(led, episode.discount * v_left[after], 0.0) - q_left, 0.0)
+        pull = np.maximum(u_left, 0) * np.where(np.isfinite(known), known, 0.0)[:, None] * surprise
+        refits[group] = v_left[rest].mean(0) + ratio_or_zero(pull[rest].sum(0), measured[rest].sum(0).astype(np.float64))
+    below = ratio_or_zero(np.maximum(-u, 0).sum(0), np.abs(u).sum(0))
+    terms = replace(
+        terms,
+        refits=refits,
+        group=design.fold[np.unique(clusters_of(player).index, return_index=True)[1]],
+        support=tuple(
+            replace(support, overlap=law[0], mean_weight=law[1], changed=changed, setting=limit if changed else None, negative=float(share), apart=float(z))
+            for support, share, z in zip(terms.support, below, apart, strict=True)
+        ),
+        refusals=tuple(no_law or reason for reason in terms.refusals),
+    )
+    return DoubleReinforcement(terms, q, v, u)
+
+
+def _nuisances(design: _Design, counted: Bools, states: int, free: int, folds: int) -> list[tuple[Ints, Callable[[int, int | None], tuple[Floats, Floats]]]]:
+    """Per set of objectives with one discount and the same rows: the fit without a fold and a group: coefficients of q [d, objectives] and of u [states].
+
+    Everything is a function of sums over groups of players, so leaving one out costs a small system of equations and no pass over the rows.
+    """
+    width = design.logged.shape[1]
+    scale, groups = design.scale, design.folds
+    after = np.maximum(design.episode.following, 0)
+    starts = np.stack([design.target[design.fold == group].sum(0) / scale for group in range(groups)])
+    begun = np.bincount(design.fold, minlength=groups)
+    penalty = np.r_[np.zeros(free), np.ones(width - free)]
+    alike: dict[bytes, list[int]] = {}
+    for objective in range(design.reward.shape[1]):
+        alike.setdefault(np.append(design.episode.discount[:, objective], counted[:, objective]).tobytes(), []).append(objective)
+    found = []
+    for objectives in (np.array(each) for each in alike.values()):
+        rate, there = design.episode.discount[:, objectives[0]], counted[:, objectives[0]]
+        parts = []
+        for group in range(groups):
+            mine = np.flatnonzero(there & (design.fold == group))
+            x: Floats = design.logged[mine] / scale
+            following: Floats = design.target[after[mine]] / scale * rate[mine, None]
+            parts.append((x.T @ x, x.T @ following, x.T @ design.reward[np.ix_(mine, objectives)], x.sum(0), np.array(len(mine))))
+        sums = [np.stack(each) for each in zip(*parts, strict=True)]
+        found.append((objectives, _fit_of(sums, starts, begun, penalty, scale, states, folds, still=not rate.any())))
+    return found
+
+
+def _fit_of(
+    sums: list[Floats], starts: Floats, begun: Ints, penalty: Floats, scale: Floats, states: int, folds: int, *, still: bool
+) -> Callable[[int, int | None], tuple[Floats, Floats]]:
+    groups, width = len(begun), len(penalty)
+    whole = [each.sum(0) for each in sums]
+    empty = whole[4] == 0
+    fold = np.arange(groups) % folds
+    one = np.r_[1.0 / scale[0], np.zeros(states - 1)]
+    least = 1e-9 * np.eye(width)  # columns that are sums of others must not divide by 0
+
+    def without(out: Bools) -> tuple[Floats, ...]:
+        """gram, shifted, earned, mean, count, start: averages over the rows of the groups that are not out."""
+        gram, shifted, earned, total, count = (all_of_it - each[out].sum(0) for all_of_it, each in zip(whole, sums, strict=True))
+        n = max(float(count), 1.0)
+        return gram / n, shifted / n, earned / n, total / n, (starts.sum(0) - starts[out].sum(0)) / (begun.sum() - begun[out].sum())
+
+    def model(averages: tuple[Floats, ...], ridge: float) -> Floats:
+        gram, shifted, earned, _, _ = averages
+        return np.linalg.solve(gram + ridge * np.diag(penalty) + least - shifted, earned).astype(np.float64)
+
+    def occupancy(averages: tuple[Floats, ...]) -> Floats:
+        """alpha of `density_ratio`."""
+        gram, shifted, _, mean, start = averages
+        moments = gram - shifted
+        inverse = np.linalg.solve(gram + least, np.column_stack([moments.T, start]))
+        square = moments @ inverse[:, :-1] + RATIO_RIDGE * (gram - np.outer(mean, mean)) + least
+        return np.linalg.solve(square, moments @ inverse[:, -1]).astype(np.float64)
+
+    metric = np.linalg.pinv(without(np.zeros(groups, bool))[0], hermitian=True)
+    held = [(without(fold == each), without(fold != each), float(sums[4][fold == each].sum())) for each in range(folds)]
+    errors = np.zeros((len(FIT_RIDGES), sums[2].shape[2]))
+    for place, ridge in enumerate(FIT_RIDGES if not empty else ()):
+        for rest, part, count in held:
+            surprise = part[2] - (part[0] - part[1]) @ model(rest, ridge)
+            errors[place] += count * np.einsum("dm,de,em->m", surprise, metric, surprise)
+    of_q = errors.argmin(0)
+
+    def fit(held_out: int, left_out: int | None) -> tuple[Floats, Floats]:
+        out = fold == held_out
+        if left_out is not None:
+            out[left_out] = True
+        if empty or not sums[4][~out].sum():
+            return np.full((width, sums[2].shape[2]), np.nan), np.full(states, np.nan)
+        averages = without(out)
+        theta = np.empty((width, sums[2].shape[2]))
+        for place in np.unique(of_q):
+            theta[:, of_q == place] = model(averages, FIT_RIDGES[place])[:, of_q == place]
+        gamma = one
+        if not still:
+            gram = averages[0]
+            smooth = gram[:states, :states] + 1e-3 * np.diag(np.r_[0.0, np.ones(states - 1)])
+            gamma = np.linalg.solve(smooth, gram[:states] @ occupancy(averages)) / scale[:states]
+        return theta / scale[:, None], gamma
+
+    return fit
 
 
 # --- the model -------------------------------------------------------------------------------------------------------------------------------

@@ -219,6 +219,10 @@ class Serving(_Branch):
     stale_after: int = Field(3, ge=1)  # periods without anything seen after which an answer is marked degraded
 
 
+class Evaluation(_Branch):
+    segments: list[str] = []  # categorical attributes: the gate asks for enough evidence, and no harm shown, in each of their values
+
+
 class Validation(_Branch):
     max_quarantined: float = Field(0.01, ge=0, le=1)  # share of rows above which the gate fails
     max_shift: float = Field(0.25, gt=0)  # population stability index, against the logs that were last accepted, above which a warning is given
@@ -253,6 +257,7 @@ class Platform(_Branch):
     action: Annotated[ContinuousAction | CatalogueAction, Field(discriminator="kind")]
     objectives: dict[str, Objective] = Field(min_length=1)
     training: Training = Training()
+    evaluation: Evaluation = Evaluation()
     serving: Serving = Serving()
     services: Services = Services()
     validation: Validation = Validation()
@@ -284,6 +289,12 @@ class Platform(_Branch):
             raise ValueError(f"serving.budgets: {unknown[0]!r} is no action dimension; expected {', '.join(self.dimension_names) or 'none for a catalogue'}")
         if self.serving.item_frequency is not None and self.dimension_names:
             raise ValueError("serving.item_frequency: expected only where actions are items of a catalogue")
+        categories = [name for name, attribute in self.state.attributes.items() if attribute.kind == "categorical"]
+        for name in self.evaluation.segments:
+            if name not in categories:
+                raise ValueError(
+                    f"evaluation.segments: {name!r} is no categorical attribute; expected some of {', '.join(categories) or 'none, there are none'}"
+                )
         return self
 
     @property

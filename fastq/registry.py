@@ -132,6 +132,11 @@ class Run:
         with _translated("keeping a document"):
             self.client.log_dict(self.id, dict(content), name)
 
+    def page(self, name: str, content: str) -> None:
+        """Keep a text, such as an HTML page, as an artifact."""
+        with _translated("keeping a page"):
+            self.client.log_text(self.id, content, name)
+
 
 def _metric_name(name: str) -> str:
     """MLflow's metric names hold letters, digits and _-. :/ only."""
@@ -269,7 +274,8 @@ def resolve(platform: Platform, reference: str) -> str:
 def promote(platform: Platform, version: str, *, reason: str = "", forced: bool = False, who: str = "fastq") -> str:
     """Make a version the champion and the champion before it `previous`; returns the version.
 
-    Raises `GateRefused` where the gate refused the version or never judged it; `forced` overrules that and needs a reason.
+    Raises `GateRefused` where the gate refused the version or never judged it; `forced` overrules that and needs a reason. Nothing overrules
+    `BundleError`: a bundle that is damaged, or was made for other features than `fastq.yaml` describes now, can't be served.
     """
     if forced and not reason.strip():
         raise RequestError("promote: a forced promotion needs a reason, which is kept in the audit log")
@@ -282,6 +288,7 @@ def promote(platform: Platform, version: str, *, reason: str = "", forced: bool 
             reasons = json.loads(found.tags.get("reasons", "[]")) or ["the gate never judged it; run `fastq retrain`"]
             raise GateRefused(f"{platform.platform} version {found.version} is not promoted", reasons)
         chosen = str(found.version)
+        _for_these_features(platform, fetch(platform, chosen), f"{platform.platform} version {chosen}")
         with _translated("promoting"):
             aliases = _aliases(platform, client)
             before = aliases.get(CHAMPION)
@@ -357,6 +364,45 @@ def _sentence(tags: Mapping[str, str]) -> str:
     verdict = {"promoted": "passed", "refused": "refused"}.get(tags.get("verdict", ""), "not judged")
     said = f"{verdict}: {reasons}" if reasons else verdict
     return f"{said}; forced: {tags['forced']}" if "forced" in tags else said
+
+
+def _append(workspace: Workspace, path: Path, line: Mapping[str, Any]) -> None:
+    """One JSON line at the end of a file, durably."""
+    workspace.make()
+    with path.open("a", encoding="utf-8") as log:
+        log.write(json.dumps(dict(line)) + "\n")
+        log.flush()
+        os.fsync(log.fileno())
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file, oldest first; one that was cut off by a crash is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            found.append(dict(json.loads(line)))
+    return found
+
+
+def history(platform: Platform) -> list[dict[str, Any]]:
+    """The audit log, oldest first: at, who, action, and what belongs to it (version, previous, reason, forced)."""
+    return _lines(Workspace(platform.root).audit)
+
+
+def attempts(platform: Platform, before: str | None = None) -> list[dict[str, Any]]:
+    """What the gate was asked in this workspace, oldest first: turn, at and data_until (microseconds since 1970), promoted, alpha, reasons.
+
+    A turn that was judged again after a crash counts once; `before` leaves out that turn, whose error rate must not depend on itself.
+    """
+    by_turn = {str(line["turn"]): line for line in _lines(Workspace(platform.root).attempts)}
+    return [line for turn, line in by_turn.items() if turn != before]
+
+
+def record_attempt(platform: Platform, turn: str, *, at: int, data_until: int, promoted: bool, alpha: float, reasons: Sequence[str]) -> None:
+    """Keep one judgement of the gate, before anything is made of it."""
+    workspace = Workspace(platform.root)
+    line = {"turn": turn, "at": at, "data_until": data_until, "promoted": promoted, "alpha": alpha, "reasons": list(reasons)}
+    _append(workspace, workspace.attempts, line)
 
 
 # ---- bundles -------------------------------------------------------------------------------------------------------------
@@ -502,11 +548,15 @@ def load_policy(uri: str | Path, workspace: Path | None = None) -> Policy:
         raise UnknownPlayerError(f"{text}: the model of this workspace is called {platform.platform!r}; expected models:/{platform.platform}@champion")
     version = resolve(platform, reference)
     directory = fetch(platform, version)
+    _for_these_features(platform, directory, text)
+    return Policy.load(directory, version=version)
+
+
+def _for_these_features(platform: Platform, directory: Path, name: str) -> None:
     from fastq import features
 
     if verify(directory).get("features") != features.fingerprint(platform):
-        raise BundleError(f"{text}: was made for other features than {platform.root / FILE_NAME} describes now; run `fastq retrain`")
-    return Policy.load(directory, version=version)
+        raise BundleError(f"{name}: was made for other features than {platform.root / FILE_NAME} describes now; run `fastq retrain`")
 
 
 def _parsed(uri: str) -> tuple[str, str]:

@@ -25,15 +25,7 @@ if TYPE_CHECKING:
 MOST_PAIRS = 12  # of policies in the picture; all are in the table
 SHOWN_ROWS = 100  # quarantined rows on the page; all of them are in the Parquet file
 
-_VALIDATION_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ platform }}: {{ "logs accepted" if verdict.passed else "logs refused" }}</title>
-<style>
+_STYLE = """
   :root { --ink: #1c2024; --soft: #60666d; --paper: #fcfcfa; --card: #ffffff; --line: #dfe2e5; --good: #1b7f4b; --bad: #b3261e; --warn: #8a5a00; }
   @media (prefers-color-scheme: dark) {
     :root { --ink: #e8eaed; --soft: #a2a9b0; --paper: #15181b; --card: #1c2024; --line: #343a40; --good: #5fcf94; --bad: #ff8f85; --warn: #e5b567; }
@@ -51,7 +43,17 @@ _VALIDATION_PAGE = """\
   tbody tr:last-child > * { border-bottom: 0; } th { font-weight: 600; color: var(--soft); }
   td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere; }
   details { margin-top: .75rem; } summary { cursor: pointer; } td.reason { min-width: 20rem; } td.content { min-width: 22rem; }
-</style>
+"""
+
+_VALIDATION_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ platform }}: {{ "logs accepted" if verdict.passed else "logs refused" }}</title>
+<style>{{ style }}</style>
 </head>
 <body>
 <header>
@@ -134,6 +136,7 @@ def validation_page(platform: Platform, records: Records, verdict: Verdict, over
     times = records.decisions["decided_at"]
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(_VALIDATION_PAGE)
     return page.render(
+        style=_safe(_STYLE),
         platform=platform.platform,
         at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         first=f"{times.min()!s:.10}" if len(times) else None,
@@ -172,6 +175,152 @@ def _overlap_picture(chances: Chances) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110)
     return base64.b64encode(file.getvalue()).decode()
+
+
+# ---- one candidate before the gate --------------------------------------------------------------------------------------------
+_EVALUATION_PAGE = """\
+<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{{ title }}: {{ "passed" if d.promoted else "refused" }}</title>
+<style>{{ style }} figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; } svg { width: 100%; height: auto; }</style>
+</head>
+<body>
+<header>
+  <h1>{{ title }}</h1>
+  <small>{{ at }} UTC · {{ "{:,}".format(d.decisions) }} decisions of {{ "{:,}".format(d.players) }} players that training never saw
+    · decisions until {{ d.data_until or "unknown" }}</small>
+</header>
+<main>
+<section class="verdict {{ 'good' if d.promoted else 'bad' }}">
+  <strong>{{ "The gate passed it" if d.promoted else "The gate refused it" }}</strong>
+  {% if d.difference %}<p>Against {{ d.against }}, on the same decisions: {{ plus(d.difference.value) }}, {{ plus(d.difference.low) }} to
+    {{ plus(d.difference.high) }} at {{ d.alpha_because }}. {{ d.difference.verdict | capitalize }}; {{ rows(d.difference.ess) }} rows count,
+    {{ share(d.difference.top_share) }} of the weight lies in the heaviest 1 % of rows, overlap {{ share(d.difference.overlap) }}.</p>{% endif %}
+  {% if d.reasons %}<ul>{% for reason in d.reasons %}<li>{{ reason }}</li>{% endfor %}</ul>{% endif %}
+  {% if d.notes %}<ul class="soft">{% for note in d.notes %}<li>{{ note }}</li>{% endfor %}</ul>{% endif %}
+</section>
+
+<h2>What each policy would bring, acting alone</h2>
+<p>The mean over the held-out players' decision states of the discounted sum that follows; intervals of 95 %, which hold the error of the fitted models too.</p>
+<figure>{{ picture }}</figure>
+
+{% if d.warnings %}<section class="verdict warn"><strong>The cross-checks disagree</strong>
+  <ul>{% for warning in d.warnings %}<li>{{ warning }}</li>{% endfor %}</ul></section>{% endif %}
+<h2>Cross-checks of the candidate's weighted sum</h2>
+<div class="wide"><table>
+  <thead><tr><th>By</th><th class="n">Value</th><th class="n">Low</th><th class="n">High</th><th>Verdict</th></tr></thead>
+  <tbody>{% for row in d.cross_checks %}
+  <tr><td>{{ words(row.estimator) }}</td><td class="n">{{ number(row.value) }}</td>
+    <td class="n">{{ number(row.low) }}</td>
+    <td class="n">{{ number(row.high) }}</td>
+    <td class="{{ tone(row.verdict) }}">{{ row.verdict }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>
+
+{% if d.guardrails %}<h2>Guardrails, per decision</h2>
+<div class="wide"><table>
+  <thead><tr><th>Objective</th><th class="n">Value</th><th class="n">Low</th><th class="n">High</th>
+    <th class="n">Floor</th><th class="n">Ceiling</th></tr></thead>
+  <tbody>{% for row in d.guardrails %}
+  <tr><td>{{ row.objective }}</td><td class="n">{{ number(row.value) }}</td>
+    <td class="n">{{ number(row.low) }}</td>
+    <td class="n">{{ number(row.high) }}</td>
+    <td class="n">{{ number(row.floor) }}</td><td class="n">{{ number(row.ceiling) }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>{% endif %}
+
+{% if d.segments %}<h2>Segments: the difference to {{ d.against }}</h2>
+<div class="wide"><table>
+  <thead><tr><th>Segment</th><th class="n">Players</th><th class="n">That count</th><th class="n">Difference</th>
+    <th class="n">Low</th><th class="n">High</th></tr></thead>
+  <tbody>{% for row in d.segments %}
+  <tr><td>{{ row.attribute }}: {{ row.segment }}</td><td class="n">{{ row.players }}</td><td class="n">{{ rows(row.effective_players) }}</td>
+    <td class="n">{{ number(row.value) }}</td>
+    <td class="n">{{ number(row.low) }}</td><td class="n">{{ number(row.high) }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>{% endif %}
+
+<h2>All estimates</h2>
+<div class="wide"><table>
+  <thead><tr><th>Policy</th><th>Objective</th><th>Estimator</th><th class="n">Value</th>
+    <th class="n">Low</th><th class="n">High</th><th class="n">Rows that count</th>
+    <th class="n">In the top 1 %</th><th class="n">Overlap</th><th>Verdict</th></tr></thead>
+  <tbody>{% for row in d.estimates %}
+  <tr><td>{{ row.policy }}</td><td>{{ row.objective or "weighted sum" }}</td><td>{{ words(row.estimator) }}</td><td class="n">{{ number(row.value) }}</td>
+    <td class="n">{{ number(row.low) }}</td><td class="n">{{ number(row.high) }}</td><td class="n">{{ rows(row.ess) }}</td>
+    <td class="n">{{ share(row.top_share) }}</td>
+    <td class="n">{{ share(row.overlap) }}</td><td class="{{ tone(row.verdict) }}">{{ row.verdict }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>
+</main>
+</body>
+</html>
+"""
+
+
+def evaluation_page(platform: Platform, document: Mapping[str, Any], version: str | None = None) -> str:
+    """What the logs say of one candidate (as `evaluation.Report.to_dict`), and what the gate made of it, as one HTML page with its picture inside."""
+    from jinja2 import Environment, StrictUndefined
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4g}"
+
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(_EVALUATION_PAGE)
+    return page.render(
+        style=_safe(_STYLE),
+        title=f"{platform.platform} version {version}" if version else f"A candidate for {platform.platform}",
+        at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        d={"notes": [], **document},
+        picture=_safe(_as_svg(estimates_figure(document["estimates"]))),
+        number=number,
+        plus=lambda value: f"{value:+.4g}",
+        rows=lambda value: f"{value:,.0f}",
+        share=lambda value: "–" if value is None else f"{value:.0%}",
+        words=lambda name: name.replace("_", " "),
+        tone=lambda verdict: "good" if verdict.startswith("trust") else "warn",
+    )
+
+
+def estimates_figure(estimates: Sequence[Mapping[str, Any]]) -> Figure:
+    """The weighted sum of every policy with its interval, the best estimator of each; an open circle where the verdict is not to trust it."""
+    from matplotlib.figure import Figure
+
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in estimates:
+        if row["objective"] is None:
+            best.setdefault(row["policy"], row)
+    figure = Figure(figsize=(8, 0.9 + 0.42 * len(best)), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    for place, row in enumerate(best.values()):
+        axes.plot([row["low"], row["high"]], [place, place], color=GAIN, lw=2, solid_capstyle="butt")
+        axes.plot(row["value"], place, "o", color=GAIN, ms=8, mfc=GAIN if row["verdict"].startswith("trust") else "white")
+        axes.text(row["high"], place, f"  {row['value']:.4g}", va="center", fontsize=9, color=INK)
+    axes.set_yticks(range(len(best)), [_literal(name) for name in best])
+    axes.set_ylim(len(best) - 0.5, -0.5)
+    axes.set_xlabel("weighted sum, discounted; open: do not trust", fontsize=8, color=SOFT)
+    axes.tick_params(colors=INK, length=0)
+    axes.grid(axis="x", color="#e5e8eb", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _as_svg(figure: Figure) -> str:
+    """The picture as an element of a page: no file, no link, nothing that says when or where it was drawn."""
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return drawn.getvalue()[drawn.getvalue().index("<svg") :]
+
+
+def _safe(text: str) -> Any:
+    """Markup of our own, which a template must not escape."""
+    from markupsafe import Markup
+
+    return Markup(text)  # noqa: S704 - the style sheet above and Matplotlib's drawing, in which names are drawn as outlines
 
 
 # ---- one explanation as a picture -----------------------------------------------------------------------------------------

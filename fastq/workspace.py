@@ -122,6 +122,11 @@ class Workspace:
         """There while fastq is paused; says since when, by whom, and who decides instead (JSON)."""
         return self.state / "paused.json"
 
+    @property
+    def attempts(self) -> Path:
+        """Append-only JSON lines: each judgement of a candidate by the promotion gate, from which the next one's error rate follows."""
+        return self.state / "attempts.jsonl"
+
     def make(self, *directories: Path) -> None:
         """Create directories (default: the state directory) for this user only."""
         for directory in directories or (self.state,):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 
-from fastq import features, records, registry, windows
+from fastq import features, records, registry, report, windows
 from fastq.errors import BundleError
 from fastq.platform import Platform
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, replacing
 from pipelines.materialize import windows_of
 from pipelines.train import trained_policy
-from pipelines.turn import EACH_TIME, ONCE_A_TURN, RETRIES, Progress, platform_of, progress, running
+from pipelines.turn import EACH_TIME, ONCE_A_TURN, RETRIES, Progress, platform_of, progress, relative, running
 
 if TYPE_CHECKING:
     from fastq.policy import Policy
@@ -55,31 +56,48 @@ def evaluate_trained(workspace: str, turn: str, run_id: str) -> dict[str, Any]:
     progress.get()("evaluating", 0, 1, {})
     policy = trained_policy(directory)
     champion, notes = comparable_champion(platform)
-    report = evaluation.evaluate(policy, windows_of(workspace, turn), champion)
-    document = plain(report.to_dict())
+    before = [evaluation.Attempt(line["at"], line["data_until"], line["promoted"]) for line in registry.attempts(platform, before=turn)]
+    data, now = windows_of(workspace, turn), datetime.now(UTC)
+    found = evaluation.evaluate(policy, data, champion, attempts=before, now=now)
+    document = plain(found.to_dict()) | {"notes": notes}
+    registry.record_attempt(
+        platform,
+        turn,
+        at=int(now.timestamp() * 1e6),
+        data_until=int(data.moment.max()),
+        promoted=found.promoted,
+        alpha=found.alpha,
+        reasons=found.reasons,
+    )
     shutil.rmtree(directory / BUNDLE, ignore_errors=True)
     replace(policy, details=policy.details | {"evaluation": document}).save(directory / BUNDLE)
     with registry.start_run(platform, "", {}, resume=run_id) as run:
-        run.log({f"{row['policy']}/{row['objective'] or 'weighted sum'}/{row['estimator']}": row["value"] for row in report.estimates})
+        run.log({f"{row['policy']}/{row['objective'] or 'weighted sum'}/{row['estimator']}": row["value"] for row in found.estimates})
         run.document("evaluation.json", document)
-        run.picture("estimates", _intervals(report.estimates))
+        run.picture("estimates", report.estimates_figure(document["estimates"]))
+        run.page("evaluation.html", report.evaluation_page(platform, document))
     progress.get()("evaluating", 1, 1, {})
-    return {"promoted": report.promoted, "reasons": [*report.reasons, *notes], "estimates": plain(report.estimates)}
+    return {"promoted": found.promoted, "reasons": [*found.reasons, *notes], "because": because(document), "estimates": plain(found.estimates)}
 
 
-def _intervals(estimates: list[dict[str, Any]]) -> Any:
-    """The estimates of the weighted sum with their intervals."""
-    from matplotlib.figure import Figure
+def because(document: dict[str, Any]) -> str:
+    """Why a candidate passed, in one sentence for the audit log."""
+    if document["difference"] is None or not document["promoted"]:
+        return ""
+    value, low, high = (document["difference"][name] for name in ("value", "low", "high"))
+    return f"the gate passed it: better than {document['against']} by {value:.3g} ({low:.3g} to {high:.3g}), {document['alpha_because']}"
 
-    rows = [row for row in estimates if row["objective"] is None] or estimates
-    figure = Figure(figsize=(7, 1 + 0.35 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for height, row in enumerate(reversed(rows)):
-        axis.plot([row["low"], row["high"]], [height, height], color="tab:blue")
-        axis.plot(row["value"], height, "o", color="tab:blue")
-    axis.set_yticks(range(len(rows)), [f"{row['policy']} ({row['estimator']})" for row in reversed(rows)])
-    axis.set_xlabel("weighted sum per decision")
-    return figure
+
+def keep_report(platform: Platform, version: str, document: dict[str, Any]) -> dict[str, str]:
+    """Keep one candidate's report in the workspace, as a page and as JSON; where they are, relative to it."""
+    workspace = Workspace(platform.root)
+    workspace.make(workspace.reports)
+    page, tree = (workspace.reports / f"evaluation-{version}.{suffix}" for suffix in ("html", "json"))
+    with replacing(page) as partial:
+        partial.write_text(report.evaluation_page(platform, document, version), encoding="utf-8")
+    with replacing(tree) as partial:
+        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    return {"report": relative(platform, page), "report_json": relative(platform, tree)}
 
 
 @task(name="estimate", **RETRIES, **EACH_TIME)
@@ -96,10 +114,12 @@ def estimate(workspace: str, model: str, against: str | None) -> dict[str, Any]:
     read = records.read_records(platform)
     data = windows.build(platform, read, features.build_rows(platform, read))
     tell("evaluating", 1, 2, {})
-    report = evaluation.evaluate(policy, data, other)
+    asked = [] if version == registry.champion(platform) else registry.attempts(platform)  # the champion need not pass again
+    before = [evaluation.Attempt(line["at"], line["data_until"], line["promoted"]) for line in asked]
+    document = plain(evaluation.evaluate(policy, data, other, attempts=before).to_dict())
     tell("evaluating", 2, 2, {})
-    names = {"model": platform.platform, "version": version, "against": other.version if other else None}
-    return {**names, **plain(report.to_dict()), "estimates": plain(report.estimates)}
+    kept = keep_report(platform, version, document)
+    return {"model": platform.platform, "version": version, **document, **kept}
 
 
 @flow(name="evaluate", persist_result=False, validate_parameters=False)

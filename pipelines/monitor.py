@@ -49,7 +49,9 @@ def promises(platform: Platform, workspace: str, turn: str) -> list[dict[str, An
 
     policy = trained_policy(Workspace(platform.root).runs / turn)
     held = evaluation.hold(policy, windows_of(workspace, turn))
-    terms = evaluation.estimators(held, evaluation.served_target(policy, held), np.zeros((len(held.rows), len(platform.objectives))), platform.training.seed)
+    terms = evaluation.estimators(
+        held, evaluation.served_target(policy, held), np.zeros((len(held.rows), len(platform.objectives))), platform.training.seed
+    ).terms
     if not terms:
         return []
     rng = np.random.default_rng(platform.training.seed)

@@ -14,7 +14,7 @@ from fastq import registry
 from fastq.platform import Platform
 from fastq.workspace import Workspace
 from pipelines import monitor
-from pipelines.evaluate import BUNDLE, evaluate_trained
+from pipelines.evaluate import BUNDLE, evaluate_trained, keep_report
 from pipelines.ingest import ingest_logs
 from pipelines.materialize import build_features
 from pipelines.promote import make_champion
@@ -29,6 +29,8 @@ def register_model(workspace: str, turn: str, run_id: str, passed: bool, reasons
     platform = platform_of(workspace)
     version = registry.register(platform, run_id, Workspace(platform.root).runs / turn / BUNDLE, {"turn": turn})
     registry.record_verdict(platform, version, passed=passed, reasons=reasons)
+    bundle = registry.verify(Workspace(platform.root).runs / turn / BUNDLE)
+    keep_report(platform, version, bundle["details"]["evaluation"])
     return version
 
 
@@ -48,7 +50,7 @@ def retrain_flow(workspace: str, turn: str, since: str | None) -> dict[str, Any]
     version = step.do(register_model, workspace, turn, trained["run_id"], judged["promoted"], judged["reasons"])
     monitor.keep_promise(workspace, turn, version)
     if judged["promoted"]:
-        step.do(make_champion, workspace, version, "; ".join(judged["reasons"]), False, WHO)
+        step.do(make_champion, workspace, version, "; ".join([judged["because"], *judged["reasons"]]), False, WHO)
     found = {"version": version, "promoted": judged["promoted"], "reasons": judged["reasons"], "estimates": judged["estimates"], "start": trained["start"]}
     step.verdict(found)
     return found

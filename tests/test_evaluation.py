@@ -145,6 +145,9 @@ def test_every_estimate_is_a_number_in_its_interval_with_words(report, policy):
         assert row["verdict"].startswith(("trust", "do not trust: "))
     assert {row["estimator"] for row in report.estimates} >= {"direct_method"}
     assert all(row["verdict"].startswith("do not trust: the model alone") for row in report.estimates if row["estimator"] == "direct_method")
+    cut = [row for row in report.estimates if row["estimator"] == "self_normalised_sequential_doubly_robust" and row["objective"] is None]
+    assert cut
+    assert all("the interval leaves out the model's own error" in row["verdict"] for row in cut), "beyond one decision it is the model's word"
     assert report.decisions >= report.players > 0
 
 
@@ -171,26 +174,32 @@ def test_absence_counts_the_periods_in_which_nothing_was_seen(policy, data):
     assert found.shape[1] > 2, "nobody in these logs stays away, so this shows nothing"
 
 
-def test_a_behaviour_policy_weighs_by_its_chance_where_it_acted(policy, data):
+def test_a_behaviour_policy_weighs_by_its_density_over_that_of_all_and_else_by_its_chance_where_it_acted(policy, data):
     held = evaluation.hold(policy, data)
+    law, chance = data.law[held.rows], data.chance[held.rows]
+    whole = np.isfinite(law).all(1)
+    assert 0.5 < whole.mean() < 1, "some actions lie on a bound and have no density"
     for k, name in enumerate(data.policies):
         target = evaluation.behaviour_target(policy, held, k)
         acted = data.policy[held.rows] == k
         assert (target.name, target.estimated) == (name, False)
-        np.testing.assert_allclose(target.weights[acted], 1 / data.assignment[held.rows][acted])
-        assert not target.weights[~acted].any()
+        np.testing.assert_allclose(target.weights[whole], (law[:, k] / (law * chance).sum(1))[whole])
+        np.testing.assert_allclose(target.weights[acted & ~whole], 1 / data.assignment[held.rows][acted & ~whole])
+        assert not target.weights[~acted & ~whole].any()
         spread = target.weights.std() / np.sqrt(len(np.unique(data.player[held.rows])))
         assert target.weights.mean() == pytest.approx(1, abs=4 * spread)
+        lone = evaluation.behaviour_target(policy, replace(held, windows=replace(data, law=np.full_like(data.law, np.nan))), k)
+        assert lone.weights.std() > target.weights.std(), "one law known varies more than all of them"
 
 
 def test_a_chance_that_was_not_logged_is_estimated_and_said(policy, data):
-    held = evaluation.hold(policy, replace(data, assignment=np.full(len(data), np.nan)))
+    held = evaluation.hold(policy, replace(data, assignment=np.full(len(data), np.nan), chance=np.full_like(data.chance, np.nan)))
     target = evaluation.behaviour_target(policy, held, 0)
     acted = data.policy[held.rows] == 0
     assert target.estimated
     np.testing.assert_allclose(target.weights[acted], 1 / np.maximum(held.at.assignment[:, 0].numpy()[acted], evaluation.LEAST_CHANCE))
     assert not target.weights[~acted].any()
-    terms = evaluation.estimators(held, target, data.discount[held.rows], 0)
+    terms = evaluation.estimators(held, target, data.discount[held.rows], 0).terms
     words = {r["estimator"]: r["verdict"] for r in evaluation.described(terms, target, list(policy.platform.objectives), policy.platform.weights, 0, False)}
     assert words["direct_method"].startswith("do not trust")
     assert all(said.endswith("(weights from estimated assignment)") for name, said in words.items() if name != "direct_method")
@@ -199,10 +208,15 @@ def test_a_chance_that_was_not_logged_is_estimated_and_said(policy, data):
 def test_the_logger_is_the_mixture_where_all_of_it_is_known_and_else_who_acted(data):
     law = np.array([[0.2, 0.6, 0.1], [0.2, np.nan, 0.1], [0.2, 0.6, 0.1], [0.2, 0.6, 0.1], [np.nan, np.nan, np.nan]])
     chance = np.array([[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.5, np.nan, 0.2], [0.5, 0.3, 0.1], [0.5, 0.3, 0.2]])
+    law[3, 2], chance[3] = np.nan, [0.5, 0.3, 0.1]
     small = replace(data, law=law, chance=chance, propensity=np.array([0.2, 0.21, 0.22, 0.23, np.nan]))
     # 0.2 * 0.5 + 0.6 * 0.3 + 0.1 * 0.2 = 0.3; a law unknown, a chance unknown, chances that leave somebody out, nothing known
     np.testing.assert_allclose(evaluation.logging_density(small, np.arange(5)), [0.3, 0.21, 0.22, 0.23, np.nan])
     np.testing.assert_allclose(evaluation.logging_density(small, np.array([3, 0])), [0.23, 0.3])
+    # a policy of which nothing is known, where the others' chances sum to 1, did not act then: our own, before it was first served
+    chance, law = np.array([[0.5, 0.5, np.nan], [0.5, 0.3, np.nan]]), np.array([[0.2, 0.6, np.nan], [0.2, 0.6, np.nan]])
+    new = replace(data, law=law, chance=chance, propensity=np.array([0.2, 0.21]))
+    np.testing.assert_allclose(evaluation.logging_density(new, np.arange(2)), [0.4, 0.21])
 
 
 def test_the_candidate_weighs_by_its_own_law_against_the_logger(policy, data):
@@ -247,9 +261,15 @@ def terms_of(value, players=400, spread=1.0, seed=0):
     return ope.self_normalised(reward + np.array([value, 0.0]), np.ones(len(player)), player)
 
 
+def gate(panel, against, weights, alpha):
+    """Reasons and difference of policies whose terms are given, no weights of theirs to control by."""
+    panels = {name: evaluation.Panel([terms], None) for name, terms in panel.items()}
+    return evaluation.gate_on_difference(panels, {}, against, None, weights, alpha, 0)[:2]
+
+
 def test_the_gate_asks_for_a_lower_bound_above_zero():
     weights = np.array([1.0, -1.0])
-    passes = lambda new, old: evaluation.gate_on_difference({OWN_POLICY: [new], "old": [old]}, "old", weights, 0.025, 0)  # noqa: E731
+    passes = lambda new, old: gate({OWN_POLICY: new, "old": old}, "old", weights, 0.025)  # noqa: E731
     reasons, found = passes(terms_of(0.5, seed=1), terms_of(0.0, seed=2))
     assert reasons == []
     # two independent means of 4,000 rows, two objectives each: standard error sqrt(4 / 4000) = 0.0316
@@ -265,22 +285,31 @@ def test_the_gate_asks_for_a_lower_bound_above_zero():
 
 
 def test_a_stricter_error_rate_refuses_what_a_laxer_one_lets_pass():
-    panel = {OWN_POLICY: [terms_of(0.075, seed=1)], "old": [terms_of(0.0, seed=2)]}  # 2.4 standard errors
+    panel = {OWN_POLICY: terms_of(0.075, seed=1), "old": terms_of(0.0, seed=2)}  # 2.4 standard errors
     weights = np.array([1.0, -1.0])
-    assert evaluation.gate_on_difference(panel, "old", weights, 0.05, 0)[0] == []
-    assert evaluation.gate_on_difference(panel, "old", weights, 0.001, 0)[0] != []
+    assert gate(panel, "old", weights, 0.05)[0] == []
+    assert gate(panel, "old", weights, 0.001)[0] != []
+
+
+def test_a_rate_too_small_for_the_resamples_stretches_the_interval_as_the_normal_tail_goes():
+    panel = {OWN_POLICY: terms_of(1.0, seed=1), "old": terms_of(0.0, seed=2)}
+    weights, error = np.array([1.0, -1.0]), 0.0316
+    _, at_one = gate(panel, "old", weights, 0.01)
+    _, at_least = gate(panel, "old", weights, 1e-5)
+    assert at_one["value"] - at_one["low"] == pytest.approx(2.326 * error, rel=0.15)
+    assert (at_least["value"] - at_least["low"]) / (at_one["value"] - at_one["low"]) == pytest.approx(4.265 / 2.326, rel=1e-3)
 
 
 def test_evidence_of_too_few_players_is_refused_however_good_it_looks():
-    panel = {OWN_POLICY: [terms_of(5.0, players=40, seed=1)], "old": [terms_of(0.0, players=40, seed=2)]}
-    (reason,), found = evaluation.gate_on_difference(panel, "old", np.array([1.0, -1.0]), 0.025, 0)
+    panel = {OWN_POLICY: terms_of(5.0, players=40, seed=1), "old": terms_of(0.0, players=40, seed=2)}
+    (reason,), found = gate(panel, "old", np.array([1.0, -1.0]), 0.025)
     assert found["low"] > 0
     assert reason.startswith("the evidence does not suffice: ")
     assert "40 effective players" in reason
 
 
 def test_nothing_to_compare_with_is_a_refusal():
-    (reason,), found = evaluation.gate_on_difference({OWN_POLICY: [terms_of(1.0)]}, OWN_POLICY, np.array([1.0, -1.0]), 0.025, 0)
+    (reason,), found = gate({OWN_POLICY: terms_of(1.0)}, OWN_POLICY, np.array([1.0, -1.0]), 0.025)
     assert "nothing to compare with" in reason
     assert found is None
 
@@ -312,12 +341,12 @@ def test_the_estimates_hold_the_truth(known):
     behaviours = {name: truth(truncnorm((0 - c) / NOISE, (HIGH - c) / NOISE, c, NOISE), calm).mean() for name, c in zip(["low", "high"], CENTRES, strict=True)}
     assert own > max(behaviours.values()) + 0.3  # the planted gap, or the test would say little
     for name, value in {OWN_POLICY: own, **behaviours}.items():
-        for estimator in ("self_normalised_sequential_doubly_robust", "self_normalised"):
+        for estimator in ("double_reinforcement", "self_normalised_sequential_doubly_robust", "self_normalised"):
             row = weighted_sum(found.estimates, name, estimator)
             slack = 0.5 * (row["high"] - row["low"])  # six intervals of 95 % on one log: none may be far off
             assert row["low"] - slack < value < row["high"] + slack, (name, estimator, value, row)
     row = weighted_sum(found.estimates, OWN_POLICY)
-    assert row["estimator"] == "self_normalised_sequential_doubly_robust"
+    assert row["estimator"] == "double_reinforcement"
     assert row["low"] < own < row["high"]
     assert row["high"] - row["low"] < 0.3
     assert found.difference["low"] < own - behaviours["low"] < found.difference["high"]
@@ -330,9 +359,9 @@ def test_a_guardrail_that_may_be_broken_is_refused_by_name(known, bound, moved, 
     target = evaluation.served_target(candidate, held)
 
     def gate(limit):
-        return evaluation.gate_on_guardrails(held, target, with_objectives(candidate.platform, cost={bound: limit}), 0)
+        return evaluation.gate_on_guardrails(held, target, with_objectives(candidate.platform, cost={bound: limit}), 0, 0.025)
 
-    assert evaluation.gate_on_guardrails(held, target, candidate.platform, 0) == ([], [])
+    assert evaluation.gate_on_guardrails(held, target, candidate.platform, 0, 0.025) == ([], [])
     (free,), reasons = gate(10.0 if bound == "ceiling" else -10.0)
     assert reasons == []
     assert free["objective"] == "cost"
@@ -354,7 +383,7 @@ def test_a_guardrail_that_nothing_measures_is_refused(known):
     reward[:, 1] = np.nan
     held = evaluation.hold(candidate, replace(data, reward=reward))
     target = evaluation.served_target(candidate, held)
-    found, (reason,) = evaluation.gate_on_guardrails(held, target, with_objectives(candidate.platform, cost={"ceiling": 10.0}), 0)
+    found, (reason,) = evaluation.gate_on_guardrails(held, target, with_objectives(candidate.platform, cost={"ceiling": 10.0}), 0, 0.025)
     assert found == []
     assert reason.startswith("cost: its guardrail cannot be checked: ")
 
@@ -365,3 +394,65 @@ def test_the_measure_is_the_best_behaviour_policy(known):
     assert found.against == max(sums, key=sums.get)
     with pytest.raises(TrainingError):  # and a log of nobody leaves nothing to measure
         learner.train(*shop(["q0"], days=1))
+
+
+# ---- what the gate asks beyond one good number --------------------------------------------------------------------------------
+
+
+def test_the_error_rate_is_spent_over_attempts_and_not_granted_anew():
+    now = datetime(2026, 5, 1, tzinfo=UTC)
+    day = 86_400 * 10**6
+    at = int(now.timestamp() * 1e6)
+    assert evaluation.alpha_of_attempt(0.025, [], now)[0] == 0.025
+    rates = [evaluation.alpha_of_attempt(0.025, [evaluation.Attempt(at - d * day, 0, False)], now)[0] for d in (1, 7, 365, 4_000)]
+    np.testing.assert_allclose(rates, [0.025 / 365, 0.025 * 7 / 365, 0.025, 0.025])
+    again, said = evaluation.alpha_of_attempt(0.025, [evaluation.Attempt(at, 0, False)] * 3, now)
+    assert again == pytest.approx(0, abs=1e-8), "asking twice in a moment grants nothing"
+    assert "attempt 4" in said
+    # a year of nights spends what one attempt may, once more
+    nights = [evaluation.Attempt(at + n * day, 0, False) for n in range(366)]
+    spent = sum(evaluation.alpha_of_attempt(0.025, nights[:n], now + timedelta(days=n))[0] for n in range(366))
+    assert spent == pytest.approx(0.05)
+
+
+def test_the_same_logs_are_not_asked_again_after_a_promotion(known):
+    data, _, found = known
+    newest = int(data.moment.max())
+    assert found.data_until == datetime.fromtimestamp(newest / 1e6, UTC).isoformat().replace("+00:00", "Z")
+    assert evaluation.gate_on_data(data, []) == []
+    assert evaluation.gate_on_data(data, [evaluation.Attempt(0, newest, False)]) == []
+    assert evaluation.gate_on_data(data, [evaluation.Attempt(0, newest - 1, True)]) == []
+    (reason,) = evaluation.gate_on_data(data, [evaluation.Attempt(0, newest, True), evaluation.Attempt(0, newest - 5, True)])
+    assert "nothing was decided since the last promotion" in reason
+
+
+def test_each_segment_needs_evidence_and_must_show_no_harm(known):
+    data, candidate, _ = known
+    platform = candidate.platform.model_copy(update={"evaluation": candidate.platform.evaluation.model_copy(update={"segments": ["calm"]})})
+    held = evaluation.hold(candidate, data)
+    target = evaluation.served_target(candidate, held)
+    discount = np.zeros((len(held.rows), 2))
+    panel = {t.name: evaluation.estimators(held, t, discount, 0) for t in (target, evaluation.behaviour_target(candidate, held, 0))}
+    difference = ope.paired_difference(panel[OWN_POLICY].terms[0], panel[data.policies[0]].terms[0])
+    found, reasons = evaluation.gate_on_segments(difference, held, target, platform, 0)
+    assert [(row["attribute"], row["segment"]) for row in found] == [("calm", "no"), ("calm", "yes")]
+    assert sum(row["players"] for row in found) == len(np.unique(data.player[held.rows]))
+    assert reasons == []
+    _, worse = evaluation.gate_on_segments(ope.paired_difference(panel[data.policies[0]].terms[0], panel[OWN_POLICY].terms[0]), held, target, platform, 0)
+    assert any(reason.startswith("calm no: worse there, by -") for reason in worse)
+    weights = np.where(data.attributes[held.rows]["calm"].to_numpy() == "no", 0.0, target.weights)
+    _, (thin,) = evaluation.gate_on_segments(difference, held, replace(target, weights=weights), platform, 0)
+    assert thin.startswith("calm no: the evidence does not suffice, 0 effective players")
+
+
+def test_models_that_disagree_with_the_evidence_are_warned_of(known):
+    data, candidate, found = known
+    assert {row["estimator"] for row in found.cross_checks} >= {"fast_q", "double_reinforcement", "direct_method"}
+    held = evaluation.hold(candidate, data)
+    target = evaluation.served_target(candidate, held)
+    panel = evaluation.estimators(held, target, np.zeros((len(held.rows), 2)), 0)
+    boastful = replace(candidate, scale=candidate.scale * 50)
+    _, warnings = evaluation.cross_checks(
+        boastful, replace(held, at=evaluation.situations(boastful, data, held.rows)), target, panel, candidate.platform.weights, 0
+    )
+    assert any(warning.startswith("FAST-Q's own Q says ") and warning.endswith("they disagree") for warning in warnings)

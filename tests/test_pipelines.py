@@ -1,6 +1,8 @@
 """The flows with every real component: Prefect's temporary server, Great Expectations, Feast, Lightning, MLflow, in a temporary workspace."""
 
+import html
 import json
+import re
 import sqlite3
 import subprocess
 import sys
@@ -125,7 +127,7 @@ def test_what_was_trained_is_registered_with_its_evaluation(loop):
     (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
     assert run.data.params["decisions"] == str(PLAYERS * DAYS)
     assert any(name.startswith("value and actor/") for name in run.data.metrics)
-    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"bundle", "evaluation.json", "pictures"}
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"bundle", "evaluation.html", "evaluation.json", "pictures"}
     assert {"pictures/estimates.png", "pictures/representation.png"} <= {a.path for a in client.list_artifacts(run.info.run_id, "pictures")}
 
 
@@ -158,9 +160,27 @@ def test_online_states_are_those_of_the_logs(loop):
     assert got.select("period", "policy", "seen_at", "channel").equals(wanted.select("period", "policy", "seen_at", "channel"))
 
 
+def test_the_gate_is_told_once_per_turn_and_its_report_is_kept(loop):
+    platform, document, _ = loop
+    (attempt,) = registry.attempts(platform)  # although the turn was stopped and resumed twice
+    assert attempt["promoted"] == document["promoted"]
+    assert attempt["alpha"] == platform.training.alpha
+    reports = Workspace(platform.root).reports
+    tree = json.loads((reports / "evaluation-1.json").read_text())
+    assert tree["promoted"] == document["promoted"]
+    page = (reports / "evaluation-1.html").read_text()
+    assert page.startswith("<!doctype html>")
+    assert "shop version 1" in page
+    assert "<svg" in page
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//|@import|url\((?!#)""", page), "a page that loads something from elsewhere"
+    for words in (*tree["reasons"], "Cross-checks", "double reinforcement", "careful", "bold"):
+        assert html.escape(words) in page.replace("&#39;", "&#x27;"), words
+
+
 def test_evaluate_estimates_each_policy(loop):
     platform, _, _ = loop
     document = evaluate.evaluate(platform)
+    assert (platform.root / document["report"]).exists()
     assert document["version"] == "1"
     assert {row["objective"] for row in document["estimates"]} == {"joy", "cost", None}
     assert {"careful", "bold", "fastq"} <= {row["policy"] for row in document["estimates"]}

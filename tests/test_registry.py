@@ -26,6 +26,7 @@ TREE = {
     "objectives": {"returns": {}},
 }
 ROOT = Path(__file__).parents[1]
+FEATURES = features.fingerprint(platform_from_tree(dict(TREE), Path(), "fastq.yaml"))
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def platform(tmp_path, empty_store):
     return platform_from_tree(dict(TREE), tmp_path, "fastq.yaml")
 
 
-def bundle(directory, weight=1.0, feature_fingerprint="f"):
+def bundle(directory, weight=1.0, feature_fingerprint=FEATURES):
     """A directory as `Policy.save` writes it, with one weight."""
     directory.mkdir(parents=True)
     save_file({"w": np.array([weight])}, directory / "weights.safetensors")
@@ -145,6 +146,7 @@ def test_aliases_move_and_every_move_is_audited(platform):
         ("eve", "rollback", "2", "3", "worse", False),
         ("eve", "rollback", "3", "2", "", False),
     ]
+    assert registry.history(platform) == audit(platform)
 
 
 def test_a_version_that_was_never_judged_is_not_promoted(platform):
@@ -154,6 +156,28 @@ def test_a_version_that_was_never_judged_is_not_promoted(platform):
     assert registry.models(platform)[0]["verdict"] == "not judged"
     with pytest.raises(GateRefused, match="never judged"):
         registry.promote(platform, version)
+
+
+def test_a_bundle_made_for_other_features_is_not_promoted_by_anything(platform):
+    with registry.start_run(platform, "a run", {}) as run:
+        pass
+    version = registry.register(platform, run.id, bundle(platform.root / "made", feature_fingerprint="other"))
+    registry.record_verdict(platform, version, passed=True, reasons=[])
+    for forced in (False, True):
+        with pytest.raises(BundleError, match="made for other features"):
+            registry.promote(platform, version, forced=forced, reason="I insist")
+    assert registry.champion(platform) is None
+    assert registry.history(platform) == []
+
+
+def test_attempts_outlive_the_process_and_a_turn_counts_once(platform):
+    assert registry.attempts(platform) == []
+    for turn, at, promoted in (("a", 1, False), ("b", 2, False), ("b", 3, True)):  # b was judged again after a crash
+        registry.record_attempt(platform, turn, at=at, data_until=at * 10, promoted=promoted, alpha=0.025, reasons=["because"])
+    with Workspace(platform.root).attempts.open("a") as torn:
+        torn.write('{"turn": "c", "at"')  # a crash in the middle of a line
+    assert [(line["turn"], line["at"], line["promoted"]) for line in registry.attempts(platform)] == [("a", 1, False), ("b", 3, True)]
+    assert [line["turn"] for line in registry.attempts(platform, before="b")] == ["a"]
 
 
 def test_registering_again_after_a_crash_gives_the_same_version(platform):
@@ -176,7 +200,7 @@ def test_a_fetched_bundle_is_whole_and_stays(platform):
     registry.promote(platform, registered(platform, 1.0))
     got = registry.fetch(platform)
     assert got == Workspace(platform.root).models / "1"
-    assert registry.verify(got)["features"] == "f"
+    assert registry.verify(got)["features"] == FEATURES
     stamp = (got / "weights.safetensors").stat()
     assert registry.fetch(platform, "1") == got
     assert (got / "weights.safetensors").stat().st_mtime_ns == stamp.st_mtime_ns
@@ -219,7 +243,9 @@ def test_damage_is_named(tmp_path, harm, says):
 
 def test_names_of_models(platform):
     (platform.root / "fastq.yaml").write_text(json.dumps(TREE))
-    version = registered(platform, 1.0)
+    with registry.start_run(platform, "a run", {}) as run:
+        pass
+    version = registry.register(platform, run.id, bundle(platform.root / "made", feature_fingerprint="other"))
     for uri in ("models:arena", "models:/arena", "models:/arena@", "models:/a/b/c"):
         with pytest.raises(RequestError, match="expected models:/"):
             registry.load_policy(uri, platform.root)
