@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online
+.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-analyst
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +55,9 @@ bench-data: $(VENV)/.installed  ## logs to windows at size: 10 million events an
 
 bench-online: $(VENV)/.installed  ## one player's state out of SQLite, Redis and PostgreSQL; features point in time against Feast's default store
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_online.py $(ARGS)
+
+bench-analyst: $(VENV)/.installed  ## what an analyst waits for: pages, sliders, SQL, explanations of everybody
+	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_analyst.py $(ARGS)
 
 # The stamp is written last, so an installation that was cut off is taken up again.
 $(VENV)/.installed: requirements.lock pyproject.toml
