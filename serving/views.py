@@ -529,7 +529,8 @@ def health_page(desk: Desk, state: Mapping[str, str]) -> dict[str, Any]:
     except FastqError:
         models = []
     return {
-        "state": state,
+        "state": {name: said for name, said in state.items() if name != "paused"},
+        "paused": None if state["paused"] == "no" else state["paused"],
         "ready": state["champion"] == "ok" and state["log"] == "ok",
         "routes": sorted(routes, key=lambda r: -r["total"]),
         "served": int(served),

@@ -324,8 +324,8 @@ def test_whatever_stands_in_the_logs_is_shown_as_text(app, platform: Platform, p
         shown[name] = replace(shown[name], rows=[replace(row, objective=HOSTILE) for row in shown[name].rows])
     page = harmless(made.page("player.html", **about, **shown).body.decode())
     assert page.text.count(HOSTILE) > 40
-    health = poisoned(views.health_page(app.state.desk, {"champion": HOSTILE, "log": "ok", "store": HOSTILE}))
-    health |= {"state": {"champion": HOSTILE, "log": HOSTILE, "store": HOSTILE}, "routes": [], "trained": None}
+    health = poisoned(views.health_page(app.state.desk, {"champion": HOSTILE, "log": "ok", "store": HOSTILE, "paused": HOSTILE}))
+    health |= {"routes": [], "trained": None}
     harmless(made.page("health.html", **about, **health).body.decode())
 
 
