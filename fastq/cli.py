@@ -285,7 +285,10 @@ def recommend(
 
 @app.command()
 def explain(
-    subject: Annotated[str, typer.Argument(metavar="DECISION|PLAYER", help="A decision that was served, as it was decided then; or a player, as of now.")],
+    subject: Annotated[
+        str | None,
+        typer.Argument(metavar="DECISION|PLAYER", help="A decision that was served, as it was decided then; or a player, as of now.", show_default=False),
+    ] = None,
     against: Annotated[
         str | None,
         typer.Option(metavar="WHAT", help="What to compare with: a behaviour policy, logged, model:VERSION, or an action as dimension=value,dimension=value."),
@@ -295,17 +298,38 @@ def explain(
         typer.Option(metavar="OBJECTIVE=WEIGHT,…", help="What if the objectives weighed otherwise: cost=-2,joy=1. Those left out keep their weight."),
     ] = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE", help="Also draw it: .png, .svg or .pdf.")] = None,
+    everybody: Annotated[
+        bool, typer.Option("--all", help="Every player that is known, into a file; needs --out. Run again, it goes on where it was stopped.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="File of --all: .parquet, .csv or .ndjson, one row per player.")] = None,
+    attributions: Annotated[
+        bool, typer.Option("--attributions", help="With --all: also what of the history moved each value, which takes far longer.")
+    ] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="With --all: start afresh instead of going on.")] = False,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
     """Why this action: parts that add up, contrast, evidence."""
     with answering(as_json) as answer:
+        if everybody == (subject is not None):
+            raise ConfigurationError("explain: expected either one decision or player, or --all with --out FILE")
+        if everybody != (out is not None) or ((attributions or fresh) and not everybody):
+            raise ConfigurationError("explain: --all and --out FILE go together, --attributions and --fresh with them; one explanation is printed")
+        if everybody and (weights is not None or picture is not None):
+            raise ConfigurationError("explain: --weights and --picture go with one decision or player")
         platform = _platform(workspace)
         compared = None if against is None else _alternative(platform, against)
+        if out is not None:
+            from serving.explain_all import explain_all
+
+            with _counting("explaining") as progress:
+                found = explain_all(platform, out, compared, attributions=attributions, fresh=fresh, on_progress=progress)
+            answer(found, _explained)
+            return
         reweighted = None if weights is None else _weights(platform, weights)
         from serving.online import explain as explain_online
 
-        document = explain_online(platform, subject, against=compared, weights=reweighted)
+        document = explain_online(platform, str(subject), against=compared, weights=reweighted)
         if picture is not None:
             _draw(document, picture)
         answer(document, _explanation)
@@ -754,6 +778,18 @@ def _nothing_to_trust(document: Document, platform: Platform) -> bool:
     return not any(verdict.startswith("trust") for verdict in verdicts)
 
 
+@contextlib.contextmanager
+def _counting(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, moved by calls with how much is done, and of how much."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(doing, total=None)
+        yield lambda done, of: progress.update(task, completed=done, total=of)
+
+
 def _who() -> str:
     import getpass
 
@@ -908,6 +944,12 @@ def _batch(document: Document) -> Iterable[RenderableType]:
     yield f"{document.get('players', 0):,} recommendations in {document['out']}."
     if document.get("degraded"):
         yield f"{document['degraded']:,} of them are degraded answers."
+
+
+def _explained(document: Document) -> Iterable[RenderableType]:
+    yield f"{document['players']:,} players explained in {_plain(document['out'])}, by model version {document['model_version']}, as of {document['at']}."
+    if document["resumed"]:
+        yield "What an earlier run had done was taken up."
 
 
 def _views(document: Document) -> Iterable[RenderableType]:

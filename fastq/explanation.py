@@ -18,12 +18,10 @@ from torch import Tensor
 
 from fastq.errors import RequestError
 from fastq.features import Catalogue, PlayerStates
-from fastq.policy import RARE, Encoded, Policy, action_dicts
+from fastq.policy import NEIGHBOURS, RARE, Encoded, Policy, Situation, action_dicts
 
 HORIZONS = ("immediate", "long_term")
 CERTAINTY = 1.645  # standard deviations on either side of a normal's mean that hold 90 %
-NEAREST = 5  # logged decisions that are named
-SAMPLED = 256  # logged decisions from which the usual distance between neighbours is read
 FAR_STATE = 2.0  # times the usual distance; about 1 in 100 states of players who were never trained on lie further away
 FAR_ACTION = 3.0  # standard deviations of a policy's own noise
 LEAST_SPREAD = 0.01  # share of a dimension's range that counts as noise of a policy that has none
@@ -130,22 +128,23 @@ def explain(
     Raises `RequestError` for names, shapes and numbers that are not the platform's.
     """
     enc = policy.encode(states)
-    vectors, action = _given(policy, len(enc), policy.best(enc) if actions is None else actions, "actions")
-    other = None if against is None else _alternative(policy, states, enc, against)
+    at = policy.situations(enc)
+    vectors, action = _given(policy, len(enc), policy.best(at) if actions is None else actions, "actions")
+    other = None if against is None else _alternative(policy, states, at, against)
     stacked = vectors[:, None] if other is None else np.stack([vectors, other[1]], 1)
-    parts = policy.parts(enc, stacked) * policy.platform.weights[:, None]
-    value, doubt = parts[:, 0].sum((1, 2)), CERTAINTY * policy.doubt(enc, stacked[:, :1])[:, 0]
+    parts = policy.parts(at, stacked) * policy.platform.weights[:, None]
+    value, doubt = parts[:, 0].sum((1, 2)), CERTAINTY * policy.doubt(at, stacked[:, :1])[:, 0]
     contrast = None
     if other is not None:
         differences = parts[:, 0] - parts[:, 1]
-        difference, unsure = differences.sum((1, 2)), CERTAINTY * policy.doubt(enc, stacked[:, :1], stacked[:, 1:])[:, 0]
+        difference, unsure = differences.sum((1, 2)), CERTAINTY * policy.doubt(at, stacked[:, :1], stacked[:, 1:])[:, 0]
         decisive = decisive_reasons(differences, list(policy.platform.objectives))
         contrast = Contrast(other[0], other[2], difference, difference - unsure, difference + unsure, differences, decisive)
     return Explanation(
         policy=policy, action=action, value=value, low=value - doubt, high=value + doubt, parts=parts[:, 0],
-        score={name: score[:, 0] for name, score in policy.score(enc, stacked[:, :1]).items()}, contrast=contrast,
-        what_if=None if weights is None else _what_if(policy, enc, weights), attributions=_attributions(policy, enc, vectors) if attributions else None,
-        evidence=_evidence(policy, enc, stacked, parts[:, 0], contrast),
+        score={name: score[:, 0] for name, score in policy.score(at, stacked[:, :1]).items()}, contrast=contrast,
+        what_if=None if weights is None else _what_if(policy, at, weights), attributions=attribute(policy, enc, vectors) if attributions else None,
+        evidence=_evidence(policy, at, stacked, parts[:, 0], contrast),
     )  # fmt: skip
 
 
@@ -184,9 +183,9 @@ def _given(policy: Policy, n: int, given: Any, where: str) -> tuple[np.ndarray, 
     return array, array
 
 
-def _alternative(policy: Policy, states: PlayerStates, enc: Encoded, against: Against) -> tuple[str | None, np.ndarray, np.ndarray]:
+def _alternative(policy: Policy, states: PlayerStates, at: Situation, against: Against) -> tuple[str | None, np.ndarray, np.ndarray]:
     """The name of what an action is held against (None: it has none), its vectors [B, D], and how it is shown."""
-    n = len(enc)
+    n = len(at)
     if isinstance(against, Policy):
         return (f"model:{against.version}" if against.version else "another model", *_given(policy, n, _best_elsewhere(policy, against, states), "against"))
     if isinstance(against, str):
@@ -195,7 +194,7 @@ def _alternative(policy: Policy, states: PlayerStates, enc: Encoded, against: Ag
             if against == "logged" or against.startswith("model:"):  # a policy knows neither the log nor the registry
                 raise RequestError(f"against: {against!r} needs the actions themselves, as the pair (name, actions); or {wanted}")
             raise RequestError(f"against: {against!r} is not known; {wanted}")
-        return (against, *_given(policy, n, policy.expert_actions(enc)[:, policy.policies.index(against)], "against"))
+        return (against, *_given(policy, n, policy.expert_actions(at)[:, policy.policies.index(against)], "against"))
     if isinstance(against, Mapping):
         columns = policy.platform.action_columns
         if set(against) != set(columns):
@@ -219,7 +218,7 @@ def _best_elsewhere(policy: Policy, other: Policy, states: PlayerStates) -> np.n
     return best if other.catalogue is None else _items(other.catalogue, best)
 
 
-def _what_if(policy: Policy, enc: Encoded, weights: Mapping[str, Any]) -> WhatIf:
+def _what_if(policy: Policy, at: Situation, weights: Mapping[str, Any]) -> WhatIf:
     names = list(policy.platform.objectives)
     for name, weight in weights.items():
         if name not in names:
@@ -227,9 +226,49 @@ def _what_if(policy: Policy, enc: Encoded, weights: Mapping[str, Any]) -> WhatIf
         if isinstance(weight, bool) or not isinstance(weight, int | float | np.number) or not math.isfinite(weight):
             raise RequestError(f"weights.{name}: expected a finite number, got {weight!r}")
     wanted = {name: float(weights.get(name, usual)) for name, usual in zip(names, policy.platform.weights, strict=True)}
-    vectors, action = _given(policy, len(enc), policy.best(enc, weights=wanted), "what_if")
-    parts = policy.parts(enc, vectors[:, None])[:, 0] * np.array(list(wanted.values()))[:, None]
+    vectors, action = _given(policy, len(at), policy.best(at, weights=wanted), "what_if")
+    parts = policy.parts(at, vectors[:, None])[:, 0] * np.array(list(wanted.values()))[:, None]
     return WhatIf({name: float(weight) for name, weight in weights.items()}, action, parts.sum((1, 2)), parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Imagined:
+    """One player's action that somebody imagines, beside the recommended one and the best one under `weights`, all valued under `weights` and the platform's.
+
+    actions: `recommended`, `best`, `imagined`, each [D] raw units or an item id; values: name -> (platform's weights, these weights);
+    difference, low, high: imagined less recommended under these weights, with the 90 % interval; parts [M, 2] of it; decisive as in `Contrast`.
+    """
+
+    weights: dict[str, float]
+    actions: dict[str, Any]
+    values: dict[str, tuple[float, float]]
+    difference: float
+    low: float
+    high: float
+    parts: np.ndarray
+    decisive: list[tuple[str, str]]
+    verdict: str
+
+
+def imagine(policy: Policy, states: PlayerStates, recommended: Any, imagined: Any, weights: Mapping[str, float]) -> Imagined:
+    """What one player's `imagined` action would be worth against the `recommended` one, if the objectives weighed otherwise; without training.
+
+    Both actions as [1, D] raw units or [1] item ids. Raises `RequestError` for names and numbers that are not the platform's.
+    """
+    at = policy.situations(policy.encode(states))
+    best = _what_if(policy, at, weights)
+    wanted = {name: float(weights.get(name, usual)) for name, usual in zip(policy.platform.objectives, policy.platform.weights, strict=True)}
+    given = {name: _given(policy, 1, action, "action") for name, action in (("recommended", recommended), ("best", best.action), ("imagined", imagined))}
+    stacked = np.stack([vectors for vectors, _ in given.values()], 1)
+    unweighted, these = policy.parts(at, stacked)[0], np.array(list(wanted.values()))
+    values = {name: (float(p.sum(1) @ policy.platform.weights), float(p.sum(1) @ these)) for name, p in zip(given, unweighted, strict=True)}
+    parts = (unweighted[2] - unweighted[0]) * these[:, None]
+    difference, half = float(parts.sum()), CERTAINTY * float(policy.doubt(at, stacked[:, 2:], stacked[:, :1], weights=wanted)[0, 0])
+    evidence = _evidence(policy, at, stacked[:, 2:], unweighted[2:] * policy.platform.weights[:, None], None)
+    return Imagined(
+        wanted, {name: action[0] for name, (_, action) in given.items()}, values, difference, difference - half, difference + half, parts,
+        decisive_reasons(parts[None], list(policy.platform.objectives))[0], evidence.verdict[0],
+    )  # fmt: skip
 
 
 # ---- reasons --------------------------------------------------------------------------------------------------------------
@@ -251,8 +290,11 @@ def decisive_reasons(differences: np.ndarray, objectives: Sequence[str]) -> list
 
 
 # ---- attributions ------------------------------------------------------------------------------------------------------
-def _attributions(policy: Policy, enc: Encoded, actions: np.ndarray) -> Attributions:
-    """Integrated gradients (arXiv 1703.01365) from "nothing is known of this history", with the attributes and the last policy kept."""
+def attribute(policy: Policy, enc: Encoded, actions: np.ndarray) -> Attributions:
+    """What of the histories moved the values of actions [B, D]: integrated gradients (arXiv 1703.01365).
+
+    From "nothing is known of this history", with the attributes and the last policy kept.
+    """
     cells, change = integrated_gradients(policy, enc, actions)
     f = cells.shape[2] // 2
     known = cells[:, :, :f] + cells[:, :, f:]  # a value and its presence mark are one cell
@@ -276,7 +318,10 @@ def integrated_gradients(policy: Policy, enc: Encoded, actions: np.ndarray) -> t
     def value(x: Tensor, v: Tensor, branch: Tensor, action: Tensor) -> Tensor:
         return policy.value(Encoded(x, v, branch), action)
 
-    method, given = IntegratedGradients(value), torch.from_numpy(np.ascontiguousarray(actions))
+    def together(x: Tensor, v: Tensor, branch: Tensor, action: Tensor) -> Tensor:
+        return value(x, v, branch, action).sum()[None]  # rows do not touch each other, so one sum has all their gradients; captum would ask for each
+
+    method, given = IntegratedGradients(together), torch.from_numpy(np.ascontiguousarray(actions))
     n, size = len(enc), ROWS // POINTS
 
     def along(row: np.ndarray, share: np.ndarray) -> Tensor:
@@ -320,18 +365,16 @@ def integrated_gradients(policy: Policy, enc: Encoded, actions: np.ndarray) -> t
 # ---- evidence ----------------------------------------------------------------------------------------------------------
 def _nearest(policy: Policy, embedding: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """[B, N] positions of the nearest logged decisions and their distances, in units of the usual distance between such neighbours."""
-    logged = policy.reference.embedding
-    if len(logged) < 2:
-        return np.zeros((len(embedding), len(logged)), np.int64), np.full((len(embedding), len(logged)), np.nan)
-    centre, width = logged.mean(0), np.maximum(logged.std(0), 1e-6)
-    standard = torch.from_numpy((logged - centre) / width)
-    k = min(NEAREST, len(logged) - 1)
-    sample = standard[torch.linspace(0, len(standard) - 1, min(SAMPLED, len(standard))).round().long()]
-    among = torch.cdist(sample, standard).topk(k + 1, largest=False).values[:, 1:]  # the nearest of all is the decision itself
-    usual = max(float(among.mean(1).median()), 1e-9)
-    asked = torch.from_numpy((embedding - centre) / width)
-    found = [torch.cdist(piece, standard).topk(k, largest=False) for piece in asked.split(1024)]
-    return torch.cat([f.indices for f in found]).numpy(), torch.cat([f.values for f in found]).double().numpy() / usual
+    centre, width, standard = policy.reference.standard
+    if len(standard) < 2:
+        return np.zeros((len(embedding), len(standard)), np.int64), np.full((len(embedding), len(standard)), np.nan)
+    k = min(NEIGHBOURS, len(standard) - 1)
+    asked, square = torch.from_numpy((embedding - centre) / width), standard.square().sum(1)
+    # which are nearest needs no root, and no square of what is asked; how far away they are is measured on those alone
+    found = torch.cat([torch.addmm(square, piece, standard.T, alpha=-2).topk(k, largest=False).indices for piece in asked.split(256)])
+    distance = torch.linalg.vector_norm((asked[:, None] - standard[found]).double(), dim=2)
+    order = distance.argsort(stable=True, dim=1)
+    return found.gather(1, order).numpy(), distance.gather(1, order).numpy() / policy.reference.usual
 
 
 def _spreads_away(policy: Policy, actions: np.ndarray, expected: np.ndarray, acts: np.ndarray) -> np.ndarray:
@@ -348,15 +391,15 @@ def _spreads_away(policy: Policy, actions: np.ndarray, expected: np.ndarray, act
     return nearest
 
 
-def _evidence(policy: Policy, enc: Encoded, actions: np.ndarray, parts: np.ndarray, contrast: Contrast | None) -> Evidence:
-    probability, disagreement = policy.policy_probability(enc), policy.disagreement(enc)
-    nearest, distance = _nearest(policy, policy.embedding(enc))
+def _evidence(policy: Policy, at: Situation, actions: np.ndarray, parts: np.ndarray, contrast: Contrast | None) -> Evidence:
+    probability, disagreement = policy.policy_probability(at), policy.disagreement(at)
+    nearest, distance = _nearest(policy, policy.embedding(at))
     acts = probability >= np.minimum(probability.max(1, keepdims=True), RARE)  # among very many policies none may reach the share
-    away = _spreads_away(policy, actions, policy.expert_actions(enc), acts)
+    away = _spreads_away(policy, actions, policy.expert_actions(at), acts)
     policies = [[name for name, does in zip(policy.policies, row, strict=True) if does] for row in acts]
     size = np.abs(parts).sum((1, 2))
     verdicts = []
-    for i in range(len(enc)):
+    for i in range(len(at)):
         why = []
         if distance.shape[1] == 0 or np.isnan(distance[i]).any():
             why.append("too few logged decisions were kept to say how unusual this state is")
@@ -440,10 +483,11 @@ def action_words(action: Mapping[str, Any], units: Mapping[str, str]) -> str:
     """An action as a phrase: `goal 7.2 rounds and gift 6 INR`, `item a17`."""
     if set(action) == {"item_id"}:
         return f"item {action['item_id']}"
-    return _joined([f"{name} {_number(value)} {units.get(name, '')}".rstrip() for name, value in action.items()])
+    return joined([f"{name} {_number(value)} {units.get(name, '')}".rstrip() for name, value in action.items()])
 
 
-def _joined(words: Sequence[str]) -> str:
+def joined(words: Sequence[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else ""
 
 
@@ -466,9 +510,9 @@ def sentences(answer: Mapping[str, Any]) -> list[str]:
     else:
         said = [_difference(what, contrast, units), _decision(contrast)]
     thin = evidence["verdict"] != "well supported"
-    said.append(f"The evidence is {evidence['verdict']}." if thin else f"It is well supported: {_joined(evidence['policies'])} acted in such states.")
+    said.append(f"The evidence is {evidence['verdict']}." if thin else f"It is well supported: {joined(evidence['policies'])} acted in such states.")
     if what_if := answer.get("what_if"):
-        weighed = _joined([f"{name} weighed {_number(weight)}" for name, weight in what_if.get("weights", {}).items()]) or "the objectives weighed otherwise"
+        weighed = joined([f"{name} weighed {_number(weight)}" for name, weight in what_if.get("weights", {}).items()]) or "the objectives weighed otherwise"
         best = action_words(what_if["action"], units)
         said.append(f"If {weighed}, {best} would be best, worth {_number(what_if['value'])} under those weights.")
     return said
@@ -500,11 +544,87 @@ def _decision(contrast: Mapping[str, Any]) -> str:
     if not drawbacks:
         return f"Nothing speaks against it; the largest gain is {_signed(reasons[0])}."
     outweigh = "alone outweighs" if len(reasons) == 1 else "together outweigh"
-    return f"{_joined([_signed(part) for part in reasons])} {outweigh} every drawback, of which {_signed(drawbacks[0])} is the largest."
+    return f"{joined([_signed(part) for part in reasons])} {outweigh} every drawback, of which {_signed(drawbacks[0])} is the largest."
 
 
 def _largest_parts(parts: Sequence[Mapping[str, Any]]) -> str:
     gain, drawback = max(parts, key=lambda part: part["value"]), min(parts, key=lambda part: part["value"])
     said = [f"{_signed(gain)} brings the most"] if gain["value"] > 0 else []
     said += [f"{_signed(drawback)} takes the most"] if drawback["value"] < 0 else []
-    return f"Of this, {_joined(said)}." if said else "No objective moves."
+    return f"Of this, {joined(said)}." if said else "No objective moves."
+
+
+# ---- one sentence above everything ---------------------------------------------------------------------------------------
+def amounts_words(action: Mapping[str, Any], units: Mapping[str, str], *, bare: bool = False) -> str:
+    """An action by its amounts alone, `7 games and 6 INR`, where no two dimensions share a unit; `bare` leaves the units out: `5 and 12`."""
+    named = [units.get(name) or "" for name in action]
+    if set(action) == {"item_id"} or len(action) == 1 or not all(named) or len(set(named)) < len(named):
+        return action_words(action, units)
+    return joined([_number(value) if bare else f"{_number(value)} {units[name]}" for name, value in action.items()])
+
+
+def headline(answer: Mapping[str, Any], weights: Mapping[str, float]) -> str:
+    """Why this and not the alternative, in one sentence for people who do not program; `weights` of the objectives say what more and less mean.
+
+    Made of the contrast's parts alone, and of no part that it does not name rightly: each "more", "less", "now" and "later" is the sign of one of
+    them in the objective's own unit. Without an alternative it says what is expected.
+    """
+    units, contrast = answer.get("units") or {}, answer.get("contrast")
+    what = amounts_words(answer["action"], units)
+    if contrast is None:
+        return f"{_capital(what)}: expected to be worth {_number(answer['value'])} from now on, {_interval(answer)}."
+    against = contrast["against"]
+    # an amount that rounds alike would read as the same, so then both are named in full
+    other = amounts_words(contrast["action"], units, bare=True)
+    if other == amounts_words(answer["action"], units, bare=True):
+        other = amounts_words(contrast["action"], units)
+    if against == "logged":
+        instead = f"of what was last done, {other}"
+    elif isinstance(against, str):
+        instead = f"of what {against.replace('model:', 'model ', 1)} would give, {other}"
+    else:
+        instead = f"of {other}"
+    difference = contrast["difference"]
+    if difference == 0:
+        return f"{_capital(what)} instead {instead}: no difference is expected."
+    worth = f"in all {_number(abs(difference))} {'more' if difference > 0 else 'less'}, {_interval(contrast)}"
+    if contrast["low"] < 0 < contrast["high"]:
+        worth += ", so it is not certain which is better"
+    return f"{_capital(what)} instead {instead}: {_why(contrast, weights)}; {worth}."
+
+
+def _why(contrast: Mapping[str, Any], weights: Mapping[str, float]) -> str:
+    """What speaks for it, and what that makes up for; or, where the alternative is better, what speaks against it."""
+    parts = {(part["objective"], part["horizon"]): float(part["value"]) for part in contrast["parts"]}
+    drawbacks = sorted((key for key, value in parts.items() if value < 0), key=lambda key: parts[key])
+    if contrast["difference"] <= 0:
+        gains = sorted((key for key, value in parts.items() if value > 0), key=lambda key: -parts[key])
+        against = f"it means {_changes(drawbacks[:2], parts, weights)}"
+        return f"{against}, which {_changes(gains[:1], parts, weights)} does not make up for" if gains else against
+    reasons = [(objective, horizon) for objective, horizon in contrast["decisive"]]
+    clauses, won_back = [], []
+    for objective in dict.fromkeys(objective for objective, _ in reasons):
+        now, later = parts.get((objective, HORIZONS[0]), 0.0), parts.get((objective, HORIZONS[1]), 0.0)
+        if now < 0 < later and later > -now and (objective, HORIZONS[1]) in reasons:
+            gives, takes = ("loses in", "wins back") if weights[objective] > 0 else ("adds to", "saves")
+            won_back.append(f"what it {gives} {objective} now it {takes} later")
+    told = {key for key in reasons if any(f" {key[0]} now it " in clause for clause in won_back)}
+    if rest := [key for key in reasons if key not in told]:
+        clauses.append(f"it means {_changes(rest, parts, weights)}")
+    clauses += won_back
+    left = [key for key in drawbacks if not any(f" {key[0]} now it " in clause for clause in won_back)]
+    said = joined(clauses)
+    return f"{said}, which outweighs {_changes(left[:1], parts, weights)}" if left else said
+
+
+def _changes(keys: Sequence[tuple[str, str]], parts: Mapping[tuple[str, str], float], weights: Mapping[str, float]) -> str:
+    """`less cost now and more engagement now and later`: each part's sign in its objective's own unit."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for objective, horizon in keys:
+        more = parts[objective, horizon] * (1 if weights[objective] >= 0 else -1) > 0
+        grouped.setdefault(("more" if more else "less", objective), []).append("now" if horizon == HORIZONS[0] else "later")
+    return joined([f"{how} {objective} {joined(sorted(when, reverse=True))}" for (how, objective), when in grouped.items()])
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

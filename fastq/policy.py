@@ -40,6 +40,8 @@ NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
 REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts; measured in infra/log.md
 OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
 RARE = 0.05  # a policy that acts in less than this share of such states is no evidence there
+NEIGHBOURS = 5  # logged decisions that count as the nearest
+SAMPLED = 256  # logged decisions from which the usual distance between neighbours is read
 UNIFORM_SHARE = 0.05  # floor of a catalogue's law, spread over the eligible items
 
 
@@ -81,6 +83,22 @@ class Reference:
     decision_id: list[str]
     policy: list[str]
     action: np.ndarray  # [R, D] raw units or item embeddings
+
+    @functools.cached_property
+    def standard(self) -> tuple[np.ndarray, np.ndarray, Tensor]:
+        """Mean [Z] and width [Z] of the embeddings, and the embeddings [R, Z] in these units."""
+        centre, width = self.embedding.mean(0), np.maximum(self.embedding.std(0), 1e-6)
+        return centre, width, torch.from_numpy((self.embedding - centre) / width)
+
+    @functools.cached_property
+    def usual(self) -> float:
+        """The usual distance of a logged decision to its NEIGHBOURS nearest others, in the same units; read from a sample. NaN where there are none."""
+        standard = self.standard[2]
+        if len(standard) < 2:
+            return float("nan")
+        sample = standard[torch.linspace(0, len(standard) - 1, min(SAMPLED, len(standard))).round().long()]
+        among = torch.cdist(sample, standard).topk(min(NEIGHBOURS, len(standard) - 1) + 1, largest=False).values[:, 1:]  # the nearest of all is itself
+        return max(float(among.mean(1).median()), 1e-9)
 
 
 @dataclass(frozen=True)
@@ -208,8 +226,10 @@ class Policy:
         lowest, highest = (torch.from_numpy(self.units.standard(edge)).to(edges) for edge in self.platform.bounds.T)
         return torch.minimum(torch.maximum(edges, lowest), highest)
 
-    def situations(self, enc: Encoded) -> Situation:
-        """`situation` in padded batches of fixed sizes, without gradients."""
+    def situations(self, enc: Encoded | Situation) -> Situation:
+        """`situation` in padded batches of fixed sizes, without gradients; what was found already is given back, so one look can answer many questions."""
+        if isinstance(enc, Situation):
+            return enc
         if len(enc) == 0:
             raise RequestError("expected at least one state")
         parts = []
@@ -258,10 +278,17 @@ class Policy:
 
     def shape_of_doubt(self, at: Situation, w: np.ndarray) -> Tensor:
         """[B, P, P] covariance of the weighted value per pair of action features, in these states."""
+        usual = w is self.platform.weights
+        kept = at.__dict__.get("_shape") if usual else None  # one look at states is asked for it by each question about them
+        if kept is not None and kept[0] is self:
+            return kept[1]
         s = at.psi.shape[1]
-        joint = (self._joint if w is self.platform.weights else self._joint_covariance(w)).view(s, -1, s, self.covariance.shape[2] // s)
+        joint = (self._joint if usual else self._joint_covariance(w)).view(s, -1, s, self.covariance.shape[2] // s)
         left = torch.einsum("bs,sptq->bptq", at.psi, joint)
-        return torch.einsum("bptq,bt->bpq", left, at.psi)
+        shape = torch.einsum("bptq,bt->bpq", left, at.psi)
+        if usual:
+            at.__dict__["_shape"] = (self, shape)
+        return shape
 
     def _scores(self, at: Situation, phi: Tensor, w: np.ndarray, doubt: Tensor) -> dict[str, Tensor]:
         """What ranks candidates [B, C, P]: value - caution - guardrail = total, each [B, C]."""
@@ -315,7 +342,7 @@ class Policy:
         return expected_features(mean, sd, left - shift, right - shift)
 
     # ---- what explanations ask -------------------------------------------------------------------------------------------
-    def parts(self, enc: Encoded, actions: np.ndarray) -> np.ndarray:
+    def parts(self, enc: Encoded | Situation, actions: np.ndarray) -> np.ndarray:
         """[B, C, M, 2] immediate and long-term parts of actions [B, C, D], unweighted, in each objective's unit; their sum is the value."""
         totals = self.totals(self.situations(enc), action_features(self._units(actions), self.polynomial)).numpy()
         return np.stack([totals[..., 1], totals[..., 0] - totals[..., 1]], -1)
@@ -326,7 +353,9 @@ class Policy:
         totals = self.totals(self.situation(enc), action_features(u, self.polynomial)[:, None])
         return totals[:, 0, :, 0] @ torch.from_numpy(self.platform.weights)
 
-    def doubt(self, enc: Encoded, actions: np.ndarray, reference: np.ndarray | None = None, weights: Mapping[str, float] | None = None) -> np.ndarray:
+    def doubt(
+        self, enc: Encoded | Situation, actions: np.ndarray, reference: np.ndarray | None = None, weights: Mapping[str, float] | None = None
+    ) -> np.ndarray:
         """[B, C] standard deviation of the weighted value of actions [B, C, D], or of their difference to `reference` [B, C, D].
 
         Without a reference the doubt about the level (the twins' disagreement) is added to that about the effect.
@@ -339,13 +368,13 @@ class Policy:
             variance = variance + ((at.disagreement @ torch.from_numpy(np.abs(w))) ** 2)[:, None] + self.details.get("level_variance", 0.0)
         return variance.sqrt().numpy()
 
-    def score(self, enc: Encoded, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
+    def score(self, enc: Encoded | Situation, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
         """What ranks actions [B, C, D]: `value`, `caution`, `guardrail` and `total` = value - caution - guardrail, each [B, C]."""
         at, w = self.situations(enc), self._weights(weights)
         scores = self._scores(at, action_features(self._units(actions), self.polynomial), w, self.shape_of_doubt(at, w))
         return {name: score.numpy() for name, score in scores.items()}
 
-    def expert_actions(self, enc: Encoded) -> np.ndarray:
+    def expert_actions(self, enc: Encoded | Situation) -> np.ndarray:
         """[B, K, D] what each behaviour policy would do here on average, in raw units inside the bounds (the nearest item's embedding for a catalogue)."""
         expected = self.situations(enc).expected
         if self.catalogue is not None:
@@ -353,19 +382,19 @@ class Policy:
             return self.catalogue.embedding[distance.argmin(-1).numpy()].astype(float)
         return np.clip(self.units.raw(expected[..., : len(self.platform.bounds)].numpy()), *self.platform.bounds.T)
 
-    def policy_probability(self, enc: Encoded) -> np.ndarray:
+    def policy_probability(self, enc: Encoded | Situation) -> np.ndarray:
         """[B, K] how often each behaviour policy acts in such a state."""
         return self.situations(enc).assignment.numpy()
 
-    def disagreement(self, enc: Encoded) -> np.ndarray:
+    def disagreement(self, enc: Encoded | Situation) -> np.ndarray:
         """[B] weighted disagreement of the twin critics about the level."""
         return (self.situations(enc).disagreement @ torch.from_numpy(np.abs(self.platform.weights))).numpy()
 
-    def embedding(self, enc: Encoded) -> np.ndarray:
+    def embedding(self, enc: Encoded | Situation) -> np.ndarray:
         """[B, Z] float32 balanced states, in which nearness is measured."""
         return self.situations(enc).b.numpy()
 
-    def best(self, enc: Encoded, weights: Mapping[str, float] | None = None, limits: Mapping[str, Mapping[str, float]] | None = None) -> np.ndarray:
+    def best(self, enc: Encoded | Situation, weights: Mapping[str, float] | None = None, limits: Mapping[str, Mapping[str, float]] | None = None) -> np.ndarray:
         """[B, D] the noise-free best action under other objective weights and limits."""
         at, w = self.situations(enc), self._weights(weights)
         if self.catalogue is not None:

@@ -20,13 +20,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from fastq.errors import BundleError, FastqError, RequestError, WorkspaceError
@@ -38,7 +39,7 @@ from fastq.workspace import Workspace, replacing
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-    from fastq.policy import Policy
+    from fastq.policy import Encoded, Policy
 
 logger = logging.getLogger("fastq.queries")
 MOST_ROWS = 10_000  # of an answer, unless more are asked for
@@ -47,6 +48,8 @@ MOST_MEGABYTES = 1_024  # that a query may hold in memory
 MOST_BYTES = 64 * 2**20  # of an answer
 OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside the query's own memory
 CHUNK = 4_096  # decisions explained at a time
+ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
+RANGES = 64  # of rows that are left out by comparing their numbers; more are looked up
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
 _EXPLAINED = {
@@ -55,6 +58,14 @@ _EXPLAINED = {
     "objective": pl.String(),
     "horizon": pl.String(),
     "against": pl.String(),
+    "value": pl.Float64(),
+}
+
+_ATTRIBUTED = {
+    "decision_id": pl.String(),
+    "model_version": pl.String(),
+    "measure": pl.String(),
+    "periods_before": pl.Int64(),
     "value": pl.Float64(),
 }
 
@@ -79,7 +90,7 @@ class View:
     columns: list[Column]
 
 
-VIEWS = ("decisions", "outcomes", "recommendations", "explanations", "players", "activity", "models", "estimates")
+VIEWS = ("decisions", "outcomes", "recommendations", "explanations", "attributions", "players", "activity", "models", "estimates")
 
 
 def views(platform: Platform) -> dict[str, View]:
@@ -140,6 +151,16 @@ def views(platform: Platform) -> dict[str, View]:
                 Column("horizon", text, "", "'immediate' or 'long_term'"),
                 Column("against", text, "", f"null: parts of the action itself; {', '.join(platform.policies)}: less those of what this policy would do"),
                 Column("value", number, weighted, "objective times its weight; the parts of one decision and one `against` add up"),
+            ],
+        ),
+        View(
+            "attributions",
+            f"what one measure, or one period, moved the value of a served decision; of the {ATTRIBUTED:,} newest, and those of earlier questions",
+            [
+                decision, Column("model_version", text, "", "the model whose value was moved"),
+                Column("measure", text, "", "a measure, or 'previous' and an action dimension or objective, over all periods; null: a period's sum"),
+                Column("periods_before", "BIGINT", format_duration(platform.state.period), "before the decision, 1 the one before it; null: a measure's sum"),
+                Column("value", number, weighted, "against the same player with nothing known of the history"),
             ],
         ),
         View(
@@ -440,6 +461,7 @@ class _Sources:
     def __init__(self, platform: Platform, connection: DuckDBPyConnection, *, by_path: bool) -> None:
         self.platform, self.connection, self._by_path = platform, connection, by_path
         self._readable: list[str] = []
+        self._numbered: dict[str, str] = {}  # files read by path, with their rows' numbers
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         self.connection.register(name, frame.to_arrow())
@@ -448,6 +470,7 @@ class _Sources:
         if self._by_path and not glob.has_magic(str(path)):
             self._readable.append(_text(str(path.resolve())))
             self.connection.execute(f"SET allowed_paths = [{', '.join(self._readable)}]")
+            self._numbered[name] = f"read_parquet({self._readable[-1]}, file_row_number = true)"
             self.connection.execute(f"CREATE TEMP VIEW {_name(name)} AS FROM read_parquet({self._readable[-1]})")
             return
         import pyarrow as pa
@@ -455,6 +478,24 @@ class _Sources:
 
         fragment = dataset.ParquetFileFormat().make_fragment(pa.OSFile(str(path)))
         self.connection.register(name, dataset.FileSystemDataset([fragment], fragment.physical_schema, fragment.format))
+
+    def without(self, name: str, rows: pl.DataFrame) -> str:
+        """The file `name` without some `rows`, by their place in it where it is read by path, else by their id: both cost as much as a whole query over
+        ten million rows where they are looked up, and next to nothing where they lie together and their places are compared.
+        """
+        if rows.is_empty():
+            return name
+        if name not in self._numbered:
+            self.frame(f"{name}_left_out", rows.select("decision_id"))
+            return f"{name} ANTI JOIN {name}_left_out USING (decision_id)"
+        breaks = rows.select(pl.col("row"), (pl.col("row") - pl.int_range(pl.len())).alias("run")).group_by("run").agg(first=pl.min("row"), last=pl.max("row"))
+        if breaks.height <= RANGES:
+            outside = " AND ".join(
+                f"file_row_number NOT BETWEEN {first} AND {last}" for first, last in breaks.sort("first").select("first", "last").iter_rows()
+            )
+            return f"(SELECT * EXCLUDE (file_row_number) FROM {self._numbered[name]} WHERE {outside})"  # noqa: S608 - numbers of ours
+        self.frame(f"{name}_left_out", rows.select(pl.col("row").alias("file_row_number")))
+        return f"(SELECT * EXCLUDE (file_row_number) FROM {self._numbered[name]} ANTI JOIN {name}_left_out USING (file_row_number))"  # noqa: S608 - as above
 
     def view(self, view: View, select: str) -> None:
         """The view as documented: names, order and types, over a query that has its columns."""
@@ -483,6 +524,9 @@ def _lay(sources: _Sources, wanted: frozenset[str]) -> None:
     if wanted & {"explanations"}:
         sources.parquet("_explanations", _explained(platform))
         sources.view(known["explanations"], "FROM _explanations")
+    if wanted & {"attributions"}:
+        sources.parquet("_attributions", _attributed(platform))
+        sources.view(known["attributions"], "FROM _attributions")
     if wanted & {"players"}:
         if platform.logs.players is not None:
             sources.parquet("_players", _accepted(platform, "players", known["players"]))
@@ -522,8 +566,7 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
         sources.view(view, f"{logged} FROM _accepted")
         return
     objectives = list(platform.objectives)
-    carried = ["assignment", *objectives]
-    exported = pl.scan_parquet(path).join(served.lazy().select("decision_id"), on="decision_id", how="semi").select("decision_id", *carried).collect()
+    exported = _exported(platform, path, served)
     undone = _latest(served_log(platform, "executed"), ["decision_id"]).filter(pl.col("action").is_null())["decision_id"]
     done = ~pl.col("decision_id").is_in(undone.implode())
     merged = served.join(exported, on="decision_id", how="left", suffix=" logged", maintain_order="left").with_columns(
@@ -534,9 +577,31 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
         pl.lit("served").alias(origin),
     )
     sources.frame("_served", merged.select(column.name for column in view.columns))
-    # the join costs as much again as a query over ten million rows, so only where there is something to leave out
-    but = "" if exported.is_empty() else "ANTI JOIN _served USING (decision_id)"
-    sources.view(view, f"{logged} FROM _accepted {but} UNION ALL BY NAME FROM _served")
+    sources.view(view, f"{logged} FROM {sources.without('_accepted', exported)} UNION ALL BY NAME FROM _served")
+
+
+def _exported(platform: Platform, path: Path, served: pl.DataFrame) -> pl.DataFrame:
+    """The accepted rows of decisions that fastq served: `row`, their place in the file, `decision_id`, `assignment` and the objectives.
+
+    To look for them among ten million takes longer than most questions, so what was found is kept for as long as neither the file nor the servers' logs change.
+    What is served later is not in a file that was written before.
+    """
+    workspace = Workspace(platform.root)
+    stat, logs = path.stat(), sorted(log.name for log in workspace.served.glob("[!.]*.*") if log.suffix in {".db", ".parquet"})
+    about = {"of": json.dumps([stat.st_mtime_ns, stat.st_size, stat.st_ino, logs, list(platform.objectives)])}
+    kept = workspace.state / "queries" / "exported.parquet"
+    with contextlib.suppress(OSError, pl.exceptions.PolarsError):
+        if pl.read_parquet_metadata(kept).get("of") == about["of"]:
+            return pl.read_parquet(kept).join(served.select("decision_id"), on="decision_id", how="semi", maintain_order="left")
+    accepted = pl.scan_parquet(path, row_index_name="row", glob=False)
+    found = accepted.join(served.lazy().select("decision_id"), on="decision_id", how="semi", maintain_order="left").select(
+        pl.col("row").cast(pl.Int64), "decision_id", "assignment", *platform.objectives
+    )
+    exported = found.collect().sort("row")
+    workspace.make(kept.parent)
+    with replacing(kept) as partial:
+        exported.write_parquet(partial, metadata=about)
+    return exported
 
 
 def _lay_outcomes(sources: _Sources, view: View) -> None:
@@ -650,27 +715,46 @@ def _bundle(platform: Platform, version: str) -> tuple[Path, dict[str, Any]]:
 
 # ---- explanations ------------------------------------------------------------------------------------------------------
 def _explained(platform: Platform) -> Path:
-    """The file of all served decisions' parts. What was decided never changes, so each is computed once and kept."""
+    """The file of all served decisions' parts."""
+    return _kept(platform, "explanations", _EXPLAINED, _parts)
+
+
+def _attributed(platform: Platform) -> Path:
+    """The file of what moved the values of served decisions, the newest first."""
+    return _kept(platform, "attributions", _ATTRIBUTED, _moved, most=ATTRIBUTED)
+
+
+def _kept(
+    platform: Platform, name: str, schema: Mapping[str, pl.DataType], made: Callable[[Platform, list[Any]], pl.DataFrame], most: int | None = None
+) -> Path:
+    """The file of what is `made` of served decisions. What was decided never changes, so each is computed once and kept; at most `most` now, the newest."""
     workspace = Workspace(platform.root)
     directory = workspace.state / "queries"
-    path = directory / "explanations.parquet"
+    path = directory / f"{name}.parquet"
     workspace.make(directory)
     with workspace.lock("queries", wait_seconds=600):
-        kept = pl.DataFrame(schema=_EXPLAINED)
+        kept = pl.DataFrame(schema=schema)
         with contextlib.suppress(OSError, pl.exceptions.PolarsError):  # only a copy: made anew
             kept = pl.read_parquet(path)
-        explained = set(kept["decision_id"].unique()) if kept.schema == pl.Schema(_EXPLAINED) else set()
-        kept = kept if explained else pl.DataFrame(schema=_EXPLAINED)
-        served, fresh = set(), []
+        done = set(kept["decision_id"].unique()) if kept.schema == pl.Schema(schema) else set()
+        kept = kept if done else pl.DataFrame(schema=schema)
+        served, missing = set(), []
         for log in decision_logs(platform):
             with reading_log(log) as database:
-                ids = [row[0] for row in database.execute("SELECT decision_id FROM decisions WHERE state IS NOT NULL AND model_version IS NOT NULL")]
-                served.update(ids)
-                missing = [i for i in ids if i not in explained]
-                explained.update(missing)
-                for start in range(0, len(missing), CHUNK):
+                query = "SELECT decided_at, decision_id FROM decisions WHERE state IS NOT NULL AND model_version IS NOT NULL"
+                for at, decision_id in database.execute(query):
+                    if decision_id not in served and decision_id not in done:
+                        missing.append((at, decision_id, log))
+                    served.add(decision_id)
+        if most is not None and len(missing) > most:
+            missing = sorted(missing, key=lambda one: -one[0])[:most]
+        fresh = []
+        for log in dict.fromkeys(one[2] for one in missing):
+            ids = [decision_id for _, decision_id, its in missing if its == log]
+            with reading_log(log) as database:
+                for start in range(0, len(ids), CHUNK):
                     query = "SELECT decision_id, model_version, action, state FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))"
-                    fresh.append(_parts(platform, database.execute(query, (json.dumps(missing[start : start + CHUNK]),)).fetchall()))
+                    fresh.append(made(platform, database.execute(query, (json.dumps(ids[start : start + CHUNK]),)).fetchall()))
         still = kept.filter(pl.col("decision_id").is_in(pl.Series(sorted(served), dtype=pl.String).implode()))
         if fresh or still.height < kept.height or not path.exists():
             with replacing(path) as partial:
@@ -678,14 +762,10 @@ def _explained(platform: Platform) -> Path:
     return path
 
 
-def _parts(platform: Platform, decisions: list[tuple[str, str, str, bytes]]) -> pl.DataFrame:
-    """The weighted parts of decisions (id, version, action, state), and what they have over each behaviour policy's; as `fastq.explanation` has them."""
-    import numpy as np
-
+def _by_policy(platform: Platform, decisions: list[Any]) -> Iterator[tuple[str, Policy, list[str], Encoded, np.ndarray]]:
+    """Decisions (id, version, action, state), one model at a time: version, policy, ids, states, actions [B, D]. Unreadable models are left out."""
     from fastq import features
-    from fastq.explanation import HORIZONS
 
-    found = [pl.DataFrame(schema=_EXPLAINED)]
     for version in dict.fromkeys(row[1] for row in decisions):
         try:
             policy = _policy(platform, version)
@@ -698,25 +778,51 @@ def _parts(platform: Platform, decisions: list[tuple[str, str, str, bytes]]) -> 
             continue
         columns = policy.platform.action_columns
         given = np.array([r[1]["item_id"] for r in rows], object) if policy.catalogue is not None else np.array([[r[1][c] for c in columns] for r in rows])
-        encoded = policy.encode(features.unpack_states(policy.platform, [r[2] for r in rows]))
         vectors = policy.as_actions(given) if policy.catalogue is not None else given.astype(float)
-        parts = policy.parts(encoded, np.concatenate([vectors[:, None], policy.expert_actions(encoded)], 1)) * policy.platform.weights[:, None]
+        yield version, policy, [r[0] for r in rows], policy.encode(features.unpack_states(policy.platform, [r[2] for r in rows])), vectors
+
+
+def _parts(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
+    """The weighted parts of decisions, and what they have over each behaviour policy's; as `fastq.explanation` has them."""
+    from fastq.explanation import HORIZONS
+
+    found = [pl.DataFrame(schema=_EXPLAINED)]
+    for version, policy, ids, encoded, vectors in _by_policy(platform, decisions):
+        at = policy.situations(encoded)
+        parts = policy.parts(at, np.concatenate([vectors[:, None], policy.expert_actions(at)], 1)) * policy.platform.weights[:, None]
         parts[:, 1:] = parts[:, :1] - parts[:, 1:]
-        against, objectives = [None, *policy.policies], list(policy.platform.objectives)
         one, other, objective, horizon = np.indices(parts.shape).reshape(4, -1)
-
-        def named(names: list[Any], at: Any) -> pl.Series:
-            return pl.Series(names, dtype=pl.String).gather(at)
-
         columns_of = {
-            "decision_id": named([r[0] for r in rows], one),
-            "objective": named(objectives, objective),
-            "horizon": named(list(HORIZONS), horizon),
-            "against": named(against, other),
+            "decision_id": _named_by(ids, one),
+            "objective": _named_by(list(policy.platform.objectives), objective),
+            "horizon": _named_by(list(HORIZONS), horizon),
+            "against": _named_by([None, *policy.policies], other),
             "value": pl.Series(parts.ravel()),
         }
         found.append(pl.DataFrame(columns_of).with_columns(model_version=pl.lit(version)).select(list(_EXPLAINED)))
     return pl.concat(found)
+
+
+def _moved(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
+    """What each measure, and each period, moved the values of decisions; as `fastq.explanation` has it."""
+    from fastq.explanation import attribute
+
+    found = [pl.DataFrame(schema=_ATTRIBUTED)]
+    for version, policy, ids, encoded, vectors in _by_policy(platform, decisions):
+        moved = attribute(policy, encoded, vectors)
+        window = moved.periods.shape[1]
+        for name, values in [*moved.measures.items(), *((i, moved.periods[:, i]) for i in range(window))]:
+            about = {
+                "measure": pl.lit(name if isinstance(name, str) else None, pl.String()),
+                "periods_before": pl.lit(None if isinstance(name, str) else window - name, pl.Int64()),
+            }
+            frame = pl.DataFrame({"decision_id": pl.Series(ids, dtype=pl.String), "value": pl.Series(values, dtype=pl.Float64)})
+            found.append(frame.with_columns(model_version=pl.lit(version), **about).select(list(_ATTRIBUTED)))
+    return pl.concat(found)
+
+
+def _named_by(names: list[Any], at: Any) -> pl.Series:
+    return pl.Series(names, dtype=pl.String).gather(at)
 
 
 def _policy(platform: Platform, version: str) -> Policy:

@@ -241,19 +241,33 @@ def materialize(platform: Platform, frame: pl.DataFrame) -> int:
     return len(frame)
 
 
-def materialized(platform: Platform) -> pl.DataFrame:
-    """The frame that was materialised last: the file behind the online view. Newer pushes are in the store only."""
-    path = feature_directory(platform) / STATE_FILE
+def materialized(platform: Platform, most: int | None = None) -> pl.DataFrame:
+    """The frame that was materialised last: the file behind the online view. Newer pushes are in the store only. Of more than `most` players, every nth."""
+    path = state_file(platform)
     try:
-        kept = pl.read_parquet(path, glob=False, columns=["player_id", STATE_FIELD])
-    except FileNotFoundError:
-        raise WorkspaceError(f"{path}: no player states yet; run `fastq retrain`") from None
+        scanned = pl.scan_parquet(path, glob=False).select("player_id", STATE_FIELD)
+        if most is not None:
+            scanned = scanned.gather_every(max(1, -(-scanned.select(pl.len()).collect().item() // most)))
+        kept = scanned.collect()
     except pl.exceptions.ColumnNotFoundError:
         raise WorkspaceError(f"{path}: was written by an earlier release; run `fastq retrain`") from None
     packed = kept[STATE_FIELD].to_list()
     packing = features.packing(platform)
     width = features.packed_width(packing, packed)
     return features.online_table(platform, features.unpack_online(packing, kept["player_id"].to_list(), packed, width))
+
+
+def state_file(platform: Platform) -> Path:
+    """Where the frame that was materialised last lies. Raises `WorkspaceError` if none was yet."""
+    path = feature_directory(platform) / STATE_FILE
+    if not path.exists():
+        raise WorkspaceError(f"{path}: no player states yet; run `fastq retrain`")
+    return path
+
+
+def known_players(platform: Platform) -> pl.DataFrame:
+    """`player_id`, `seen_at` and the attributes of every player who was materialised last."""
+    return materialized(platform).select("player_id", "seen_at", *platform.state.attributes)
 
 
 @contextlib.contextmanager

@@ -9,19 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import html
 import logging
 import sys
 import threading
 import time
-import urllib.parse
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
-from importlib import resources
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -33,7 +30,7 @@ from fastapi.routing import APIRoute
 from prometheus_client import Gauge, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastq.assignment import excluded_players
@@ -41,8 +38,8 @@ from fastq.errors import FastqError, RequestError, UnknownPlayerError
 from fastq.features import NEVER, Columns, epoch_microseconds, microseconds
 from fastq.platform import Platform
 from fastq.workspace import Workspace
-from serving import online
-from serving.auth import COOKIE, SESSION_SECONDS, Caller, Keys, NotAllowed, NotSignedIn, Tokens
+from serving import online, pages
+from serving.auth import COOKIE, Caller, Keys, NotAllowed, NotSignedIn, Tokens
 from serving.bodies import (
     Accepted,
     Asked,
@@ -82,7 +79,7 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"x-frame-options", b"DENY"),
     (b"cache-control", b"no-store"),
-    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"),
+    (b"content-security-policy", b"default-src 'none'; form-action 'none'; frame-ancestors 'none'; base-uri 'none'"),
 ]
 
 
@@ -426,6 +423,11 @@ def refusal(error: Exception) -> Response:
     return problem(500, "something unexpected went wrong; the server's log says what")
 
 
+def status_of(error: FastqError) -> int:
+    """The HTTP status that says what an error means; 503 for what only the server's owner can mend."""
+    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 503)
+
+
 def _sentence(error: Any) -> str:
     where = ".".join(str(step) for step in error["loc"] if step != "body" and not str(step).startswith(("function-", "list[", "dict[", "constrained-")))
     if error["type"] == "json_invalid":
@@ -480,7 +482,8 @@ def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", []), *HEADERS]
+                ours = dict(HEADERS) | (pages.headers_of(scope["path"]) if pages.is_page(scope["path"]) else {})
+                message["headers"] = [*message.get("headers", []), *ours.items()]
             await send(message)
 
         async def receiving() -> Message:
@@ -518,7 +521,7 @@ async def admit(desk: Desk, scope: Scope) -> Response | None:
     path, headers = scope["path"], {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
     if int(headers["content-length"]) > MOST_BYTES if headers.get("content-length", "").isdigit() else False:
         return problem(413, f"the body is larger than {MOST_BYTES // 2**20} MiB; send fewer rows at a time")
-    if path in OPEN or (path == "/console" and scope["method"] == "POST"):  # signing in brings its key in the form
+    if path in OPEN or pages.needs_no_key(path, scope["method"]):
         return None
     try:
         authorization = headers.get("authorization")
@@ -529,8 +532,9 @@ async def admit(desk: Desk, scope: Scope) -> Response | None:
         caller.require("recommend" if path in RECOMMEND else "analyst")
         desk.admit_rate(caller.key_id)
     except NotSignedIn as error:
-        if path == "/console" and scope["method"] == "GET" and "authorization" not in headers and "text/html" in headers.get("accept", ""):
-            return HTMLResponse(page("sign_in.html", message=""))
+        if pages.is_page(path) and scope["method"] in {"GET", "HEAD"} and pages.is_browser(headers):
+            query = scope.get("query_string", b"").decode("latin-1")
+            return pages.sign_in(scope["app"].state.paper, f"{path}?{query}" if query else path, str(error) if session_of(headers) else "")
         return refusal(error)
     except FastqError as error:
         return refusal(error)
@@ -550,14 +554,6 @@ def session_of(headers: Mapping[str, str]) -> str | None:
 def caller_of(request: Request) -> Caller:
     """Who the gate let in."""
     return cast("Caller", request.scope["state"]["caller"])
-
-
-def page(name: str, **values: str) -> str:
-    """A page of `console/` with its values filled in, escaped."""
-    text = resources.files("serving").joinpath("console", name).read_text(encoding="utf-8")
-    for key, value in values.items():
-        text = text.replace(f"{{{{ {key} }}}}", html.escape(value))
-    return text
 
 
 # ---- the app -----------------------------------------------------------------------------------------------------------------
@@ -682,38 +678,8 @@ def create_app(platform: Platform) -> FastAPI:
         """A decision that was served, what it was drawn from, and what has been reported of it."""
         return reply(await asyncio.to_thread(decision_card, desk.open(), decision_id))
 
-    @app.get("/console", include_in_schema=False)
-    async def console(request: Request) -> Response:
-        service = desk.open()
-        version = service.model.version if service.model else "none"
-        return HTMLResponse(
-            page("index.html", platform=platform.platform, version=version, role=caller_of(request).role, decisions=f"{service.log.counts()['decisions']:,}")
-        )
-
-    @app.post("/console", include_in_schema=False)
-    async def sign_in(request: Request) -> Response:
-        origin = request.headers.get("origin")
-        if origin not in (None, "null") and urllib.parse.urlsplit(origin).netloc != request.headers.get("host"):
-            return problem(403, "sign in from the console's own page")
-        form = urllib.parse.parse_qs((await request.body()).decode("utf-8", "replace"))
-        try:
-            token, caller = await asyncio.to_thread(desk.keys.sign_in, form.get("key", [""])[0])
-            caller.require("analyst")
-        except NotSignedIn:
-            return HTMLResponse(page("sign_in.html", message="This key is not known here, or it was revoked."), 401)
-        except NotAllowed as error:
-            return HTMLResponse(page("sign_in.html", message=f"{error}."), 403)
-        answer = RedirectResponse("/console", 303)
-        answer.set_cookie(COOKIE, token, max_age=SESSION_SECONDS, httponly=True, samesite="strict", secure=request.url.scheme == "https", path="/")
-        return answer
-
-    @app.post("/console/sign-out", include_in_schema=False)
-    async def sign_out(request: Request) -> Response:
-        if (token := session_of({"cookie": request.headers.get("cookie", "")})) is not None:
-            await asyncio.to_thread(desk.keys.sign_out, token)
-        answer = RedirectResponse("/console", 303)
-        answer.delete_cookie(COOKIE, path="/")
-        return answer
+    app.state.paper = pages.paper(platform)
+    app.include_router(pages.router(desk, app.state.paper))
 
     @app.get("/healthz")
     async def healthz() -> Response:

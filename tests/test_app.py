@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -386,10 +387,12 @@ def test_signing_in_on_the_console(client: TestClient, keys: dict[str, str]) -> 
     assert keys["analyst"].lower() not in cookie
     page = client.get("/console", headers=browser)
     assert page.status_code == 200
-    assert "http://" not in page.text
+    assert "http://" not in page.text.replace("http://www.w3.org/2000/svg", "")
     assert "https://" not in page.text
     assert client.get("/v1/models").status_code == 200  # the cookie is the analyst
-    client.post("/console/sign-out", headers=browser)
+    token = re.search(r'name="csrf" value="([0-9a-f]+)"', page.text).group(1)
+    assert client.post("/console/sign-out", headers=browser).status_code == 403  # only a page of this session may
+    assert client.post("/console/sign-out", data={"csrf": token}, headers=browser, follow_redirects=False).status_code == 303
     client.cookies.clear()
     assert client.get("/v1/models", headers={"Cookie": answer.headers["set-cookie"].split(";")[0]}).status_code == 401
 

@@ -11,6 +11,8 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastq import explanation, features, learner, windows, worlds
 from fastq.errors import RequestError
@@ -387,3 +389,76 @@ def test_items_are_explained_by_their_ids(shelf):
         explain(policy, states, against={"item_id": "z"})
     with pytest.raises(RequestError, match="expected exactly item_id, got price"):
         explain(policy, states, against={"price": 1})
+
+
+# ---- the sentence above everything -------------------------------------------------------------------------------------------
+OBJECTIVES = {"joy": 1.0, "cost": -1.0, "trust": 0.5}
+CLAIM = re.compile(r"\b(more|less) (joy|cost|trust) (now|later)( and (?:now|later))?")
+WON_BACK = re.compile(r"what it (loses in|adds to) (joy|cost|trust) now it (wins back|saves) later")
+
+
+def contrasted(values: list[float], low: float = 0.1, high: float = 0.1) -> dict:
+    """An answer of which only the contrast's parts matter, [objective][now, later] in one list."""
+    parts = [
+        {"objective": name, "horizon": horizon, "value": value}
+        for (name, horizon), value in zip([(n, h) for n in OBJECTIVES for h in explanation.HORIZONS], values, strict=True)
+    ]
+    difference = float(np.sum(values))
+    decisive = decisive_reasons(np.array(values).reshape(1, len(OBJECTIVES), 2), list(OBJECTIVES))[0]
+    contrast = {
+        "against": "retain", "action": {"games": 5.0, "gift": 12.0}, "difference": difference, "low": difference - low, "high": difference + high,
+        "parts": parts, "decisive": [list(reason) for reason in decisive],
+    }  # fmt: skip
+    return {"action": {"games": 7.0, "gift": 6.0}, "units": {"games": "games", "gift": "INR"}, "contrast": contrast}
+
+
+@given(st.lists(st.floats(-2, 2).map(lambda x: round(x, 3)), min_size=6, max_size=6), st.floats(0, 1))
+def test_the_headline_never_contradicts_the_numbers(values: list[float], doubt: float) -> None:
+    answer = contrasted(values, doubt, doubt)
+    said, contrast = explanation.headline(answer, OBJECTIVES), answer["contrast"]
+    parts = {(p["objective"], p["horizon"]): p["value"] for p in contrast["parts"]}
+    assert said.startswith("7 games and 6 INR instead of what retain would give, 5 and 12: ")
+    for how, objective, first, second in CLAIM.findall(said):
+        for when in (first, second.removeprefix(" and ")):
+            if when:
+                moved = parts[objective, "immediate" if when == "now" else "long_term"] * OBJECTIVES[objective]
+                assert (moved > 0) == (how == "more"), said
+                assert moved != 0, said
+    for gives, objective, takes in WON_BACK.findall(said):
+        now, later = parts[objective, "immediate"], parts[objective, "long_term"]
+        assert now < 0 < -now < later, said
+        assert (gives, takes) == (("loses in", "wins back") if OBJECTIVES[objective] > 0 else ("adds to", "saves"))
+    assert ("in all" in said) == (contrast["difference"] != 0)
+    if contrast["difference"]:
+        assert re.search(r"in all \S+ (more|less)", said).group(1) == ("more" if contrast["difference"] > 0 else "less")
+    assert ("not certain" in said) == (contrast["difference"] != 0 and contrast["low"] < 0 < contrast["high"])
+
+
+def test_the_headline_of_the_house_example() -> None:
+    said = explanation.headline(contrasted([-0.1, 0.3, 0.2, 0.0, 0.0, -0.02]), OBJECTIVES)
+    assert said.startswith("7 games and 6 INR instead of what retain would give, 5 and 12: what it loses in joy now it wins back later")
+    assert explanation.headline(contrasted([0.0, 0.0, 0.2, 0.0, 0.0, 0.0]), OBJECTIVES).startswith(
+        "7 games and 6 INR instead of what retain would give, 5 and 12: it means less cost now; in all 0.2 more, 90 % interval 0.1 to 0.3."
+    )
+    against = explanation.headline(contrasted([-0.3, 0.1, 0.0, 0.0, 0.0, 0.0]), OBJECTIVES)
+    assert "it means less joy now, which more joy later does not make up for; in all 0.2 less" in against
+
+
+def test_an_imagined_action_adds_up_under_both_weights(arena) -> None:
+    policy, states, _ = arena
+    one = PlayerStates(
+        *(None if part is None else part[:1] for part in (states.history, states.attributes, states.actions, states.objectives, states.policies))
+    )
+    recommended = explain(policy, one, attributions=False).action
+    imagined = np.array([[(low + high) / 2 for low, high in policy.platform.bounds]])
+    weights = {"cost": -3.0}
+    found = explanation.imagine(policy, one, recommended, imagined, weights)
+    assert found.values["imagined"][1] - found.values["recommended"][1] == pytest.approx(found.difference, abs=1e-9)
+    assert found.parts.sum() == pytest.approx(found.difference, abs=1e-12)
+    assert found.low <= found.difference <= found.high
+    usual = explanation.imagine(policy, one, recommended, imagined, {})
+    contrast = explain(policy, one, actions=imagined, against=recommended, attributions=False).contrast
+    assert (usual.difference, usual.low, usual.high) == pytest.approx((contrast.difference[0], contrast.low[0], contrast.high[0]))
+    assert usual.values["recommended"][0] == pytest.approx(usual.values["recommended"][1])
+    with pytest.raises(RequestError, match="fun"):
+        explanation.imagine(policy, one, recommended, imagined, {"fun": 1.0})

@@ -111,6 +111,47 @@ def test_decisions_served_and_then_validated_stand_once_with_what_came_since(ser
     connection.close()
 
 
+@pytest.mark.parametrize("ranges", [64, 0])
+def test_an_answer_counts_a_served_row_that_was_accepted_once_wherever_it_lies(served, tmp_path, monkeypatch, ranges):
+    """Read by path, rows are left out by their place in the file: compared where they lie together, looked up where they do not."""
+    platform = load_platform(shutil.copytree(served[0].root, tmp_path / "copy"))
+    monkeypatch.setattr(queries, "RANGES", ranges)
+    path = Workspace(platform.root).tables / "decisions.parquet"
+    accepted = pl.read_parquet(path)
+    some = records.read_served(platform).sort("decided_at", "decision_id").select(accepted.columns)
+    pl.concat([accepted[:100], some[:3], accepted[100:200], some[3:], accepted[200:]]).write_parquet(path)
+    for _ in range(2):  # found, then kept
+        connection = queries._opened(platform, frozenset({"decisions"}), 512)
+        found = pl.from_arrow(connection.execute("SELECT decision_id, origin, accepted FROM decisions").to_arrow_table())
+        connection.close()
+        assert found["decision_id"].is_unique().all()
+        assert len(found) == accepted.height + some.height
+        assert set(found.filter(pl.col("origin") == "served")["decision_id"]) == set(some["decision_id"])
+        assert found["accepted"].all()
+    accepted.write_parquet(path)  # another validation: what was kept is looked for again
+    connection = queries._opened(platform, frozenset({"decisions"}), 512)
+    assert connection.execute("SELECT count(*), count_if(NOT accepted) FROM decisions").fetchone() == (accepted.height + some.height, some.height)
+    connection.close()
+
+
+def test_attributions_are_those_that_explain_gives(served, sql, monkeypatch, tmp_path):
+    platform, answers, _, _ = served
+    explained = answers[3]["decision_id"]
+    single = online.explain(platform, explained)["attributions"]
+    rows = sql("SELECT measure, periods_before, value FROM attributions WHERE decision_id = ?", explained).rows()
+    assert {measure: value for measure, _, value in rows if measure} == pytest.approx(single["measures"], abs=1e-4)
+    periods = {before: value for _, before, value in rows if before}
+    assert [periods[platform.state.window - i] for i in range(platform.state.window)] == pytest.approx(single["periods"], abs=1e-4)
+    copy = load_platform(shutil.copytree(platform.root, tmp_path / "copy"))
+    (Workspace(copy.root).state / "queries" / "attributions.parquet").unlink()
+    monkeypatch.setattr(queries, "ATTRIBUTED", 2)  # the newest first, the others with later questions
+    for n in (2, 4):
+        found = pl.read_parquet(queries._attributed(copy))["decision_id"].unique()
+        assert len(found) == n
+    newest = max((a for a in answers if a["value"] is not None), key=lambda a: a["decided_at"])
+    assert newest["decision_id"] in found
+
+
 def test_outcomes_are_the_known_objectives_long(served, sql):
     platform, answers, _, _ = served
     wide = records.read_tables(platform).decisions
