@@ -49,6 +49,7 @@ MOST_BYTES = 64 * 2**20  # of an answer
 OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside the query's own memory
 CHUNK = 4_096  # decisions explained at a time
 ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
+SKEW = 300_000_000  # microseconds by which the clock of a server may be ahead of that of the file
 RANGES = 64  # of rows that are left out by comparing their numbers; more are looked up
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
@@ -583,24 +584,27 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
 def _exported(platform: Platform, path: Path, served: pl.DataFrame) -> pl.DataFrame:
     """The accepted rows of decisions that fastq served: `row`, their place in the file, `decision_id`, `assignment` and the objectives.
 
-    To look for them among ten million takes longer than most questions, so what was found is kept for as long as neither the file nor the servers' logs change.
-    What is served later is not in a file that was written before.
+    To look for them among ten million takes longer than most questions, so what was found, and what was not, is kept for as long as the file is the same.
+    Decisions made after the file was written are not in it; any other that was not looked for yet has all of them looked for again.
     """
-    workspace = Workspace(platform.root)
-    stat, logs = path.stat(), sorted(log.name for log in workspace.served.glob("[!.]*.*") if log.suffix in {".db", ".parquet"})
-    about = {"of": json.dumps([stat.st_mtime_ns, stat.st_size, stat.st_ino, logs, list(platform.objectives)])}
+    workspace, stat = Workspace(platform.root), path.stat()
+    about = {"of": json.dumps([stat.st_mtime_ns, stat.st_size, stat.st_ino, list(platform.objectives)])}
     kept = workspace.state / "queries" / "exported.parquet"
+    ids = served.select("decision_id")
     with contextlib.suppress(OSError, pl.exceptions.PolarsError):
         if pl.read_parquet_metadata(kept).get("of") == about["of"]:
-            return pl.read_parquet(kept).join(served.select("decision_id"), on="decision_id", how="semi", maintain_order="left")
+            looked_for = pl.read_parquet(kept)
+            older = served.filter(pl.col("decided_at").dt.epoch("us") < stat.st_mtime_ns // 1000 + SKEW)
+            if older.join(looked_for, on="decision_id", how="anti").is_empty():
+                return looked_for.drop_nulls("row").join(ids, on="decision_id", how="semi", maintain_order="left")
     accepted = pl.scan_parquet(path, row_index_name="row", glob=False)
-    found = accepted.join(served.lazy().select("decision_id"), on="decision_id", how="semi", maintain_order="left").select(
+    found = accepted.join(ids.lazy(), on="decision_id", how="semi", maintain_order="left").select(
         pl.col("row").cast(pl.Int64), "decision_id", "assignment", *platform.objectives
     )
     exported = found.collect().sort("row")
     workspace.make(kept.parent)
     with replacing(kept) as partial:
-        exported.write_parquet(partial, metadata=about)
+        pl.concat([exported, ids.join(exported, on="decision_id", how="anti")], how="diagonal").write_parquet(partial, metadata=about)
     return exported
 
 

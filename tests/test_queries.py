@@ -128,6 +128,12 @@ def test_an_answer_counts_a_served_row_that_was_accepted_once_wherever_it_lies(s
         assert len(found) == accepted.height + some.height
         assert set(found.filter(pl.col("origin") == "served")["decision_id"]) == set(some["decision_id"])
         assert found["accepted"].all()
+    new = some[:1].with_columns(decision_id=pl.lit("late"))  # a log that was away: its decision is older than the file, and in it
+    kept = pl.read_parquet(Workspace(platform.root).state / "queries" / "exported.parquet")
+    assert "late" not in kept["decision_id"]
+    again = queries._exported(platform, path, pl.concat([some, new]))
+    assert (len(again), again["row"].is_not_null().all()) == (len(some), True)
+    assert "late" in pl.read_parquet(Workspace(platform.root).state / "queries" / "exported.parquet")["decision_id"]
     accepted.write_parquet(path)  # another validation: what was kept is looked for again
     connection = queries._opened(platform, frozenset({"decisions"}), 512)
     assert connection.execute("SELECT count(*), count_if(NOT accepted) FROM decisions").fetchone() == (accepted.height + some.height, some.height)
