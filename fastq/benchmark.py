@@ -32,13 +32,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from fastq import features, learner, records, windows, worlds
-from fastq.errors import RequestError
+from fastq import evaluation, features, learner, records, windows, worlds
+from fastq.errors import ConfigurationError, RequestError
 from fastq.features import Encoding, PlayerStates
-from fastq.platform import OWN_POLICY, Platform, load_platform
+from fastq.platform import OWN_POLICY, CatalogueAction, Platform, load_platform
 from fastq.windows import Windows, held_out_players
-from fastq.workspace import replacing
+from fastq.workspace import Workspace, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -397,6 +398,59 @@ def t_interval(values: Array, level: float = 0.95) -> tuple[float, float | None,
 
     half = float(t.ppf((1 + level) / 2, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
     return mean, mean - half, mean + half
+
+
+# ---- on a platform's own logs, estimated --------------------------------------------------------------------------------------
+def on_logs(platform: Platform, methods: Sequence[str] = METHODS, steps: int = 20_000, on_progress: Progress | None = None) -> dict[str, Any]:
+    """Learn by every method on these logs and estimate each off-policy on players that none of them saw, by the gate's own estimator.
+
+    Every learned policy is valued as it would be served: around its action with `serving.exploration`'s logged noise.
+    """
+    chosen, notes = checked_methods(methods)
+    if isinstance(platform.action, CatalogueAction) and len(chosen) > 1:
+        chosen, notes = (OWN_POLICY,), [*notes, "the rivals choose numbers, not items: on a catalogue FAST-Q is compared with the behaviour policies alone"]
+    if platform.serving.exploration == 0:
+        raise ConfigurationError(
+            "fastq.yaml: serving.exploration: expected more than 0; a policy without noise has no density, so it cannot be estimated from logs"
+        )
+    tell = on_progress or (lambda *_: None)
+    directory = Workspace(platform.root).state / "benchmark"
+    tables = records.read_records(platform)
+    data = windows.build(platform, tables, features.build_rows(platform, tables))
+    version = hashlib.sha256(f"{data.fingerprint()}{platform.model_dump_json()}{steps}".encode()).hexdigest()[:10]
+    cells = directory / f"logs-{version}"
+    (cells / OWN_POLICY).mkdir(parents=True, exist_ok=True)
+    own = learner.train(platform, data, cells / OWN_POLICY, resume=True, on_progress=on_progress)
+    held = evaluation.hold(own, data)
+    targets, seconds = [evaluation.served_target(own, held)], dict[str, float]()
+    for i, method in enumerate(chosen[1:], 1):
+        tell("benchmark", i, len(chosen), {})
+        cell = kept(cells / f"{method}.json", partial(rival_actions, method, platform, data, held, steps))
+        seconds[method] = cell["seconds"]
+        targets.append(evaluation.continuous_target(method, own, held, torch.from_numpy(own.units.standard(np.array(cell["action"])))))
+    targets += [evaluation.behaviour_target(own, held, k) for k, name in enumerate(data.policies) if name != OWN_POLICY]
+    rows: list[dict[str, Any]] = []
+    for target in targets:
+        said = [record for record in evaluation.valued(own, held, target)[1] if record["objective"] is None]
+        rows += [record | {"method": target.name, "seconds": seconds.get(target.name)} for record in said[:1]]  # the best estimator that did not refuse
+    rows.sort(key=itemgetter("value"), reverse=True)
+    tell("benchmark", len(chosen), len(chosen), {})
+    return {
+        "on": platform.platform,
+        "rows": rows,
+        "cells": str(cells),
+        "notes": notes,
+        "picture": str(picture([{"world": platform.platform, "rows": rows}], cells / "benchmark.png")),
+    }
+
+
+def rival_actions(method: str, platform: Platform, data: Windows, held: evaluation.Held, steps: int, chunk: int = 16_384) -> dict[str, Any]:
+    """What a rival would do in every held-out state."""
+    began = time.perf_counter()
+    choose = learn(method, platform, data, platform.training.seed, steps)
+    seconds = time.perf_counter() - began
+    action = np.concatenate([choose(data.states(held.rows[i : i + chunk])) for i in range(0, len(held.rows), chunk)])
+    return {"seconds": seconds, "action": action.tolist()}
 
 
 # ---- the picture ----------------------------------------------------------------------------------------------------------------

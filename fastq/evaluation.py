@@ -241,27 +241,24 @@ def evaluate(
     attempts: what the gate said in this workspace before, oldest first; they set the error rate of this attempt, and how new its data have to be.
     """
     platform, seed = policy.platform, policy.platform.training.seed
-    names = list(platform.objectives)
     say = on_step or (lambda _: None)
     held = hold(policy, windows)
-    tested_on_training = not held_out_players(windows.player_ids, platform.training.holdout, seed)[windows.player[held.rows]].all()
     targets = [served_target(policy, held)]
     if champion is not None and champion.platform.fingerprint() == platform.fingerprint():
         targets.append(served_target(champion, held, f"{OWN_POLICY} {champion.version or 'champion'}"))
     targets += [behaviour_target(policy, held, k) for k, name in enumerate(windows.policies) if name != OWN_POLICY]
 
-    discount = np.where((platform.discounts > 0) & windows.truncated[held.rows, None], platform.discounts, windows.discount[held.rows])
     panel: dict[str, Panel] = {}
     records: list[dict[str, Any]] = []
     for target in targets:
         say(f"estimating {target.name}")
-        panel[target.name] = estimators(held, target, discount, seed)
-        records += described(panel[target.name].terms, target, names, platform.weights, seed, tested_on_training)
+        panel[target.name], said = valued(policy, held, target)
+        records += said
 
     alpha, because = alpha_of_attempt(platform.training.alpha, attempts, now or datetime.now(UTC))
     against = champion_name(targets, records, champion is not None)
     reasons, difference, terms = gate_on_difference(panel, {target.name: target for target in targets}, against, held, platform.weights, alpha, seed)
-    if tested_on_training:
+    if learned_from(policy, held):
         reasons.append(f"{len(windows.player_ids)} players are too few to hold some out: the candidate would be judged on players it learned from")
     say("checking guardrails")
     guardrails, broken = gate_on_guardrails(held, targets[0], platform, seed, alpha)
@@ -276,6 +273,21 @@ def evaluate(
         records, against, difference, guardrails, not reasons, reasons, len(np.unique(windows.player[held.rows])), len(held.rows),
         segments, checks, warnings, alpha, because, newest,
     )  # fmt: skip
+
+
+def valued(policy: Policy, held: Held, target: Target) -> tuple[Panel, list[dict[str, Any]]]:
+    """The panel of one target, and what it says as records, best estimator first."""
+    platform, windows = policy.platform, held.windows
+    discount = np.where((platform.discounts > 0) & windows.truncated[held.rows, None], platform.discounts, windows.discount[held.rows])
+    panel = estimators(held, target, discount, platform.training.seed)
+    names, seed = list(platform.objectives), platform.training.seed
+    return panel, described(panel.terms, target, names, platform.weights, seed, learned_from(policy, held))
+
+
+def learned_from(policy: Policy, held: Held) -> bool:
+    """Whether too few players could be held out, so that these are players the policy learned from."""
+    training, windows = policy.platform.training, held.windows
+    return not held_out_players(windows.player_ids, training.holdout, training.seed)[windows.player[held.rows]].all()
 
 
 def alpha_of_attempt(alpha: float, attempts: Sequence[Attempt], now: datetime) -> tuple[float, str]:

@@ -133,6 +133,22 @@ class TestCells:
         json.dumps(document, allow_nan=False)
 
 
+@pytest.mark.slow
+def test_on_a_platforms_own_logs_all_are_estimated_on_players_that_none_saw(tmp_path):
+    platform = load_platform(worlds.write_logs(worlds.world(), tmp_path, players=80, days=16, seed=3))
+    document = benchmark.on_logs(platform, ("boosting-now",))
+    rows = {row["method"]: row for row in document["rows"]}
+    assert set(rows) == {"fastq", "boosting-now", "stretch", "retain", "spend"}
+    assert all(row["objective"] is None and math.isfinite(row["value"]) and row["low"] <= row["value"] <= row["high"] and row["verdict"] for row in rows.values())
+    assert rows["boosting-now"]["seconds"] > 0
+    cells = tmp_path / ".fastq" / "benchmark"
+    before = {path: path.stat().st_mtime_ns for path in cells.rglob("boosting-now.json")}
+    again = benchmark.on_logs(platform, ("boosting-now",))
+    assert {path: path.stat().st_mtime_ns for path in cells.rglob("boosting-now.json")} == before
+    assert again["rows"] == document["rows"]
+    json.dumps(document, allow_nan=False)
+
+
 class TestFigures:
     def test_students_interval_by_hand(self):
         mean, low, high = benchmark.t_interval(np.array([1.0, 2.0, 3.0]))
