@@ -302,14 +302,14 @@ def test_faults_under_load(trained: Path, tmp_path: Path) -> None:
 
         (replica,) = of(workspace, "ServeReplica")
         replica.kill()
-        load.during("the replica killed", 25, 40, 20)
+        load.during("the replica killed", 50, 60, 45)  # it is the only one, and imports everything anew
         for proxy in of(workspace, "haproxy"):
             proxy.kill()
         load.during("the proxy killed", 20, 10**6, 10)
     finally:
         load.end()
-    os.killpg(server.process.pid, signal.SIGKILL)
-    server.process.wait(30)
+        os.killpg(server.process.pid, signal.SIGKILL)  # everything, and nothing is told
+        server.process.wait(30)
     again = Server(command, workspace, port)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False) as client:
@@ -321,6 +321,7 @@ def test_faults_under_load(trained: Path, tmp_path: Path) -> None:
         assert rows[0][0] >= len(set(load.acknowledged)), json.dumps(rows)
     finally:
         again.stop()
+        app.sweep(workspace, app.ray_directory(workspace))
 
 
 if __name__ == "__main__":
