@@ -1185,10 +1185,10 @@ def test_the_direct_method_is_never_trusted():
         ({"changed": 0.02, "setting": 3.14159}, "trust: 2.0% of the weight is changed on purpose (setting 3.14)"),
         ({"changed": 0.11}, "do not trust: 11.0% of the weight is changed on purpose, and the interval leaves out the bias that this brings"),
         ({"negative": 0.25}, "trust"),
-        ({"apart": 2.5}, "trust"),
+        ({"apart": 3.5}, "trust"),
         (
-            {"apart": 2.6},
-            "do not trust: the fitted ratio of states and the same one step back lie 2.6 standard errors apart: its features miss some of the past",
+            {"apart": 3.6},
+            "do not trust: the fitted ratio of states and the same one step back lie 3.6 standard errors apart: its features miss some of the past",
         ),
         ({"negative": 0.26}, "do not trust: 26% of the fitted density ratio lies below 0: its features are too poor, or its rows too few"),
     ],
