@@ -139,7 +139,9 @@ def test_on_a_platforms_own_logs_all_are_estimated_on_players_that_none_saw(tmp_
     document = benchmark.on_logs(platform, ("boosting-now",))
     rows = {row["method"]: row for row in document["rows"]}
     assert set(rows) == {"fastq", "boosting-now", "stretch", "retain", "spend"}
-    assert all(row["objective"] is None and math.isfinite(row["value"]) and row["low"] <= row["value"] <= row["high"] and row["verdict"] for row in rows.values())
+    assert all(
+        row["objective"] is None and math.isfinite(row["value"]) and row["low"] <= row["value"] <= row["high"] and row["verdict"] for row in rows.values()
+    )
     assert rows["boosting-now"]["seconds"] > 0
     cells = tmp_path / ".fastq" / "benchmark"
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("boosting-now.json")}
