@@ -1051,15 +1051,22 @@ def _nuisances(design: _Design, counted: Bools, states: int, free: int, folds: i
     for objective in range(design.reward.shape[1]):
         alike.setdefault(np.append(design.episode.discount[:, objective], counted[:, objective]).tobytes(), []).append(objective)
     found = []
+    squares: dict[bytes, Floats] = {}  # most of the work; objectives whose discounts differ by a factor alone share it
     for objectives in (np.array(each) for each in alike.values()):
         rate, there = design.episode.discount[:, objectives[0]], counted[:, objectives[0]]
-        parts = []
+        largest = float(rate.max()) or 1.0
+        share = rate / largest
+        gram, shifted = there.tobytes(), share.tobytes() + there.tobytes()
+        parts: list[tuple[Floats, ...]] = []
         for group in range(groups):
             mine = np.flatnonzero(there & (design.fold == group))
             x: Floats = design.logged[mine] / scale
-            following: Floats = design.target[after[mine]] / scale * rate[mine, None]
-            parts.append((x.T @ x, x.T @ following, x.T @ design.reward[np.ix_(mine, objectives)], x.sum(0), np.array(len(mine))))
+            square = squares[gram][group] if gram in squares else x.T @ x
+            moved = squares[shifted][group] if shifted in squares else x.T @ (design.target[after[mine]] / scale * share[mine, None])
+            parts.append((square, moved, x.T @ design.reward[np.ix_(mine, objectives)], x.sum(0), np.array(len(mine))))
         sums = [np.stack(each) for each in zip(*parts, strict=True)]
+        squares[gram], squares[shifted] = sums[:2]
+        sums[1] = largest * sums[1]
         found.append((objectives, _fit_of(sums, starts, begun, penalty, scale, states, folds, still=not rate.any())))
     return found
 

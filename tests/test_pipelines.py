@@ -346,10 +346,22 @@ def test_turns(platform):
 )
 def test_only_what_can_heal_is_tried_again(error, expected):
     class State:
+        name = "Failed"
+
         def result(self):
             raise WorkspaceError("wrapped") from error
 
     assert turn.heals(None, None, State()) is expected
+
+
+def test_what_took_longer_than_its_limit_is_not_tried_again():
+    class State:
+        name = "TimedOut"
+
+        def result(self):
+            raise TimeoutError
+
+    assert turn.heals(None, None, State()) is False
 
 
 def test_progress_without_a_terminal_is_one_line_per_stage(capsys):
