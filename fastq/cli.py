@@ -81,7 +81,7 @@ def demo(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the demo's workspace is made.", show_default="fastq-demo")] = Path("fastq-demo"),
     logs: Annotated[DemoLogs, typer.Option(help="A simulated platform whose truth is known, or the Open Bandit Dataset's real logs.")] = DemoLogs.arena,
     seed: Annotated[int, typer.Option(help="Of the simulated platform and of the training.", min=0)] = 0,
-    players: Annotated[int, typer.Option(help="Players of the simulated platform.", min=10)] = 2_000,
+    players: Annotated[int, typer.Option(help="Players of the simulated platform.", min=10)] = 3_000,
     days: Annotated[int, typer.Option(help="Days of the simulated platform.", min=10)] = 40,
     fresh: Annotated[bool, typer.Option("--fresh/--resume", help="Start afresh in a directory that holds an earlier demo, or go on where it stopped.")] = False,
     as_json: JsonOption = False,

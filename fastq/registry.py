@@ -483,6 +483,8 @@ def strike(platform: Platform, decision_ids: Sequence[str], who: str = "fastq") 
     if not decision_ids:
         return {}
     client = _client(platform)
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
     workspace, wanted, removed = Workspace(platform.root), frozenset(decision_ids), {}
     with _translated("listing models"):
         versions = _versions(platform, client)
@@ -497,7 +499,9 @@ def strike(platform: Platform, decision_ids: Sequence[str], who: str = "fastq") 
             try:
                 _without_evidence(directory, partial / "bundle", rows)
                 workspace.record(who, "forget", version=name, rows=len(rows))
-                client.log_artifacts(version.run_id, str(partial / "bundle"), "bundle")
+                # not client.log_artifacts, which remembers where a run's artifacts lay, though the workspace be moved
+                where = client.get_run(version.run_id).info.artifact_uri
+                get_artifact_repository(where).log_artifacts(str(partial / "bundle"), "bundle")
                 client.set_model_version_tag(platform.platform, name, _DIGEST_TAG, _sha256(partial / "bundle" / "bundle.json"))
                 directory.rename(partial / "before")
                 (partial / "bundle").rename(directory)

@@ -483,7 +483,10 @@ def test_a_new_champion_is_taken_and_a_damaged_one_is_not(trained: Path, tmp_pat
         weights = Workspace(platform.root).models / bundles[1] / "weights.safetensors"
         weights.chmod(0o600)
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
-        registry.promote(platform, bundles[1], reason="test", forced=True)
+        with pytest.raises(BundleError, match="is not the file"):
+            registry.promote(platform, bundles[1], reason="test", forced=True)
+        # somebody who goes round us
+        registry._client(platform).set_registered_model_alias(platform.platform, registry.CHAMPION, bundles[1])
         time.sleep(2.5)
         assert version(client, key) == bundles[0]
         assert "fastq_models_refused_total 1.0" in client.get("/metrics").text

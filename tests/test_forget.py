@@ -161,7 +161,7 @@ def test_new_events_of_a_forgotten_player_reach_no_state(platform: Platform, liv
         online.apply_activity(service)
         assert service.log.unapplied() == []
         assert online.read_states(service, service.current(), [player, other], online.datetime.now(online.UTC)).known == [False, True]
-    assert records.read_records(platform).activity.filter(pl.col("player_id") == player).is_empty()
+    assert records.read_records(platform).activity.filter(pl.col("player_id") == player).height == 0
     assert [entry["where"] for entry in forget(platform, player)["removed"]] == [".fastq/served/0000.db, activity"]
 
 

@@ -20,7 +20,7 @@ from fastq.platform import Platform, parse_duration
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLAYERS, DAYS = 500, 16
+PLAYERS, DAYS = 1_100, 16
 
 
 def section(title):
@@ -103,7 +103,7 @@ def test_an_optional_key_has_the_default_of_the_table(path, default):
     field = field_at(path)
     found = field.get_default(call_default_factory=True)
     if default in {"none", "one period"}:
-        assert found is None
+        assert found is None or found == []
     elif default == "embedded":
         assert found in {"sqlite", "local"}
     elif isinstance(found, timedelta):

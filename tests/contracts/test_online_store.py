@@ -119,7 +119,8 @@ def test_arrays_and_frames_say_the_same_and_unknown_players_have_an_empty_row(pl
     blank = features.states_at(platform, found, AT)
     assert np.isnan(blank.history[1]).all()
     assert (found.seen_at[1], found.read_at[1], found.policies[1], found.heard[1]) == (features.NEVER, features.NEVER, None, {})
-    assert blank.attributes.row(1) == (None, None)
+    assert np.isnan(blank.attributes["tenure"][1])
+    assert blank.attributes["region"][1] is None
     assert store.read_online(opened, ["nobody"]).schema == features.online_schema(platform)
     assert len(store.read_online(opened, [])) == len(store.read_states(opened, [], WIDTH)) == 0
 

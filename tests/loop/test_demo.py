@@ -122,7 +122,7 @@ def test_ctrl_c_leaves_nothing_and_the_last_run_ends_as_if_none_had_been_stopped
         stopped = as_a_user("demo", "shop", *few, cwd=tmp_path / "stopped")
         stopped.shows(stage)
         stopped.interrupt()
-        stopped.wait(60)
+        stopped.wait(120)
         assert stopped.code == 128 + signal.SIGINT, stopped.stderr[-2000:]
         stopped.gone()
         assert not (tmp_path / "stopped" / "shop" / ".fastq" / "writing").exists()
