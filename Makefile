@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-ope bench-analyst
+.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-ope bench-obp bench-analyst
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,6 +58,9 @@ bench-online: $(VENV)/.installed  ## one player's state out of SQLite, Redis and
 
 bench-ope: $(VENV)/.installed  ## coverage of the intervals and error rates of the gate, in simulated truth; LOGS=2000, CELLS=folder to go on in
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_ope*.py' tests/benchmarks $(ARGS)
+
+bench-obp: $(VENV)/.installed  ## errors of the off-policy estimators beside the Open Bandit Pipeline's, on the same arrays; installs it in a folder of its own
+	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_obp.py $(ARGS)
 
 bench-analyst: $(VENV)/.installed  ## what an analyst waits for: pages, sliders, SQL, explanations of everybody
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_analyst.py $(ARGS)
