@@ -3,7 +3,7 @@
 Bar: the mean relative estimation error, |estimate - truth| / truth, of our best estimator is at most 1.05 times that of OBP's best, over the same runs.
 
 - synthetic: OBP's own world, 10,000 rounds, 30 actions, 5 features, binary rewards; the target learned by its IPWLearner on another log. The logger is its
-  linear policy to the power -3, as in the README that states 0.0062 for doubly robust (`sharp`; that README is of a later version, whose world differs), or as
+  linear policy to the power -3, as in the README of a later version that states 0.0062 for doubly robust (`sharp`), or as
   it is, with a target that is deterministic (`deterministic`). Truth: the target's expected reward in the very rounds of the log.
 - open bandit: bootstrap samples of the small log of the uniform policy, truth the mean click of `bts` in its own log (42 clicks: it is itself uncertain by
   15 %, so only the comparison says something); the target's law by 100,000 draws from the prior that OBP ships.
@@ -37,7 +37,7 @@ from sklearn.preprocessing import LabelEncoder, OneHotEncoder
 from fastq import ope
 
 VERSION, DEPENDENCIES = "obp==0.4.1", ("seaborn==0.13.2",)
-RUNS = int(os.environ.get("FASTQ_BENCH_RUNS", "40"))
+RUNS = int(os.environ.get("FASTQ_BENCH_RUNS", "20"))
 ROUNDS, ACTIONS, CONTEXT = 10_000, 30, 5
 LARGEST_RATIO = 1.05
 DRAWS = 100_000  # of OBP's Thompson sampling, to know its probabilities
