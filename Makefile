@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-ope bench-analyst
+.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-ope bench-obp bench-analyst mutants
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -59,8 +59,17 @@ bench-online: $(VENV)/.installed  ## one player's state out of SQLite, Redis and
 bench-ope: $(VENV)/.installed  ## coverage of the intervals and error rates of the gate, in simulated truth; LOGS=2000, CELLS=folder to go on in
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_ope*.py' tests/benchmarks $(ARGS)
 
+bench-obp: $(VENV)/.installed  ## errors of the off-policy estimators beside the Open Bandit Pipeline's, on the same arrays; installs it in a folder of its own
+	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_obp.py $(ARGS)
+
 bench-analyst: $(VENV)/.installed  ## what an analyst waits for: pages, sliders, SQL, explanations of everybody
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_analyst.py $(ARGS)
+
+mutants: $(VENV)/.installed  ## what the tests of fastq/equations.py would not notice, line by line; mutmut lies in build/, outside the environment
+	@test -d build/mutmut || $(VENV)/bin/python -m pip install --quiet -c requirements.lock --target build/mutmut mutmut==3.8.1
+	export PYTHONPATH=build/mutmut OMP_NUM_THREADS=1
+	$(VENV)/bin/python -m mutmut run --max-children 2 $(ARGS)
+	$(VENV)/bin/python -m mutmut results
 
 # The stamp is written last, so an installation that was cut off is taken up again.
 $(VENV)/.installed: requirements.lock pyproject.toml

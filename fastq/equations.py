@@ -137,7 +137,7 @@ def clustered_covariance(x: np.ndarray, residual: np.ndarray, cluster: np.ndarra
     gram = x.T @ x
     gram[np.diag_indices_from(gram)] += strength
     order = np.argsort(cluster, kind="stable")
-    starts = np.flatnonzero(np.diff(cluster[order], prepend=-1))
+    starts = np.flatnonzero(np.r_[True, np.diff(cluster[order]) != 0])
     scores = np.stack([np.add.reduceat(x[order] * residual[order, j, None], starts, axis=0) for j in range(residual.shape[1])])
     whitened = cho_solve(cho_factor(gram), scores.reshape(-1, d).T).T.reshape(scores.shape)
     freedom = len(starts) / max(len(starts) - 1, 1) * n / max(n - d, 1)

@@ -95,8 +95,9 @@ def test_action_features_of_a_batch_are_those_of_each_row():
 def test_cross_terms_are_kept_up_to_six_dimensions():
     # six: 6 + 6 * 7 / 2 + 6 = 33; seven: 3 * 7 = 21
     for d, count in ((6, 33), (7, 21)):
-        assert equations.feature_count(d, polynomial=True) == count
+        assert repr(equations.feature_count(d, polynomial=True)) == str(count)  # a whole number, which layers are made of
         assert equations.action_features(torch.ones(d), polynomial=True).shape == (count,)
+        assert equations.action_features(torch.ones(2, d), polynomial=True).shape == (2, count)
         mean, sd = torch.zeros(2, d), torch.ones(d)
         assert equations.expected_features(mean, sd, -sd, sd).shape == (2, count)
 
@@ -234,6 +235,18 @@ def test_rows_of_one_cluster_are_one_observation():
     close(found, [[[[3 * 37 / 225 + 7 / 3 / 225]]]])
 
 
+def test_clusters_may_have_any_numbers():
+    x, e = np.array([[1.0], [2.0], [3.0]]), np.array([[1.0], [-1.0], [2.0]])
+    for cluster in ([1, 1, 2], [-1, -1, 0], [5, 5, -7]):
+        close(equations.clustered_covariance(x, e, np.array(cluster), 1.0), [[[[3 * 37 / 225 + 7 / 3 / 225]]]])
+
+
+def test_one_degree_of_freedom_is_left_where_rows_are_one_more_than_columns():
+    # x = 1, 2; e = 1, -1: A = 5 + 1 = 6, scores 1 and -2, squares 5; freedom 2/1 * 2/1 = 4; prior: var(e) = 2, times 1 / 6^2
+    found = equations.clustered_covariance(np.array([[1.0], [2.0]]), np.array([[1.0], [-1.0]]), np.arange(2), 1.0)
+    close(found, [[[[4 * 5 / 36 + 2 / 36]]]])
+
+
 def test_one_cluster_per_row_is_the_textbook_sandwich():
     rng = np.random.default_rng(0)
     x, e, strength = rng.normal(size=(40, 3)), rng.normal(size=(40, 2)), 0.5
@@ -287,6 +300,9 @@ def test_td_target_takes_the_twin_whose_weighted_total_is_smaller():
     close(equations.td_target(tensor([[1.0, 2.0]]), tensor([[0.5, 0.9]]), q_next, tensor([1.0, -1.0])), [[1 + 0.5 * 4, 2 + 0.9 * 3]])
     # w = (1, 1): 6 against 7: twin 0
     close(equations.td_target(tensor([[1.0, 2.0]]), tensor([[0.5, 0.9]]), q_next, tensor([1.0, 1.0])), [[1 + 0.5 * 5, 2 + 0.9 * 1]])
+
+    # w = (0.1, 1): 0.5 + 1 = 1.5 against 0.4 + 1.2 = 1.6: twin 0; by 5 / 0.1 + 1 against 4 / 0.1 + 1.2 it would be twin 1
+    close(equations.td_target(tensor([[0.0, 0.0]]), tensor([[1.0, 1.0]]), tensor([[[5.0, 1.0]], [[4.0, 1.2]]]), tensor([0.1, 1.0])), [[5.0, 1.0]])
 
     # a tie, 6 against 6: the first
     close(equations.td_target(tensor([[0.0, 0.0]]), tensor([[1.0, 1.0]]), tensor([[[5.0, 1.0]], [[4.0, 2.0]]]), tensor([1.0, 1.0])), [[5.0, 1.0]])
