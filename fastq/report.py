@@ -244,6 +244,21 @@ _EVALUATION_PAGE = """\
   </tbody>
 </table></div>{% endif %}
 
+{% if d.densities %}<h2>Propensities that were not logged</h2>
+<p>They are estimated, per policy, by models that saw none of the player they speak of. What rests on them is marked in every verdict. An action upon a bound
+  has no density and gets none.</p>
+<div class="wide"><table>
+  <thead><tr><th>Policy</th><th class="n">Estimated</th><th class="n">Upon a bound</th><th class="n">Log likelihood</th><th class="n">Without the state</th>
+    <th>Intervals of 50, 80, 95 % hold</th><th>In words</th></tr></thead>
+  <tbody>{% for row in d.densities %}
+  <tr><td>{{ row.policy }}</td><td class="n">{{ "{:,}".format(row.estimated) }}</td><td class="n">{{ share(row.atoms) }}</td>
+    <td class="n">{{ number(row.log_likelihood) }}</td><td class="n">{{ number(row.baseline) }}</td>
+    <td>{% for name, levels in row.coverage.items() %}{{ name }}: {% for found in levels.values() %}{{ share(found) }}{{ "" if loop.last else ", " }}{% endfor %}
+      {{- "" if loop.last else "; " }}{% endfor %}</td>
+    <td class="{{ 'warn' if row.poor else 'good' }}">{{ row.sentence }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>{% endif %}
+
 <h2>All estimates</h2>
 <div class="wide"><table>
   <thead><tr><th>Policy</th><th>Objective</th><th>Estimator</th><th class="n">Value</th>
@@ -274,7 +289,7 @@ def evaluation_page(platform: Platform, document: Mapping[str, Any], version: st
         style=_safe(_STYLE),
         title=f"{platform.platform} version {version}" if version else f"A candidate for {platform.platform}",
         at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
-        d={"notes": [], **document},
+        d={"notes": [], "densities": [], **document},
         picture=_safe(_as_svg(estimates_figure(document["estimates"]))),
         number=number,
         plus=lambda value: f"{value:+.4g}",
