@@ -295,10 +295,10 @@ def _items(windows: Windows, k: int, x: Array, fold: Array, learned: Array, aske
 # ---- numbers ---------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class _Law:
-    """A normal law of one dimension, scaled to [0, 1]: log spread s0 + s1 m, centre c0 + c1 m + c2 m² + residuals of earlier dimensions, m the index.
+    """A normal law of one dimension, scaled to [0, 1]: log spread s0 + s1 m, centre c0 + c1 m + c2 m² + c3 m inside the bounds + earlier dimensions' residuals.
 
-    coefficients [2 + X]: s0, s1, c; a design [N, X] has the columns 1, m, m², residuals. clipped: what falls beyond a bound lies upon it; else the law is
-    truncated.
+    coefficients [2 + X]: s0, s1, c; a design [N, X] has the columns 1, m (the index), m², m in [0, 1], residuals. clipped: what falls beyond a bound lies
+    upon it; else the law is truncated.
     """
 
     coefficients: Array
@@ -430,4 +430,5 @@ def _slipped(log_density: Array, share: float) -> Array:
 
 
 def _design(index: Array, residuals: Array) -> Array:
-    return np.concatenate([np.ones((len(index), 1)), index[:, None], index[:, None] ** 2, residuals], 1)
+    # a policy that keeps its aim inside the bounds before it adds noise follows the index no further than that
+    return np.concatenate([np.ones((len(index), 1)), np.stack([index, index**2, np.clip(index, 0, 1)], 1), residuals], 1)

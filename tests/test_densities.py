@@ -76,7 +76,8 @@ def test_estimated_log_densities_are_near_the_true_ones_and_do_not_depend_on_the
     assert np.median(np.abs(off)) < 0.2
     assert np.sqrt(np.mean(off**2)) < 0.5
     # weights divide by the estimate: one that is far too small would outweigh all others
-    assert np.exp(-off).max() < 60
+    assert np.exp(-off).max() < 100
+    assert (off < -np.log(10)).mean() < 0.001
     np.testing.assert_array_equal(found.windows.propensity, densities.estimate(without(arena, np.ones(len(arena), bool))).windows.propensity)
     for each in found.calibrations:
         assert not each.poor, each.sentence
