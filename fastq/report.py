@@ -253,8 +253,7 @@ _EVALUATION_PAGE = """\
   <tbody>{% for row in d.densities %}
   <tr><td>{{ row.policy }}</td><td class="n">{{ "{:,}".format(row.estimated) }}</td><td class="n">{{ share(row.atoms) }}</td>
     <td class="n">{{ number(row.log_likelihood) }}</td><td class="n">{{ number(row.baseline) }}</td>
-    <td>{% for name, levels in row.coverage.items() %}{{ name }}: {% for found in levels.values() %}{{ share(found) }}{{ "" if loop.last else ", " }}{% endfor %}
-      {{- "" if loop.last else "; " }}{% endfor %}</td>
+    <td>{% for name, levels in row.coverage.items() %}{{ name }}: {{ shares(levels.values()) }}{{ "" if loop.last else "; " }}{% endfor %}</td>
     <td class="{{ 'warn' if row.poor else 'good' }}">{{ row.sentence }}</td></tr>{% endfor %}
   </tbody>
 </table></div>{% endif %}
@@ -295,6 +294,7 @@ def evaluation_page(platform: Platform, document: Mapping[str, Any], version: st
         plus=lambda value: f"{value:+.4g}",
         rows=lambda value: f"{value:,.0f}",
         share=lambda value: "–" if value is None else f"{value:.0%}",
+        shares=lambda values: ", ".join(f"{value:.0%}" for value in values),
         words=lambda name: name.replace("_", " "),
         tone=lambda verdict: "good" if verdict.startswith("trust") else "warn",
     )

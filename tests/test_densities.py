@@ -89,20 +89,27 @@ def test_estimated_log_densities_are_near_the_true_ones_and_do_not_depend_on_the
             assert sum(slices) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dimension", "draw", "density"),
-    [
-        ({"low": 0, "high": 10}, lambda c, rng: truncnorm.rvs(-c / 2, (10 - c) / 2, c, 2, random_state=rng), lambda a, c: truncnorm.pdf(a, -c / 2, (10 - c) / 2, c, 2)),
-        ({"low": 0, "high": 10}, lambda c, rng: np.clip(rng.normal(c, 3), 0, 10), lambda a, c: norm.pdf(a, c, 3)),
-        ({"low": 0, "high": 10, "step": 0.5}, lambda c, rng: np.clip(np.round(rng.normal(c, 1) * 2) / 2, 0, 10), lambda a, c: (norm.cdf(a + 0.25, c) - norm.cdf(a - 0.25, c)) / 0.5),
-    ],
-    ids=["truncated", "clipped", "on a grid"],
-)  # fmt: skip
+def truncated(centre):
+    return truncnorm((0 - centre) / 2, (10 - centre) / 2, centre, 2)
+
+
+def cell(size, centre):
+    return (norm.cdf(size + 0.25, centre) - norm.cdf(size - 0.25, centre)) / 0.5
+
+
+LAWS = {
+    "truncated": ({}, lambda centre, rng: truncated(centre).rvs(len(centre), random_state=rng), lambda size, centre: truncated(centre).pdf(size)),
+    "clipped": ({}, lambda centre, rng: np.clip(rng.normal(centre, 3), 0, 10), lambda size, centre: norm.pdf(size, centre, 3)),
+    "on a grid": ({"step": 0.5}, lambda centre, rng: np.clip(np.round(rng.normal(centre) * 2) / 2, 0, 10), cell),
+}
+
+
+@pytest.mark.parametrize(("dimension", "draw", "density"), LAWS.values(), ids=LAWS)
 def test_each_form_of_law_is_found(tmp_path, dimension, draw, density):
-    data, mood = logged(tmp_path, lambda m, rng: draw(5 + 2 * m, rng), dimension)
+    data, mood = logged(tmp_path, lambda m, rng: draw(5 + 2 * m, rng), {"low": 0, "high": 10, **dimension})
     found = densities.estimate(data)
     inside = (data.action[:, 0] > 0) & (data.action[:, 0] < 10)
-    assert 0.7 < inside.mean()
+    assert inside.mean() > 0.7
     np.testing.assert_array_equal(np.isfinite(found.windows.propensity), inside)
     off = np.log(found.windows.propensity[inside]) - np.log(density(data.action[inside, 0], 5 + 2 * mood[inside]))
     assert np.median(np.abs(off)) < 0.06
@@ -189,7 +196,7 @@ def test_an_evaluation_without_propensities_says_what_one_with_them_says(policy,
     assert {(row["policy"], row["objective"], row["estimator"]) for row in found.estimates} == kinds, "no estimator is refused for it"
     for row in found.estimates:
         assert ("weights from estimated propensities of" in row["verdict"]) == (row["estimator"] != "direct_method"), row
-    assert not found.densities == []
+    assert found.densities
     assert not [each.sentence for each in found.densities if each.poor]
     page = report.evaluation_page(policy.platform, found.to_dict())
     assert all(text in page for text in ("Propensities that were not logged", found.densities[0].sentence.split(",")[0]))
