@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastq import features, ope
+from fastq import densities, features, ope
+from fastq.densities import Calibration
 from fastq.equations import action_features
 from fastq.platform import OWN_POLICY, Platform
 from fastq.policy import Policy, Situation
@@ -46,6 +47,7 @@ class Report:
     difference: the candidate against `against`, paired on the same rows. guardrails: mean immediate value under the policy as served. segments: the
     difference per value of each attribute in `evaluation.segments`. cross_checks: the candidate's weighted sum by its own Q, by the fitted Q of the evaluation
     and by the doubly robust default; warnings: where they disagree. alpha: the error rate of this attempt, with its reason in `alpha_because`.
+    densities: how well the propensities that the logs lack were estimated, per policy; empty where none had to be.
     reasons: why the gate refused; empty if `promoted`. data_until: the newest decision, RFC 3339.
     """
 
@@ -63,6 +65,7 @@ class Report:
     alpha: float = 0.025
     alpha_because: str = ""
     data_until: str = ""
+    densities: list[Calibration] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,7 +78,9 @@ class Target:
     name: str
     features: np.ndarray
     weights: np.ndarray
-    estimated: bool  # the weights rest on an estimated law
+    estimated: bool  # the weights rest on an estimated assignment
+    propensities: float = 0.0  # share of the decisions whose weights rest on estimated propensities
+    doubt: str = ""  # why these are not to be trusted
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,19 @@ class Held:
     phi: np.ndarray  # [N, P] of the logged action
     state: np.ndarray  # [N, 1 + absence + …] what the evaluation's own value model sees of the states
     free: int  # the first columns of `state`, the intercept and the absence, which are not shrunk
+    estimated: np.ndarray  # [N] whether the decision's propensity is an estimate
+    calibrations: list[Calibration]  # of these estimates
+
+    @property
+    def doubt(self) -> str:
+        """Why the estimated propensities are not to be trusted; empty where they are, or where all are known."""
+        return "; ".join(each.sentence for each in self.calibrations if each.poor)
 
 
 def hold(policy: Policy, windows: Windows) -> Held:
-    """The decisions of the players held out of training; all of them where too few were held out."""
+    """The decisions of the players held out of training, propensities that were not logged estimated; all of them where too few were held out."""
+    found = densities.estimate(windows, policy.platform.training.seed)
+    windows = found.windows
     out = held_out_players(windows.player_ids, policy.platform.training.holdout, policy.platform.training.seed)[windows.player]
     if len(np.unique(windows.player[out])) < LEAST_PLAYERS:
         out[:] = True
@@ -105,7 +119,8 @@ def hold(policy: Policy, windows: Windows) -> Held:
     # all that decides who acts and what each would do stands beside the state itself: what is left out would pass for an effect of the action
     state = np.concatenate([at.b.double().numpy(), at.psi.numpy()[:, 1:], at.expected.numpy().reshape(len(rows), -1), at.assignment.numpy()[:, 1:]], 1)
     unshrunk = np.concatenate([np.ones((len(rows), 1)), absence(windows, rows)], 1)
-    return Held(windows, rows, at, following, phi, np.concatenate([unshrunk, state - state.mean(0)], 1), unshrunk.shape[1])
+    seen = np.concatenate([unshrunk, state - state.mean(0)], 1)
+    return Held(windows, rows, at, following, phi, seen, unshrunk.shape[1], found.rows[rows], found.calibrations)
 
 
 def absence(windows: Windows, rows: np.ndarray, chunk: int = 65_536) -> np.ndarray:
@@ -138,7 +153,8 @@ def served_target(policy: Policy, held: Held, name: str = OWN_POLICY) -> Target:
         law = policy.item_law(total, at, policy.platform.serving.exploration).numpy()
         features = np.einsum("bc,bcp->bp", law, policy.catalogue.embedding[items].astype(float))
         density = (law * (items == windows.item[rows, None])).sum(1)
-        return Target(name, features, ope.naive_weights(density, logging_density(windows, rows), np.zeros(len(rows), bool)), estimated=False)
+        weights = ope.naive_weights(density, logging_density(windows, rows), np.zeros(len(rows), bool))
+        return resting(Target(name, features, weights, estimated=False), held, held.estimated)
     return continuous_target(name, policy, held, policy.best_units(at, policy.platform.weights, *policy.platform.bounds.T))
 
 
@@ -148,7 +164,13 @@ def continuous_target(name: str, policy: Policy, held: Held, mean: torch.Tensor)
     density = policy.density(windows.action[rows], policy.on_grid(policy.units.raw(mean.numpy()), *bounds.T))
     on_bound = ((windows.action[rows] == bounds[:, 0]) | (windows.action[rows] == bounds[:, 1])).any(1)
     atom = on_bound & ~np.isfinite(windows.propensity[rows])
-    return Target(name, policy.served_features(mean).numpy(), ope.naive_weights(density, logging_density(windows, rows), atom), estimated=False)
+    weights = ope.naive_weights(density, logging_density(windows, rows), atom)
+    return resting(Target(name, policy.served_features(mean).numpy(), weights, estimated=False), held, held.estimated)
+
+
+def resting(target: Target, held: Held, on: np.ndarray) -> Target:
+    """The target, saying that its weights rest on estimated propensities at the decisions `on` [N], if any."""
+    return replace(target, propensities=float(on.mean()), doubt=held.doubt) if on.any() else target
 
 
 def logging_density(windows: Windows, rows: np.ndarray) -> np.ndarray:
@@ -185,7 +207,7 @@ def behaviour_target(policy: Policy, held: Held, k: int) -> Target:
         logged = np.maximum(held.at.assignment[:, k].numpy(), LEAST_CHANCE)
     weights = np.where(acted, 1.0 / np.where(acted, logged, 1.0), 0.0)
     weights[balanced] = np.nan_to_num(windows.law[rows, k][balanced]) / mixture[balanced]
-    return Target(windows.policies[k], held.at.expected[:, k].numpy(), weights, estimated)
+    return resting(Target(windows.policies[k], held.at.expected[:, k].numpy(), weights, estimated), held, balanced & held.estimated)
 
 
 @dataclass(frozen=True)
@@ -258,6 +280,10 @@ def evaluate(
     alpha, because = alpha_of_attempt(platform.training.alpha, attempts, now or datetime.now(UTC))
     against = champion_name(targets, records, champion is not None)
     reasons, difference, terms = gate_on_difference(panel, {target.name: target for target in targets}, against, held, platform.weights, alpha, seed)
+    if difference is not None and (rests := rests_on(targets[0])):
+        difference = difference | {"verdict": f"{difference['verdict']} ({rests})"}
+    if targets[0].doubt:
+        reasons.append(f"the evidence rests on propensities that are not known: {targets[0].doubt}")
     if learned_from(policy, held):
         reasons.append(f"{len(windows.player_ids)} players are too few to hold some out: the candidate would be judged on players it learned from")
     say("checking guardrails")
@@ -271,7 +297,7 @@ def evaluate(
     newest = datetime.fromtimestamp(int(windows.moment.max()) / 1e6, UTC).isoformat(timespec="seconds").replace("+00:00", "Z") if len(windows) else ""
     return Report(
         records, against, difference, guardrails, not reasons, reasons, len(np.unique(windows.player[held.rows])), len(held.rows),
-        segments, checks, warnings, alpha, because, newest,
+        segments, checks, warnings, alpha, because, newest, held.calibrations,
     )  # fmt: skip
 
 
@@ -347,8 +373,8 @@ def described(terms: list[ope.Terms], target: Target, names: list[str], weights:
                 words = f"do not trust: these players were trained on ({words})"
             elif each.estimator == "direct_method":
                 words = "do not trust: the model alone, without a correction by weights"
-            elif target.estimated:
-                words = f"{words} (weights from estimated assignment)"
+            elif rests := rests_on(target):
+                words = f"do not trust: {target.doubt} ({rests})" if target.doubt else f"{words} ({rests})"
             records.append(
                 {
                     "policy": target.name,
@@ -364,6 +390,14 @@ def described(terms: list[ope.Terms], target: Target, names: list[str], weights:
                 }
             )
     return records
+
+
+def rests_on(target: Target) -> str:
+    """What is estimated of what the weights rest on, in words; empty where all of it was logged."""
+    parts = ["assignment"] if target.estimated else []
+    if target.propensities:
+        parts.append("propensities" if target.propensities > 0.999 else f"propensities of {target.propensities:.0%} of the decisions")
+    return f"weights from estimated {' and '.join(parts)}" if parts else ""
 
 
 def champion_name(targets: list[Target], records: list[dict[str, Any]], has_champion: bool) -> str:

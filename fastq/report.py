@@ -244,6 +244,20 @@ _EVALUATION_PAGE = """\
   </tbody>
 </table></div>{% endif %}
 
+{% if d.densities %}<h2>Propensities that were not logged</h2>
+<p>They are estimated, per policy, by models that saw none of the player they speak of. What rests on them is marked in every verdict. An action upon a bound
+  has no density and gets none.</p>
+<div class="wide"><table>
+  <thead><tr><th>Policy</th><th class="n">Estimated</th><th class="n">Upon a bound</th><th class="n">Log likelihood</th><th class="n">Without the state</th>
+    <th>Intervals of 50, 80, 95 % hold</th><th>In words</th></tr></thead>
+  <tbody>{% for row in d.densities %}
+  <tr><td>{{ row.policy }}</td><td class="n">{{ "{:,}".format(row.estimated) }}</td><td class="n">{{ share(row.atoms) }}</td>
+    <td class="n">{{ number(row.log_likelihood) }}</td><td class="n">{{ number(row.baseline) }}</td>
+    <td>{% for name, levels in row.coverage.items() %}{{ name }}: {{ shares(levels.values()) }}{{ "" if loop.last else "; " }}{% endfor %}</td>
+    <td class="{{ 'warn' if row.poor else 'good' }}">{{ row.sentence }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>{% endif %}
+
 <h2>All estimates</h2>
 <div class="wide"><table>
   <thead><tr><th>Policy</th><th>Objective</th><th>Estimator</th><th class="n">Value</th>
@@ -274,12 +288,13 @@ def evaluation_page(platform: Platform, document: Mapping[str, Any], version: st
         style=_safe(_STYLE),
         title=f"{platform.platform} version {version}" if version else f"A candidate for {platform.platform}",
         at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
-        d={"notes": [], **document},
+        d={"notes": [], "densities": [], **document},
         picture=_safe(_as_svg(estimates_figure(document["estimates"]))),
         number=number,
         plus=lambda value: f"{value:+.4g}",
         rows=lambda value: f"{value:,.0f}",
         share=lambda value: "–" if value is None else f"{value:.0%}",
+        shares=lambda values: ", ".join(f"{value:.0%}" for value in values),
         words=lambda name: name.replace("_", " "),
         tone=lambda verdict: "good" if verdict.startswith("trust") else "warn",
     )

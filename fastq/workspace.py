@@ -65,6 +65,11 @@ class Workspace:
         return self.state / "overlap.json"
 
     @property
+    def densities(self) -> Path:
+        """How well the propensities that the logs lack were last estimated, per policy."""
+        return self.state / "densities.json"
+
+    @property
     def features(self) -> Path:
         """Feature rows (Parquet, .npy) that Feast and training read."""
         return self.state / "features"

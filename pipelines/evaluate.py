@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 
-from fastq import features, records, registry, report, windows
+from fastq import densities, features, records, registry, report, windows
 from fastq.errors import BundleError
 from fastq.platform import Platform
 from fastq.workspace import Workspace, replacing
@@ -60,6 +60,7 @@ def evaluate_trained(workspace: str, turn: str, run_id: str) -> dict[str, Any]:
     data, now = windows_of(workspace, turn), datetime.now(UTC)
     found = evaluation.evaluate(policy, data, champion, attempts=before, now=now)
     document = plain(found.to_dict()) | {"notes": notes}
+    densities.write_calibrations(Workspace(platform.root), found.densities)
     registry.record_attempt(
         platform,
         turn,
@@ -116,7 +117,9 @@ def estimate(workspace: str, model: str, against: str | None) -> dict[str, Any]:
     tell("evaluating", 1, 2, {})
     asked = [] if version == registry.champion(platform) else registry.attempts(platform)  # the champion need not pass again
     before = [evaluation.Attempt(line["at"], line["data_until"], line["promoted"]) for line in asked]
-    document = plain(evaluation.evaluate(policy, data, other, attempts=before).to_dict())
+    found = evaluation.evaluate(policy, data, other, attempts=before)
+    document = plain(found.to_dict())
+    densities.write_calibrations(Workspace(platform.root), found.densities)
     tell("evaluating", 2, 2, {})
     kept = keep_report(platform, version, document)
     return {"model": platform.platform, "version": version, **document, **kept}
