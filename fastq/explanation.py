@@ -25,6 +25,7 @@ CERTAINTY = 1.645  # standard deviations on either side of a normal's mean that 
 FAR_STATE = 2.0  # times the usual distance; about 1 in 100 states of players who were never trained on lie further away
 FAR_ACTION = 3.0  # standard deviations of a policy's own noise
 LEAST_SPREAD = 0.01  # share of a dimension's range that counts as noise of a policy that has none
+WIDE = 2.0  # times what is usually not known of the difference between the policies' own actions; chosen on simulated players
 DISAGREEING = 0.25  # share of the parts' size that the twin critics may differ by
 EDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)  # first pieces of the path of integrated gradients
 POINTS = 8  # Gauss-Legendre points on each piece
@@ -79,13 +80,15 @@ class Evidence:
 
     nearest [B, N] positions in `policy.reference`, and distance [B, N] between balanced states, where 1 is usual between a logged decision
     and its own nearest ones; disagreement [B] of the twin critics about the value; policies: who acts in at least 1 of 20 such states;
-    verdict: `well supported`, or `thin: ` and why.
+    width [B] of the contrast's interval (without one: of the difference to what the likeliest policy would do), in times what is usual between the policies'
+    own actions, NaN for models that were not measured; verdict: `well supported`, or `thin: ` and why.
     """
 
     nearest: np.ndarray
     distance: np.ndarray
     disagreement: np.ndarray
     policies: list[list[str]]
+    width: np.ndarray
     verdict: list[str]
 
 
@@ -398,6 +401,14 @@ def _evidence(policy: Policy, at: Situation, actions: np.ndarray, parts: np.ndar
     away = _spreads_away(policy, actions, policy.expert_actions(at), acts)
     policies = [[name for name, does in zip(policy.policies, row, strict=True) if does] for row in acts]
     size = np.abs(parts).sum((1, 2))
+    likeliest = probability.argmax(1)
+    doers = [policy.policies[k] for k in likeliest]
+    if contrast is not None:
+        half = contrast.high - contrast.difference
+    else:
+        half = CERTAINTY * policy.doubt(at, actions[:, :1], policy.expert_actions(at)[np.arange(len(at)), likeliest][:, None])[:, 0]
+    usual = policy.details.get("own_response", {}).get("usual")  # bundles from before it was measured do not say
+    times = half / (CERTAINTY * usual) if usual else np.full(len(at), np.nan)
     verdicts = []
     for i in range(len(at)):
         why = []
@@ -408,16 +419,15 @@ def _evidence(policy: Policy, at: Situation, actions: np.ndarray, parts: np.ndar
         doer = " and ".join(policies[i]) if len(policies[i]) < 3 else "the policies that act"
         if away[i, 0] > FAR_ACTION:
             why.append(f"the action is {_number(away[i, 0])} spreads of their own noise away from what {doer} would do here")
-        if contrast is not None:
-            if away[i, 1] > FAR_ACTION:
-                why.append(f"what it is compared with is {_number(away[i, 1])} spreads of their own noise away from what {doer} would do here")
-            half = contrast.high[i] - contrast.difference[i]
-            if abs(contrast.difference[i]) < half:
-                why.append(f"the difference of {_number(contrast.difference[i])} is smaller than its doubt, {_number(half)} either way")
+        if contrast is not None and away[i, 1] > FAR_ACTION:
+            why.append(f"what it is compared with is {_number(away[i, 1])} spreads of their own noise away from what {doer} would do here")
+        if times[i] > WIDE:
+            what = "the difference" if contrast is not None else f"the difference to what {doers[i]} would do here"
+            why.append(f"{what} is known only to {_number(half[i])} either way, {_number(times[i])} times what is usual between the policies' own actions")
         if disagreement[i] > DISAGREEING * size[i]:
             why.append(f"the two critics differ by {_number(disagreement[i])} about the value")
         verdicts.append(f"thin: {'; '.join(why)}" if why else "well supported")
-    return Evidence(nearest, distance, disagreement, policies, verdicts)
+    return Evidence(nearest, distance, disagreement, policies, times, verdicts)
 
 
 # ---- as people and programs read it ------------------------------------------------------------------------------------
@@ -469,7 +479,8 @@ def as_dict(
             {"decision_id": reference.decision_id[at], "policy": reference.policy[at], "action": done, "distance": far if math.isfinite(far) else None}
             for at, done, far in zip(evidence.nearest[i], actions, evidence.distance[i].tolist(), strict=True)
         ],
-        "disagreement": float(evidence.disagreement[i]), "policies": evidence.policies[i], "verdict": evidence.verdict[i],
+        "disagreement": float(evidence.disagreement[i]), "policies": evidence.policies[i],
+        "width": float(evidence.width[i]) if math.isfinite(evidence.width[i]) else None, "verdict": evidence.verdict[i],
     }  # fmt: skip
     return answer
 

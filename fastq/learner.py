@@ -41,6 +41,9 @@ LARGEST_PRICE = 64.0  # of a guardrail, in largest objective weights
 GUARDRAIL_SAMPLE = 1_024  # states on which the guardrails' prices are found
 REFERENCE_ROWS = 20_000  # logged decisions kept in the bundle as evidence
 TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
+LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
+OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to the logged actions are taken for; chosen on simulated players
+LEAST_ROWS = 100  # decisions below which that share is not asked of the logs
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Critic:
     """What the orthogonal critic learned: effects, covariance and spread (see `Policy`) and, per objective, what unseen players confirmed.
 
     confirmed [M, 2]: slope of the held-out residual on the predicted effect, of the value and of the immediate value; gain [M, 2]: share of
-    the residual's variance that the prediction explained there.
+    the residual's variance that the prediction explained there. own_response: see `own_response`.
     """
 
     effects: np.ndarray
@@ -56,6 +59,7 @@ class Critic:
     spread: np.ndarray
     confirmed: np.ndarray
     gain: np.ndarray
+    own_response: dict[str, Any]
 
 
 def player_folds(player: np.ndarray, seed: int) -> np.ndarray:
@@ -113,7 +117,40 @@ def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray,
     )
     m, d = len(windows.platform.objectives), windows.action.shape[1]
     spread = np.stack([centred[usable & (policy == k), :d].std(0) if (usable & (policy == k)).sum() > 1 else np.zeros(d) for k in range(len(windows.policies))])
-    return Critic((effects * scale[:, None]).reshape(m, 2, s, p), covariance, spread, confirmed.reshape(m, 2), gain.reshape(m, 2))
+    in_units = (effects * scale[:, None]).reshape(m, 2, s, p)
+    horizon = LATER * windows.platform.training.horizon
+    later = outcome_targets(windows, horizon)[1][rows]
+    if (usable & np.isfinite(later).all(1)).sum() < LEAST_ROWS:  # the log is shorter than that
+        horizon, later = windows.platform.training.horizon, summed[rows]
+    unexplained = later - out_of_fold(with_experts, later, policy, fold, usable) - design @ in_units[:, 0].reshape(m, -1).T
+    known = usable & np.isfinite(unexplained).all(1)
+    total = float(np.var(phi[usable, :d], 0).sum())
+    own = own_response(unexplained[known], centred[known, :d], windows.platform.weights, player[known], total) | {"horizon": horizon}
+    return Critic(in_units, covariance, spread, confirmed.reshape(m, 2), gain.reshape(m, 2), own)
+
+
+def own_response(unexplained: np.ndarray, noise: np.ndarray, weights: np.ndarray, player: np.ndarray, total: float) -> dict[str, Any]:
+    """How much people who look alike differ in what an action does to them, as variance per squared distance between two actions.
+
+    Random coefficients (Hildreth & Houck, JASA 1968): what is unexplained [n, M] varies the more, the further the policies' own noise [n, D] took the
+    action; the slope of its square on the squared distance is that variance. Logs tell it poorly, so it is weighed by its player-clustered error against
+    `OWN_RESPONSE` of the unexplained variance, spread over the logged actions' `total` variance. `share` is relative to the unexplained `covariance`
+    [M, M], so that it holds under any objective weights; `found` and `error` are what the logs alone said, `prior` what was assumed.
+    """
+    prior = OWN_RESPONSE / max(total, 1e-9)
+    answer = {"share": prior, "prior": prior, "found": None, "error": None, "covariance": np.zeros((len(weights), len(weights))).tolist()}
+    if len(unexplained) < 2:
+        return answer
+    answer["covariance"] = np.cov(unexplained.T).reshape(len(weights), -1).tolist()
+    square, distance = (unexplained @ weights) ** 2, np.square(noise).sum(1)
+    level, away = square.mean(), distance - distance.mean()
+    if len(unexplained) < LEAST_ROWS or level <= 0 or away @ away <= 1e-12:
+        return answer
+    found = float(away @ square / (away @ away) / level)
+    scores = np.bincount(player, away * (square / level - 1 - found * away))
+    error = float(np.sqrt(scores @ scores) / (away @ away))
+    known, assumed = 1 / max(error, 1e-9) ** 2, 1 / prior**2
+    return answer | {"share": max((known * found + assumed * prior) / (known + assumed), 0.0), "found": found, "error": error}
 
 
 def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, float, float]:
@@ -390,12 +427,14 @@ def train(
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
         policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
     names = list(platform.objectives)
+    policy = replace(policy, details={"own_response": critic.own_response})
     details = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": windows.fingerprint(),
         "git": git_commit(),
         "decisions": len(windows),
         "players": len(windows.player_ids),
+        "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen)[sample])},
         "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
         "confirmed": {
             name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
@@ -487,6 +526,15 @@ def level_variance(policy: Policy, seen: Represented, windows: Windows, targets:
     known = rows[np.isfinite(residual[rows])]
     sums = np.bincount(windows.player[known], residual[known])
     return float((sums**2).sum() / max(len(known), 1) ** 2 / (1 - policy.platform.discounts.max()) ** 2)
+
+
+def usual_doubt(policy: Policy, at: Situation) -> float:
+    """What is usually not known of the difference between what the two policies do that act most in a state (of a single one: between it and the policy's
+    own action): a standard deviation, median over states.
+    """
+    order, experts, rows = np.argsort(-policy.policy_probability(at), 1), policy.expert_actions(at), np.arange(len(at))
+    other = experts[rows, order[:, 1]] if len(policy.policies) > 1 else policy.best(at)
+    return float(np.median(policy.doubt(at, experts[rows, order[:, 0]][:, None], other[:, None])))
 
 
 def balance_probe(windows: Windows, seen: Represented, rows: np.ndarray, seed: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 
 import numpy as np
@@ -267,10 +268,38 @@ def test_the_verdict_follows_the_numbers(arena):
         assert ("times as far" in verdict) == (distance.mean() > explanation.FAR_STATE)
     extreme = explain(policy, states, actions=np.tile(policy.platform.bounds[:, 1], (len(states), 1)), attributions=False).evidence
     assert all(verdict.startswith("thin: the action is ") or "; the action is " in verdict for verdict in extreme.verdict)
-    close = policy.best(policy.encode(states)) * (1 - 1e-3)
-    contrast = explain(policy, states, against=np.clip(close, *policy.platform.bounds.T), attributions=False)
-    for difference, high, verdict in zip(contrast.contrast.difference, contrast.contrast.high, contrast.evidence.verdict, strict=True):
-        assert ("smaller than its doubt" in verdict) == (abs(difference) < high - difference)
+    for k in (0.001, 0.2, 0.6):
+        best = policy.best(policy.encode(states))
+        other = best + k * (policy.platform.bounds[:, 1] - best)
+        why = explain(policy, states, against=other, attributions=False)
+        for width, verdict in zip(why.evidence.width, why.evidence.verdict, strict=True):
+            assert ("is known only to" in verdict) == (width > explanation.WIDE)
+    assert (why.evidence.width > explanation.WIDE).all()  # more than half way to the bounds
+    assert "smaller than its doubt" not in str(why.evidence.verdict)  # a small difference is no sign of a large error
+
+
+def test_an_interval_widens_with_the_distance_of_the_actions(arena):
+    """Beyond what the effects' own doubt says: people who look alike respond differently, and the more so the further an action goes."""
+    policy, states, _ = arena
+    own = policy.details["own_response"]
+    assert own["share"] > 0
+    before = replace(policy, details={})
+    best = policy.best(policy.encode(states))
+    halves = []
+    for k in (0.1, 0.3, 0.9):
+        other = best + k * (policy.platform.bounds[:, 1] - best)
+        now, then = (explain(p, states, against=other, attributions=False) for p in (policy, before))
+        half, narrow = (why.contrast.high - why.contrast.difference for why in (now, then))
+        apart = np.linalg.norm(policy.units.standard(best) - policy.units.standard(other), axis=1)
+        variance = own["share"] * policy.platform.weights @ np.array(own["covariance"]) @ policy.platform.weights
+        np.testing.assert_allclose(half**2 - narrow**2, explanation.CERTAINTY**2 * variance * apart**2, rtol=1e-6)
+        np.testing.assert_array_equal(now.contrast.difference, then.contrast.difference)
+        np.testing.assert_allclose(now.evidence.width, half / (explanation.CERTAINTY * own["usual"]), rtol=1e-12)
+        assert np.isnan(then.evidence.width).all()  # a bundle from before it was measured is explained without it
+        assert as_dict(then)["evidence"]["width"] is None
+        halves.append(half)
+    assert (halves[0] < halves[1]).all()
+    assert (halves[1] < halves[2]).all()
 
 
 def test_policies_are_those_that_act_in_such_states(arena, why):

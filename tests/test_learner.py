@@ -209,3 +209,22 @@ def test_an_objective_without_action_dependent_signal_gets_no_effect_but_keeps_i
     parts = policy.parts(enc, np.stack([np.full((200, 1), 4.0), np.full((200, 1), 11.0)], 1)).sum(-1)
     assert np.abs(parts[:, 0, 1] - parts[:, 1, 1]).mean() < 0.15
     assert policy.doubt(enc, np.full((200, 1, 1), 4.0), np.full((200, 1, 1), 11.0), weights={"gain": 0, "cost": 1}).min() > 0.01
+
+
+def test_how_differently_people_respond_is_found_where_logs_can_tell_and_assumed_where_not():
+    rng, n = np.random.default_rng(0), 60_000
+    player = np.arange(n) // 10
+    noise = rng.normal(size=(n, 2))
+    weights = np.array([1.0, -2.0])
+    plain = rng.normal(size=(n, 2))
+    own_slopes = rng.normal(0, 0.6, (n // 10, 2))[player]
+    for unexplained, expected in ((plain, 0.0), (plain + np.stack([(own_slopes * noise).sum(1), np.zeros(n)], 1), 0.36)):
+        own = learner.own_response(unexplained, noise, weights, player, 2.0)
+        variance = own["share"] * weights @ np.array(own["covariance"]) @ weights
+        assert variance == pytest.approx(expected, abs=0.06)
+        assert own["error"] < own["prior"]
+    few = learner.own_response(plain[:50], noise[:50], weights, player[:50], 2.0)
+    assert few["found"] is None
+    assert few["share"] == few["prior"] == learner.OWN_RESPONSE / 2.0
+    still = learner.own_response(plain, np.zeros_like(noise), weights, player, 2.0)  # policies without noise teach nothing of it
+    assert still["share"] == still["prior"]
