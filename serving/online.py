@@ -214,23 +214,11 @@ def load_model(platform: Platform, version: str | None = None) -> Model:
     return Model(replace(policy, platform=served, version=found), found)
 
 
-def challenger_version(platform: Platform, champion: str) -> str | None:
-    """The version that a share of the players gets, or that runs in shadow; None where none is configured, or it is the champion by now."""
+def load_challenger(platform: Platform, champion: str) -> Model | None:
+    """The model of `registry.challenger`, None where there is none. Raises as `load_model`."""
     from fastq import registry
 
-    wanted = platform.serving.challenger
-    if wanted.share == 0 and not wanted.shadow:
-        return None
-    try:
-        version = wanted.version or registry.resolve(platform, registry.CHALLENGER)
-    except UnknownPlayerError:  # nobody challenges now
-        return None
-    return None if version == champion else version
-
-
-def load_challenger(platform: Platform, champion: str) -> Model | None:
-    """The model of `challenger_version`. Raises as `load_model`."""
-    version = challenger_version(platform, champion)
+    version = registry.challenger(platform, champion)
     return None if version is None else load_model(platform, version)
 
 

@@ -491,6 +491,28 @@ def test_a_new_champion_is_taken_and_a_damaged_one_is_not(trained: Path, tmp_pat
         assert wait_for(client, key, first)
 
 
+def test_a_challenger_that_cannot_be_loaded_holds_up_no_exclusion(trained: Path, tmp_path: Path) -> None:
+    workspace = shutil.copytree(trained, tmp_path / "workspace")
+    (workspace / "excluded.csv").write_text("player_id\nsomebody\n")
+    file = workspace / "fastq.yaml"
+    file.write_text(file.read_text().replace("serving: {", 'serving: {exclude: excluded.csv, challenger: {share: 0.5, version: "99"}, '))
+    platform = load_platform(workspace)
+    assert platform.serving.challenger.version == "99"
+    key = auth.create_key(Workspace(platform.root), "recommend")["key"]
+    with TestClient(endpoint.create_app(platform)) as client:
+        version(client, key)
+        (workspace / "excluded.csv").write_text("player_id\nsomebody\np00001\n")
+        until = time.monotonic() + 20
+        while "excluded" not in str(why := degraded(client, key, "p00001")):
+            assert time.monotonic() < until, f"still {why!r}"
+            time.sleep(0.2)
+
+
+def degraded(client: TestClient, key: str, player_id: str) -> str | None:
+    answer = client.post("/v1/recommendations", json={"players": [player_id], "dry_run": True}, headers={"Authorization": f"Bearer {key}"})
+    return answer.json()["recommendations"][0]["degraded"]
+
+
 def version(client: TestClient, key: str) -> str:
     answer = client.post("/v1/recommendations", json={"players": ["nobody-yet"], "dry_run": True}, headers={"Authorization": f"Bearer {key}"})
     assert answer.status_code == 200
