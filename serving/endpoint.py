@@ -547,7 +547,7 @@ def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
                 raise  # the answer has begun; only the connection can say that it failed
             await refusal(error)(scope, receive, sending)
         finally:
-            route = getattr(scope.get("route"), "path", None) or (scope["path"] if scope["path"] in OPEN or scope["path"] in desk.direct else "other")
+            route = getattr(scope.get("route"), "path_format", None) or (scope["path"] if scope["path"] in OPEN or scope["path"] in desk.direct else "other")
             desk.metrics.requests.labels(route, scope["method"], str(status)).inc()
             desk.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
@@ -699,7 +699,7 @@ def create_app(platform: Platform) -> FastAPI:
             answer = await asyncio.to_thread(queries.ask, platform, asked.sql, seconds=QUERY_SECONDS)
             return reply(await asyncio.to_thread(answer.document))
 
-    @route("get", "/v1/players/{player_id}")
+    @route("get", "/v1/players/{player_id:path}")
     async def player(player_id: str) -> Response:
         """What is known of a player now."""
         return reply(await asyncio.to_thread(player_card, desk.open(), player_id))

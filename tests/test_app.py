@@ -351,6 +351,7 @@ def test_models_and_players_and_decisions_can_be_looked_up(call, player: str) ->
     assert [m["version"] for m in models if "champion" in m["aliases"]] == [models[0]["version"]]
     assert call("GET", f"/v1/players/{player}")[1]["degraded"] is None
     assert call("GET", "/v1/players/nobody-yet")[0] == 404
+    assert call("GET", "/v1/players/eu%2Fnobody")[1]["detail"].startswith("eu/nobody: "), "an id may hold a slash"
     assert call("GET", "/v1/decisions/never")[0] == 404
 
 
@@ -483,7 +484,9 @@ def test_a_new_champion_is_taken_and_a_damaged_one_is_not(trained: Path, tmp_pat
         weights = Workspace(platform.root).models / bundles[1] / "weights.safetensors"
         weights.chmod(0o600)
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
-        registry.promote(platform, bundles[1], reason="test", forced=True)
+        with pytest.raises(BundleError):
+            registry.promote(platform, bundles[1], reason="test", forced=True)
+        registry._client(platform).set_registered_model_alias(platform.platform, registry.CHAMPION, bundles[1])  # as if it was damaged since
         time.sleep(2.5)
         assert version(client, key) == bundles[0]
         assert "fastq_models_refused_total 1.0" in client.get("/metrics").text
