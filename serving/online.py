@@ -37,6 +37,7 @@ logger = logging.getLogger("fastq.serving")
 COMMITTING_US = 60_000_000  # a decision made before a state was read may have been committed after; to lay one twice changes nothing
 RETRY_SECONDS = 1.0  # how long an online store that failed is left alone
 PAUSE_SECONDS = 0.25  # how old the last look for a pause may be
+LONGEST_ID = 500  # characters of a player's id
 WARM_ROWS = 64  # largest batch that is drawn once before the first request
 KEPT_POLICIES = 4  # older model versions held in memory for explanations
 
@@ -774,6 +775,8 @@ def recommend(
     """
     if not players:
         raise RequestError("players: expected at least one player id")
+    if wrong := [player for player in players if not 0 < len(player) <= LONGEST_ID]:
+        raise RequestError(f"players: expected ids of 1 to {LONGEST_ID} characters, got one of {len(wrong[0])}")
     with open_service(platform) as service:
         decided = decide(
             service,

@@ -294,6 +294,8 @@ def test_activity_is_seen_by_the_next_recommendation(call, platform: Platform) -
         {"events": [{**event, "occurred_at": "yesterday"}]},
         {"events": [{**event, "occurred_at": now.replace(tzinfo=None).isoformat()}]},
         {"events": [{**event, "occurred_at": (now + timedelta(days=2)).isoformat()}]},
+        {"events": [{**event, "occurred_at": "0001-01-01T00:00:00Z"}]},
+        {"events": [{**event, measure: 1e300}]},  # no 32-bit state or column of SQL could hold it
         {"events": [{"player_id": "x", "occurred_at": now.isoformat()}]},
     ):
         assert call("POST", "/v1/activity", wrong)[0] == 422, wrong

@@ -27,6 +27,7 @@ COMMANDS = [
     "recommend",
     "explain",
     "query",
+    "forget",
     "models",
     "promote",
     "rollback",
