@@ -195,9 +195,6 @@ def evaluate(
     _end(refused=_nothing_to_trust(document, platform))
 
 
-# ---- serving -----------------------------------------------------------------------------------------------------------
-
-
 @app.command(epilog="Cells are kept as they are finished under .fastq/benchmark: run the same command again and it goes on where it was stopped.")
 def benchmark(
     world: Annotated[
@@ -238,6 +235,9 @@ def benchmark(
             else:
                 document = study.on_logs(_platform(workspace), methods, steps, show)
         answer(document, _benchmark)
+
+
+# ---- serving -----------------------------------------------------------------------------------------------------------
 
 
 @app.command()
