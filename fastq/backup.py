@@ -277,6 +277,8 @@ def restore(root: Path, source: Path, key: str | None = None, *, overwrite: bool
         try:
             about, files = _unpack(source, key, staging)
             _moved(staging, str(about.get("root", "")), root)
+            if (state := staging / "new" / workspace.state.name).exists():
+                state.chmod(0o700)  # as `Workspace.make` makes it: what is written there later has no other guard
             put, kept = _swaps(root, staging, files)
             with replacing(staging / "swap.json") as partial:
                 partial.write_text(json.dumps(put), encoding="utf-8")

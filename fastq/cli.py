@@ -37,6 +37,7 @@ View = Callable[[Document], Iterable["RenderableType | bytes"]]  # bytes: as the
 
 CRASHED = 70  # EX_SOFTWARE: a mistake of ours, told apart from 1 (a gate refused) and 2 (usage or configuration)
 LONGEST_WAIT = 24 * 3_600.0  # seconds for which --wait waits
+PICTURES = (".png", ".svg", ".pdf")
 PATIENCE = 10.0  # seconds in which repeated signals do not cut the cleaning up short
 
 app = typer.Typer(
@@ -194,9 +195,6 @@ def evaluate(
     _end(refused=_nothing_to_trust(document, platform))
 
 
-# ---- serving -----------------------------------------------------------------------------------------------------------
-
-
 @app.command(epilog="Cells are kept as they are finished under .fastq/benchmark: run the same command again and it goes on where it was stopped.")
 def benchmark(
     world: Annotated[
@@ -237,6 +235,9 @@ def benchmark(
             else:
                 document = study.on_logs(_platform(workspace), methods, steps, show)
         answer(document, _benchmark)
+
+
+# ---- serving -----------------------------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -327,6 +328,10 @@ def explain(
             answer(found, _explained)
             return
         reweighted = None if weights is None else _weights(platform, weights)
+        if picture is not None:
+            from fastq.workspace import check_target
+
+            check_target("--picture", picture, PICTURES)
         from serving.online import explain as explain_online
 
         document = explain_online(platform, str(subject), against=compared, weights=reweighted)
@@ -694,9 +699,9 @@ def answering(as_json: bool) -> Iterator[Callable[[Document, View], None]]:
     with os.fdopen(kept, "w", encoding="utf-8") as out, contextlib.redirect_stdout(sys.stderr):
         try:
             yield answer
-        except FastqError as error:
-            if as_json:
-                answer({"error": str(error), **({"reasons": error.reasons} if isinstance(error, GateRefused) else {})}, lambda _: [])
+        except (FastqError, OSError) as error:
+            if as_json and (mistake := _mistake(error)) is not None:
+                answer({"error": mistake[0], **({"reasons": error.reasons} if isinstance(error, GateRefused) else {})}, lambda _: [])
             raise
         finally:
             sys.stderr.flush()
@@ -726,9 +731,9 @@ def _moment(text: str) -> Any:
 
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):
         raise ConfigurationError(f"--since {text}: expected a time such as 2026-03-01 or 2026-03-01T06:00:00Z") from None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def _numbers(option: str, text: str, known: list[str], what: str) -> dict[str, float]:
@@ -1150,8 +1155,6 @@ def _draw(document: Document, picture: Path) -> None:
     from fastq.report import explanation_figure
     from fastq.workspace import replacing
 
-    if picture.suffix not in {".png", ".svg", ".pdf"}:
-        raise ConfigurationError(f"--picture {picture}: expected a name that ends in .png, .svg or .pdf")
     figure = explanation_figure(document)
     with replacing(picture) as partial:
         figure.savefig(partial, format=picture.suffix[1:], bbox_inches="tight")
@@ -1192,18 +1195,26 @@ def main() -> NoReturn:
 
 def _failure(error: Exception) -> int:
     """The exit code of a command that could not do its work, after one sentence of why; for a mistake of ours, after where it happened."""
-    match error:
-        case typer.TyperException():
-            return _usage(error)
-        case FastqError():
-            return _sentence(str(error), error.exit_code)
-        case BrokenPipeError():
-            return 128 + signal.SIGPIPE  # whoever read us has gone, as with `| head`
-        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOSPC | errno.EDQUOT | errno.EMFILE):
-            where, what = error.filename or "the workspace", (error.strerror or str(error)).lower()
-            return _sentence(f"{where}: {what}; check the owner of the directory and the free space of the disk", 2)
+    if isinstance(error, typer.TyperException):
+        return _usage(error)
+    if isinstance(error, BrokenPipeError):
+        return 128 + signal.SIGPIPE  # whoever read us has gone, as with `| head`
+    if (mistake := _mistake(error)) is not None:
+        return _sentence(*mistake)
     traceback.print_exception(error)
     return CRASHED
+
+
+def _mistake(error: Exception) -> tuple[str, int] | None:
+    """What the user can mend, as a sentence, and the exit code; None for a mistake of ours."""
+    match error:
+        case FastqError():
+            return str(error), error.exit_code
+        case OSError(errno=errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOSPC | errno.EDQUOT | errno.EMFILE):
+            return f"{error.filename or 'the workspace'}: {(error.strerror or str(error)).lower()}; check its owner and the free space of the disk", 2
+        case OSError(errno=errno.ENOTDIR | errno.EISDIR | errno.EEXIST | errno.ENAMETOOLONG | errno.ELOOP):
+            return f"{error.filename2 or error.filename or 'a path'}: {(error.strerror or str(error)).lower()}; expected the name of a file to write", 2
+    return None
 
 
 def _sentence(text: str, code: int) -> int:

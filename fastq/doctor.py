@@ -62,7 +62,7 @@ def examine(root: Path, keys: Keys) -> dict[str, Any]:
             continue  # it would be asked for minutes
         try:
             found += look(platform)
-        except (FastqError, OSError, sqlite3.Error, pl.exceptions.PolarsError) as error:
+        except (FastqError, OSError, ValueError, KeyError, AttributeError, sqlite3.Error, pl.exceptions.PolarsError) as error:  # it looks at damaged things
             found.append(Check("looking", "wrong", f"{' '.join(str(error).split())[:300]}", "see the message; fastq backup before anything is changed by hand"))
     return _document(found)
 
@@ -133,7 +133,9 @@ def _workspace(platform: Platform) -> Iterator[Check]:
     if held:
         yield Check("locks", "ok", f"at work: {', '.join(path.stem for path in held)}")
     if (workspace.runs / "turn.json").exists() and not any(path.name == "retrain.lock" for path in held):
-        began = json.loads((workspace.runs / "turn.json").read_text(encoding="utf-8")).get("started_at", "some time ago")
+        began = "some time ago"
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            began = json.loads((workspace.runs / "turn.json").read_text(encoding="utf-8"))["started_at"]
         yield Check("retraining", "warning", f"one that began {began:.16} was stopped", "fastq retrain --resume goes on where it was")
     for path in records.decision_logs(platform):
         with records.reading_log(path) as log:

@@ -386,10 +386,16 @@ class Reached:
 
 
 def reached(read: Records) -> Reached | None:
-    """None where there are no decisions. Windows end where the logs do, not now: many come by the day."""
+    """None where there are no decisions. Windows end where the logs do, not now: many come by the day.
+
+    What fastq serves is there at once, so it doesn't say how far the platform's own logs have come, unless they have ended because it decides everything.
+    """
     newest = read.decisions["decided_at"].max()
     if not isinstance(newest, datetime):
         return None
+    others = read.decisions.filter(pl.col("policy") != OWN_POLICY)["decided_at"].max()
+    if isinstance(others, datetime) and newest - others <= max(WINDOWS) * DAY:
+        newest = others
     acted = read.activity.select(pl.col("occurred_at").max()).item() if read.activity is not None else None
     ends = [newest, acted if isinstance(acted, datetime) else newest]
     hours = [moment.replace(minute=0, second=0, microsecond=0) for moment in ends]

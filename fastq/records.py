@@ -43,6 +43,7 @@ KEYS: dict[Table, list[str]] = {
 CONFLICT, EXECUTED, LOG = "?conflict", "?executed", "?log"  # columns beside a row's own, as in `sources`
 BOUND_TOLERANCE = 1e-6  # of a dimension's range: actions logged in float32 miss their own bounds by less
 PROBABILITY_TOLERANCE = 1e-6
+LARGEST = 1e30  # of any number, either way: states are float32, and sums of events have to stay inside it
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,7 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
             rule(column, "present", value.is_null() & text.is_null(), "is missing")
         if what.kind == "number" and column not in ("propensity", "assignment"):
             rule(column, "finite", ~value.is_finite(), "is not a finite number")
+            rule(column, "size", value.is_finite() & (value.abs() > LARGEST), f"is larger than {LARGEST:g}")
     if key := KEYS[table]:
         rule(key[0], "unique", pl.col(CONFLICT), f"has an earlier row with the same {' and '.join(key)} and other content; the first one stays")
     if "policy" in columns:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from fastq import environment
 from fastq.errors import BundleError, ConfigurationError, FastqError, GateRefused, RequestError, UnknownPlayerError, WorkspaceError
 from fastq.platform import FILE_NAME, Platform, load_platform
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, json_lines
 
 if TYPE_CHECKING:
     from fastq.policy import Policy
@@ -252,17 +252,25 @@ def champion(platform: Platform) -> str | None:
         return _aliases(platform, client).get(CHAMPION)
 
 
+def challenger(platform: Platform, champion: str) -> str | None:
+    """The version that a share of the players gets, or that runs in shadow; None where none is configured, or it is the champion by now."""
+    wanted = platform.serving.challenger
+    if wanted.share == 0 and not wanted.shadow:
+        return None
+    try:
+        version = resolve(platform, wanted.version or CHALLENGER)
+    except UnknownPlayerError:
+        if wanted.version is not None:
+            raise
+        return None  # nobody challenges now
+    return None if version == champion else version
+
+
 def promoted_at(platform: Platform, version: str) -> datetime | None:
     """When a version last became the champion, by promotion or by rollback; None where the audit log does not say."""
-    try:
-        lines = Workspace(platform.root).audit.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return None
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, KeyError):
-            said = json.loads(line)
-            if said["action"] in ("promote", "rollback") and str(said["version"]) == version:
-                return datetime.fromisoformat(said["at"])
+    for said in reversed(history(platform)):
+        if said.get("action") in ("promote", "rollback") and str(said.get("version")) == version and "at" in said:
+            return datetime.fromisoformat(said["at"])
     return None
 
 
@@ -366,27 +374,9 @@ def _sentence(tags: Mapping[str, str]) -> str:
     return f"{said}; forced: {tags['forced']}" if "forced" in tags else said
 
 
-def _append(workspace: Workspace, path: Path, line: Mapping[str, Any]) -> None:
-    """One JSON line at the end of a file, durably."""
-    workspace.make()
-    with path.open("a", encoding="utf-8") as log:
-        log.write(json.dumps(dict(line)) + "\n")
-        log.flush()
-        os.fsync(log.fileno())
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file, oldest first; one that was cut off by a crash is left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
-            found.append(dict(json.loads(line)))
-    return found
-
-
 def history(platform: Platform) -> list[dict[str, Any]]:
     """The audit log, oldest first: at, who, action, and what belongs to it (version, previous, reason, forced)."""
-    return _lines(Workspace(platform.root).audit)
+    return json_lines(Workspace(platform.root).audit)
 
 
 def attempts(platform: Platform, before: str | None = None) -> list[dict[str, Any]]:
@@ -394,7 +384,7 @@ def attempts(platform: Platform, before: str | None = None) -> list[dict[str, An
 
     A turn that was judged again after a crash counts once; `before` leaves out that turn, whose error rate must not depend on itself.
     """
-    by_turn = {str(line["turn"]): line for line in _lines(Workspace(platform.root).attempts)}
+    by_turn = {str(line["turn"]): line for line in json_lines(Workspace(platform.root).attempts)}
     return [line for turn, line in by_turn.items() if turn != before]
 
 
@@ -402,7 +392,7 @@ def record_attempt(platform: Platform, turn: str, *, at: int, data_until: int, p
     """Keep one judgement of the gate, before anything is made of it."""
     workspace = Workspace(platform.root)
     line = {"turn": turn, "at": at, "data_until": data_until, "promoted": promoted, "alpha": alpha, "reasons": list(reasons)}
-    _append(workspace, workspace.attempts, line)
+    workspace.append(workspace.attempts, line)
 
 
 # ---- bundles -------------------------------------------------------------------------------------------------------------
@@ -478,7 +468,7 @@ def strike(platform: Platform, decision_ids: Sequence[str], who: str = "fastq") 
     """Take logged decisions out of the evidence that every version's bundle holds; rows by version, those without any are left out.
 
     The one exception to write-once: the weights stay bit for bit, the evidence loses those rows, and the bundle, its copy here and the checksum it was
-    registered with are replaced together. The audit log tells that it happened, not whose rows they were. See infra/decisions.
+    registered with are replaced together. The audit log tells that it happened, not whose rows they were. See infra/decisions/0012.
     """
     if not decision_ids:
         return {}

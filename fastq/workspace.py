@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fastq.errors import WorkspaceError
+from fastq.errors import ConfigurationError, WorkspaceError
 
 FORMAT = 1  # of what lies under `.fastq/`; a workspace without the number is of format 0
 STAGING = ".fastq-restore"  # beside `.fastq/`: a restore under way
@@ -95,6 +95,11 @@ class Workspace:
         return self.state / "runs"
 
     @property
+    def batch(self) -> Path:
+        """Recommendations for everybody under way: a piece for each few thousand players, from which a stopped batch goes on. No retraining's to clear."""
+        return self.state / "batch"
+
+    @property
     def mlflow(self) -> Path:
         return self.state / "mlflow"
 
@@ -146,10 +151,16 @@ class Workspace:
 
     def record(self, who: str, action: str, **said: Any) -> None:
         """Append one line to the audit, durably, before what it tells is done: a line too many can be read, a deed without one cannot."""
+        self.append(self.audit, {"at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"), "who": who, "action": action, **said})
+
+    def append(self, path: Path, line: Mapping[str, Any]) -> None:
+        """One JSON line at the end of a file, durably; what a crash left of the line before stands on a line of its own."""
         self.make()
-        line = json.dumps({"at": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"), "who": who, "action": action, **said})
-        with self.audit.open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+        with path.open("ab+") as log:
+            length = log.seek(0, os.SEEK_END)
+            log.seek(max(length - 1, 0))
+            cut_off = log.read() not in (b"", b"\n")
+            log.write(b"\n" * cut_off + json.dumps(dict(line)).encode() + b"\n")
             log.flush()
             os.fsync(log.fileno())
 
@@ -171,6 +182,15 @@ class Workspace:
             lock.release()
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """What `Workspace.append` wrote, oldest first; a line that a crash cut off is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError):
+            found.append(dict(json.loads(line)))
+    return found
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that replaces it, durably, once the block ends well; on any error `path` is untouched."""
@@ -189,6 +209,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_target(option: str, path: Path, suffixes: Iterable[str]) -> None:
+    """Raises `ConfigurationError` where a file that a long command shall end with can't be written: said before the work, not after it."""
+    if path.suffix not in suffixes:
+        raise ConfigurationError(f"{option} {path}: expected a name that ends in {', '.join(suffixes)}")
+    there = next(p for p in path.absolute().parents if p.exists())
+    if path.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is a directory" if path.is_dir() else f"{there} {'cannot be written' if there.is_dir() else 'is no directory'}"
+        raise ConfigurationError(f"{option} {path}: {why}; expected the name of a file to write")
 
 
 def is_full(error: BaseException) -> bool:

@@ -29,7 +29,7 @@ from fastq.features import OnlineStates
 from fastq.platform import OWN_POLICY, Platform
 from fastq.policy import CHUNKS, Policy, action_frame
 from fastq.records import read_served, served_log
-from fastq.workspace import Workspace, replacing
+from fastq.workspace import Workspace, check_target, replacing
 from feature_repo import store
 from feature_repo.definitions import STATE_FILE, feature_directory
 from pipelines.turn import EACH_TIME, Progress, platform_of, progress, running
@@ -64,17 +64,11 @@ class Plan:
 # ---- the plan ----------------------------------------------------------------------------------------------------------
 def planned(platform: Platform, out: str, dry_run: bool) -> tuple[Plan, Path]:
     """The plan of a stopped batch, if it may go on, else a new one; and its directory."""
-    directory = Workspace(platform.root).runs / "recommend_all"
+    directory = Workspace(platform.root).batch
     champion = registry.champion(platform)
     if champion is None:
         raise UnknownPlayerError(f"{platform.platform}: there is no champion to recommend by; run `fastq retrain`")
-    rival = platform.serving.challenger
-    challenger = None
-    if rival.share > 0:
-        try:
-            challenger = rival.version or registry.resolve(platform, registry.CHALLENGER)
-        except UnknownPlayerError:
-            challenger = None
+    challenger = None if platform.serving.challenger.shadow else registry.challenger(platform, champion)  # one in shadow decides nothing
     said = hashlib.sha256((platform.serving.model_dump_json() + features.fingerprint(platform)).encode()).hexdigest()
     now = datetime.now(UTC)
     made = Plan(hashlib.sha256(f"{now.timestamp()}{out}".encode()).hexdigest()[:16], now.isoformat(), champion, challenger, said, out, dry_run)
@@ -211,7 +205,7 @@ def decided(platform: Platform, states: States, plan: Plan, policies: dict[str, 
 
 @task(name="decide", **EACH_TIME)
 def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]:
-    """Decide for everybody, piece by piece; the pieces' files, and whether the online store gave the states."""
+    """Decide for everybody, piece by piece; the files of the pieces in which somebody is known, and whether the online store gave the states."""
     import torch
 
     platform, lock, done = platform_of(workspace), threading.Lock(), [0]
@@ -224,21 +218,25 @@ def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]
     players, tell = everybody(platform), progress.get()
     states = States(platform, plan.moment, policies[plan.champion], served_since(platform, plan.moment))
 
-    def piece(first: int) -> str:
+    def piece(first: int) -> str | None:
         path = Path(directory) / f"{plan.id}-{first:09d}.parquet"
         some = players[first : first + PIECE]
         if not path.exists():
             found = decided(platform, states, plan, policies, some, first)
-            with replacing(path) as partial:
-                found.write_parquet(partial)
+            if not found.is_empty():
+                with replacing(path) as partial:
+                    found.write_parquet(partial)
         with lock:
             done[0] += len(some)
             tell("recommending", done[0], len(players), {})
-        return str(path)
+        return str(path) if path.exists() else None
 
     tell("recommending", 0, len(players), {})
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(piece, range(0, len(players), PIECE))), states.reachable
+        pieces = [path for path in pool.map(piece, range(0, len(players), PIECE)) if path is not None]
+    if not pieces:
+        raise GateRefused("recommend --all", [f"the online store knows none of {len(players):,} players; run `fastq retrain`, which fills it"])
+    return pieces, states.reachable
 
 
 @task(name="write", **EACH_TIME)
@@ -278,10 +276,10 @@ def recommend_all(platform: Platform, out: str | Path, dry_run: bool = False, on
 
     Players of `serving.exclude` and of the holdout get no row, nor does one of whom nothing is known. With `dry_run` nothing is logged. A batch that
     was stopped goes on within a period, if the same is asked for and neither the champion nor fastq.yaml changed.
-    Raises `GateRefused` while fastq is paused, `ConfigurationError` where frequencies or budgets are capped, which are counted per request.
+    Raises `GateRefused` while fastq is paused or where nobody is known, `ConfigurationError` where frequencies or budgets are capped, which are counted
+    per request.
     """
-    if Path(out).suffix not in _WRITERS:
-        raise ConfigurationError(f"--out {out}: expected a name that ends in {', '.join(_WRITERS)}")
+    check_target("--out", Path(out), _WRITERS)
     if (pause := pause_of(Workspace(platform.root))) is not None:
         raise GateRefused("recommend --all", [f"{pause.sentence}; `fastq resume` ends it"])
     serving = platform.serving

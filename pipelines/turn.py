@@ -255,7 +255,8 @@ def _quiet() -> Iterator[None]:
             return False
         refused = record.exc_info is not None and isinstance(record.exc_info[1], FastqError)
         said = record.getMessage()
-        return not refused and "Finished in state Failed" not in said and "aborted by an interrupt signal" not in said  # whoever pressed Ctrl-C knows
+        stopped = "aborted by an interrupt signal" in said or "aborted by a termination signal" in said  # whoever sent it knows
+        return not refused and not stopped and "Finished in state Failed" not in said
 
     if "PREFECT_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("prefect").setLevel(logging.WARNING)  # for good: the temporary server says goodbye when the process ends

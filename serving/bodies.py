@@ -9,6 +9,7 @@ from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Fiel
 from fastq.errors import RequestError
 from fastq.features import epoch_microseconds
 from fastq.platform import Platform
+from fastq.records import LARGEST
 from serving import online
 from serving.decision_log import Event, Reported, now_us
 from serving.online import Ask, InlineState, Question
@@ -25,7 +26,7 @@ class Asked(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-Number = StrictFloat | StrictInt
+Number = Annotated[StrictFloat | StrictInt, Field(ge=-LARGEST, le=LARGEST)]
 
 
 def _an_id(value: object) -> object:
@@ -33,7 +34,9 @@ def _an_id(value: object) -> object:
     return str(value) if type(value) is int else value
 
 
-PlayerId = Annotated[StrictStr, BeforeValidator(_an_id, json_schema_input_type=str | int), Field(min_length=1, max_length=500, examples=["p00001"])]
+PlayerId = Annotated[
+    StrictStr, BeforeValidator(_an_id, json_schema_input_type=str | int), Field(min_length=1, max_length=online.LONGEST_ID, examples=["p00001"])
+]
 
 
 class Edges(Asked):
@@ -209,7 +212,8 @@ def posted_events(platform: Platform, body: Any) -> list[Event]:
         if not values:
             raise RequestError(f"events[{i}]: expected a value for at least one of {', '.join(names) or 'no measure: this platform has none'}")
         occurred_at = epoch_microseconds(row.occurred_at)
-        if occurred_at > latest:
-            raise RequestError(f"events[{i}].occurred_at: {row.occurred_at.isoformat()} lies in the future; expected what has happened")
+        if not 0 <= occurred_at <= latest:
+            when = "in the future; expected what has happened" if occurred_at > latest else "before 1970"
+            raise RequestError(f"events[{i}].occurred_at: {row.occurred_at.isoformat()} lies {when}")
         events.append(Event(row.player_id, occurred_at, values))
     return events

@@ -69,6 +69,7 @@ BATCH_ROWS = 256  # players that one batch takes on the event loop; larger reque
 MOST_UNDER_WAY = 192  # requests that wait for a batch or for the disk; one more is refused at once, which is kinder than an answer that comes too late
 MOST_KEY = 300  # characters of an Idempotency-Key
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
+REFUSED_SECONDS = 60.0  # until a model that could not be loaded is tried again: what ailed it may have passed
 QUERY_SECONDS = 20  # that an analyst's SQL may run
 NOBODY = "\x00"  # a player who cannot be: asked for to see whether the store answers
 
@@ -128,6 +129,8 @@ class Desk:
     apart: set[asyncio.Task[None]] = field(default_factory=set)  # large requests, each in a thread
     busy: set[str] = field(default_factory=set)  # players of whom a decision is on its way to the disk, where what they may have is capped
     buckets: dict[str, tuple[float, float]] = field(default_factory=dict)  # key id -> requests it may make at once, and when that was so
+    refused: dict[str, float] = field(default_factory=dict)  # version -> when it could not be taken into service
+    excluded_at: int | None = None  # what the file of excluded players had last changed when it was read
 
     def open(self) -> Service:
         if self.service is None:
@@ -146,6 +149,10 @@ class Desk:
             self.metrics.refused.labels("rate").inc()
             raise TooOften(f"this key may ask {rate:g} times per second (serving.rate_limit); ask again in {(1 - left) / rate:.1f} s")
         self.buckets[key_id] = (left - 1, now)
+
+    def refused_lately(self, version: str) -> bool:
+        """Whether a version could not be loaded within the last `REFUSED_SECONDS`."""
+        return time.monotonic() - self.refused.get(version, -1e9) < REFUSED_SECONDS
 
     async def decide(self, ask: Ask, *, keep: bool, request: Repeatable | None = None) -> list[Decision]:
         """Decisions for one request, computed together with whatever else arrived meanwhile, and on disk if they are to be kept."""
@@ -288,41 +295,68 @@ class Desk:
 
 
 def follow(desk: Desk, stop: threading.Event) -> None:
-    """Keep the champion in service the registry's champion, and bring waiting events into the online store; the old model serves on whatever fails."""
+    """Keep in service what the registry and fastq.yaml name: champion, challenger, excluded players; and bring waiting events into the online store.
+
+    Each by itself: what fails is said once and tried again, and holds up none of the others. What was in service serves on.
+    """
+    told: dict[str, str] = {}
+    while not stop.wait(FOLLOW_SECONDS):
+        if (service := desk.service) is None:
+            continue
+        for what, step in (("champion", take_champion), ("challenger", take_challenger), ("excluded players", read_excluded), ("events", apply_events)):
+            try:
+                step(desk, service)
+                told.pop(what, None)
+            except Exception as error:  # noqa: BLE001 - registry and store may fail in any way; serving goes on
+                if (said := f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") != told.get(what):  # once, not every second
+                    told[what] = said
+                    logger.warning("%s: not brought up to date, what was there serves on: %s", what, said)
+
+
+def take_champion(desk: Desk, service: Service) -> None:
+    """The registry's champion, where it is another one than the one in service. One that cannot be loaded is tried again after `REFUSED_SECONDS`."""
     from fastq import registry
 
-    platform, refused, quiet, listed = desk.platform, "", "", excluded_changed(desk.platform)
-    while not stop.wait(FOLLOW_SECONDS):
-        service = desk.service
-        if service is None:
-            continue
-        try:
-            wanted = registry.champion(platform)
-            quiet = ""
-            if wanted is not None and wanted != refused and (service.model is None or wanted != service.model.version):
-                refused = wanted
-                before = service.model
-                service.model = online.load_model(platform, wanted)
-                refused = ""
-                show_model(desk, before.version if before else None)
-                logger.info("model %s is in service", wanted)
-            if service.model is not None:
-                rival = online.challenger_version(platform, service.model.version)
-                if rival != (service.challenger.version if service.challenger else None):
-                    service.challenger = None if rival is None else online.load_model(platform, rival)
-                    logger.info("challenger: %s", rival or "none")
-            if (changed := excluded_changed(platform)) != listed:
-                service.excluded, listed = excluded_players(platform), changed
-        except Exception as error:  # noqa: BLE001 - the registry may fail in any way; serving goes on
-            if refused:
-                desk.metrics.refused_models.inc()
-            if (said := f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") != quiet:  # once, not every second
-                quiet = said
-                logger.warning("the registry's champion is not taken into service, the old one serves on: %s", said)
-        try:
-            online.apply_activity(service)
-        except (FastqError, OSError) as error:
-            logger.debug("events wait for the online store: %s", error)
+    wanted, before = registry.champion(desk.platform), service.model
+    if wanted is None or (before is not None and wanted == before.version) or desk.refused_lately(wanted):
+        return
+    try:
+        service.model = online.load_model(desk.platform, wanted)
+    except Exception:
+        desk.refused[wanted] = time.monotonic()
+        desk.metrics.refused_models.inc()
+        raise
+    show_model(desk, before.version if before else None)
+    logger.info("model %s is in service", wanted)
+
+
+def take_challenger(desk: Desk, service: Service) -> None:
+    """The challenger that fastq.yaml asks for, where it is another one than the one at work; as `take_champion`."""
+    from fastq import registry
+
+    if service.model is None:
+        return
+    wanted = registry.challenger(desk.platform, service.model.version)
+    if wanted == (service.challenger.version if service.challenger else None) or (wanted is not None and desk.refused_lately(wanted)):
+        return
+    try:
+        service.challenger = None if wanted is None else online.load_model(desk.platform, wanted)
+    except Exception:
+        desk.refused[str(wanted)] = time.monotonic()
+        raise
+    logger.info("challenger: %s", wanted or "none")
+
+
+def read_excluded(desk: Desk, service: Service) -> None:
+    """The file of excluded players, where it has changed."""
+    if (changed := excluded_changed(desk.platform)) != desk.excluded_at:
+        service.excluded, desk.excluded_at = excluded_players(desk.platform), changed
+
+
+def apply_events(_: Desk, service: Service) -> None:
+    """Waiting events into the online store; where that cannot be reached they wait on, which is no news."""
+    with contextlib.suppress(StoreUnavailable):
+        online.apply_activity(service)
 
 
 def excluded_changed(platform: Platform) -> int | None:
@@ -351,11 +385,11 @@ async def opened(desk: Desk) -> AsyncIterator[None]:
     torch.set_num_threads(1)  # requests are the parallelism here
     sys.setswitchinterval(0.0005)  # the log's thread must not wait 5 ms, Python's default, for the loop to let go of the interpreter
     log = await asyncio.to_thread(open_log, desk.platform)
+    desk.excluded_at = excluded_changed(desk.platform)
     service = Service(desk.platform, log, None, excluded_players(desk.platform))
     service.timed = lambda stage, seconds: desk.metrics.stage.labels(stage).observe(seconds)
     try:
         service.model = await asyncio.to_thread(online.load_model, desk.platform)
-        service.challenger = await asyncio.to_thread(online.load_challenger, desk.platform, service.model.version)
     except FastqError as error:
         logger.error("no champion in service yet: %s", error)
     desk.service = service
@@ -364,6 +398,10 @@ async def opened(desk: Desk) -> AsyncIterator[None]:
     follower = threading.Thread(target=follow, args=(desk, stop), name="follow-champion", daemon=True)
     follower.start()
     if service.model is not None:
+        try:
+            service.challenger = await asyncio.to_thread(online.load_challenger, desk.platform, service.model.version)
+        except FastqError as error:
+            logger.error("no challenger at work yet: %s", error)
         with contextlib.suppress(FastqError):
             await asyncio.to_thread(online.warm, service)
     try:
@@ -509,7 +547,7 @@ def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
                 raise  # the answer has begun; only the connection can say that it failed
             await refusal(error)(scope, receive, sending)
         finally:
-            route = getattr(scope.get("route"), "path", None) or (scope["path"] if scope["path"] in OPEN or scope["path"] in desk.direct else "other")
+            route = getattr(scope.get("route"), "path_format", None) or (scope["path"] if scope["path"] in OPEN or scope["path"] in desk.direct else "other")
             desk.metrics.requests.labels(route, scope["method"], str(status)).inc()
             desk.metrics.seconds.labels(route).observe(time.perf_counter() - started)
 
@@ -661,7 +699,7 @@ def create_app(platform: Platform) -> FastAPI:
             answer = await asyncio.to_thread(queries.ask, platform, asked.sql, seconds=QUERY_SECONDS)
             return reply(await asyncio.to_thread(answer.document))
 
-    @route("get", "/v1/players/{player_id}")
+    @route("get", "/v1/players/{player_id:path}")
     async def player(player_id: str) -> Response:
         """What is known of a player now."""
         return reply(await asyncio.to_thread(player_card, desk.open(), player_id))

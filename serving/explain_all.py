@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fastq.errors import ConfigurationError, RequestError, UnknownPlayerError
+from fastq.errors import RequestError, UnknownPlayerError
 from fastq.explanation import HORIZONS, Against, Explanation, explain
 from fastq.features import PlayerStates
 from fastq.platform import Platform
 from fastq.policy import CHUNKS, Policy, action_frame
-from fastq.workspace import replacing
+from fastq.workspace import check_target, replacing
 from feature_repo import store
 from serving import online
 
@@ -45,8 +45,7 @@ def explain_all(
     `against` is a behaviour policy, `model:VERSION` or an action. What is done already lies beside `out` until all is; a run that is repeated with the
     same model and question takes it up, with the moment at which it began, unless `fresh`. Raises `RequestError`, `ConfigurationError`, `StoreUnavailable`.
     """
-    if out.suffix not in WRITERS:
-        raise ConfigurationError(f"--out {out}: expected a name that ends in {', '.join(WRITERS)}")
+    check_target("--out", out, WRITERS)
     if against == "logged":
         raise RequestError("against: what was logged differs from player to player and is not known of all; expected a policy, model:VERSION or an action")
     players = store.known_players(platform)["player_id"].to_list()

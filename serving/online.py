@@ -37,6 +37,7 @@ logger = logging.getLogger("fastq.serving")
 COMMITTING_US = 60_000_000  # a decision made before a state was read may have been committed after; to lay one twice changes nothing
 RETRY_SECONDS = 1.0  # how long an online store that failed is left alone
 PAUSE_SECONDS = 0.25  # how old the last look for a pause may be
+LONGEST_ID = 500  # characters of a player's id
 WARM_ROWS = 64  # largest batch that is drawn once before the first request
 KEPT_POLICIES = 4  # older model versions held in memory for explanations
 
@@ -214,23 +215,11 @@ def load_model(platform: Platform, version: str | None = None) -> Model:
     return Model(replace(policy, platform=served, version=found), found)
 
 
-def challenger_version(platform: Platform, champion: str) -> str | None:
-    """The version that a share of the players gets, or that runs in shadow; None where none is configured, or it is the champion by now."""
+def load_challenger(platform: Platform, champion: str) -> Model | None:
+    """The model of `registry.challenger`, None where there is none. Raises as `load_model`."""
     from fastq import registry
 
-    wanted = platform.serving.challenger
-    if wanted.share == 0 and not wanted.shadow:
-        return None
-    try:
-        version = wanted.version or registry.resolve(platform, registry.CHALLENGER)
-    except UnknownPlayerError:  # nobody challenges now
-        return None
-    return None if version == champion else version
-
-
-def load_challenger(platform: Platform, champion: str) -> Model | None:
-    """The model of `challenger_version`. Raises as `load_model`."""
-    version = challenger_version(platform, champion)
+    version = registry.challenger(platform, champion)
     return None if version is None else load_model(platform, version)
 
 
@@ -786,6 +775,8 @@ def recommend(
     """
     if not players:
         raise RequestError("players: expected at least one player id")
+    if wrong := [player for player in players if not 0 < len(player) <= LONGEST_ID]:
+        raise RequestError(f"players: expected ids of 1 to {LONGEST_ID} characters, got one of {len(wrong[0])}")
     with open_service(platform) as service:
         decided = decide(
             service,

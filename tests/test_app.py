@@ -294,6 +294,8 @@ def test_activity_is_seen_by_the_next_recommendation(call, platform: Platform) -
         {"events": [{**event, "occurred_at": "yesterday"}]},
         {"events": [{**event, "occurred_at": now.replace(tzinfo=None).isoformat()}]},
         {"events": [{**event, "occurred_at": (now + timedelta(days=2)).isoformat()}]},
+        {"events": [{**event, "occurred_at": "0001-01-01T00:00:00Z"}]},
+        {"events": [{**event, measure: 1e300}]},  # no 32-bit state or column of SQL could hold it
         {"events": [{"player_id": "x", "occurred_at": now.isoformat()}]},
     ):
         assert call("POST", "/v1/activity", wrong)[0] == 422, wrong
@@ -351,6 +353,7 @@ def test_models_and_players_and_decisions_can_be_looked_up(call, player: str) ->
     assert [m["version"] for m in models if "champion" in m["aliases"]] == [models[0]["version"]]
     assert call("GET", f"/v1/players/{player}")[1]["degraded"] is None
     assert call("GET", "/v1/players/nobody-yet")[0] == 404
+    assert call("GET", "/v1/players/eu%2Fnobody")[1]["detail"].startswith("eu/nobody: "), "an id may hold a slash"
     assert call("GET", "/v1/decisions/never")[0] == 404
 
 
@@ -492,6 +495,28 @@ def test_a_new_champion_is_taken_and_a_damaged_one_is_not(trained: Path, tmp_pat
         assert "fastq_models_refused_total 1.0" in client.get("/metrics").text
         registry.promote(platform, first, reason="test", forced=True)
         assert wait_for(client, key, first)
+
+
+def test_a_challenger_that_cannot_be_loaded_holds_up_no_exclusion(trained: Path, tmp_path: Path) -> None:
+    workspace = shutil.copytree(trained, tmp_path / "workspace")
+    (workspace / "excluded.csv").write_text("player_id\nsomebody\n")
+    file = workspace / "fastq.yaml"
+    file.write_text(file.read_text().replace("serving: {", 'serving: {exclude: excluded.csv, challenger: {share: 0.5, version: "99"}, '))
+    platform = load_platform(workspace)
+    assert platform.serving.challenger.version == "99"
+    key = auth.create_key(Workspace(platform.root), "recommend")["key"]
+    with TestClient(endpoint.create_app(platform)) as client:
+        version(client, key)
+        (workspace / "excluded.csv").write_text("player_id\nsomebody\np00001\n")
+        until = time.monotonic() + 20
+        while "excluded" not in str(why := degraded(client, key, "p00001")):
+            assert time.monotonic() < until, f"still {why!r}"
+            time.sleep(0.2)
+
+
+def degraded(client: TestClient, key: str, player_id: str) -> str | None:
+    answer = client.post("/v1/recommendations", json={"players": [player_id], "dry_run": True}, headers={"Authorization": f"Bearer {key}"})
+    return answer.json()["recommendations"][0]["degraded"]
 
 
 def version(client: TestClient, key: str) -> str:

@@ -59,6 +59,7 @@ def test_what_was_backed_up_comes_back(made, tmp_path, key):
     assert tree(tmp_path / "elsewhere") == tree(made)
     assert restored["files"] == said["files"]
     assert not (tmp_path / "elsewhere" / STAGING).exists()
+    assert (tmp_path / "elsewhere" / ".fastq").stat().st_mode & 0o077 == 0
     if key is not None:
         assert b"fastq.yaml" not in (tmp_path / "b").read_bytes()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -55,6 +56,33 @@ def test_every_alert_has_its_page_with_rollback_first():
     for rule in (rule for group in rules["groups"] for rule in group["rules"]):
         assert rule["alert"] in heads
         assert rule["annotations"]["runbook"] == f"infra/runbook.md#{rule['alert'].lower()}"
+
+
+def test_the_runbook_names_commands_and_options_that_there_are():
+    from typer.main import get_command
+
+    from fastq.cli import app
+
+    front, text = get_command(app), (INFRA / "runbook.md").read_text()
+    blocks = re.findall(r"^```console\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    found = [line for block in blocks for line in block.splitlines()] + re.findall(r"`(fastq [a-z][^`]*)`", text)
+    assert len(found) > 12
+    for line in found:
+        words = shlex.split(line)
+        if words[0] == "fastq":
+            context = front.make_context("fastq", words[1:])
+            name, command, rest = front.resolve_command(context, words[1:])
+            command.make_context(name, rest + ["PLAYER"] * (line == "fastq forget"), parent=context)  # else it raises
+
+
+def test_decisions_are_numbered_once_as_their_titles_say():
+    files = sorted(path for path in (INFRA / "decisions").iterdir() if path.suffix == ".md")
+    numbers = [path.name[:4] for path in files]
+    assert len(set(numbers)) == len(numbers), numbers
+    for path in files:
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith(f"# {path.name[:4]}: "), path.name
+        assert lines[2].startswith("- Status: "), path.name
 
 
 def test_containers_are_pinned_healthy_unprivileged_and_without_default_passwords():

@@ -44,6 +44,16 @@ def test_quiet_days_find_nothing(arena):
         assert looked(arena, arena[1], arena[2] + timedelta(hours=hours)) == {}
 
 
+def test_what_is_served_before_the_days_logs_have_come_is_no_loss_of_volume(arena):
+    platform, whole, cut = arena
+    read = replace(whole, activity=None)  # activity, where there is any, says how far the logs have come too
+    logged = replace(read, decisions=read.decisions.filter(pl.col("decided_at") < cut + DAY))
+    served = logged.decisions.tail(1).with_columns(policy=pl.lit("fastq"), decided_at=pl.lit(cut + DAY + timedelta(hours=15)).cast(pl.Datetime("us", "UTC")))
+    now = replace(logged, decisions=pl.concat([logged.decisions, served]))
+    reference = replace(read, decisions=read.decisions.filter(pl.col("decided_at") < cut))
+    assert monitoring.look(platform, now, *monitoring.reference_of(platform, reference, monitoring.reached(now)), cut) == []
+
+
 def late(read, changes, since):
     """`read` with expressions for columns of decisions or activity from `since` on."""
     frames = {}

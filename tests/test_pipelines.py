@@ -245,7 +245,7 @@ def test_a_stopped_batch_goes_on_and_says_what_the_endpoint_says(loop, tmp_path,
     monkeypatch.setattr(recommend_all, "decided", stopping)
     with pytest.raises(KeyError):
         recommend_all.recommend_all(platform, tmp_path / "all.parquet")
-    [piece] = (Workspace(platform.root).runs / "recommend_all").glob("*.parquet")
+    [piece] = Workspace(platform.root).batch.glob("*.parquet")
     ids = pl.read_parquet(piece)["decision_id"].to_list()
     assert len(records.read_served(platform)) == served, "logged before it was whole"
     monkeypatch.setattr(recommend_all, "decided", decided)
@@ -253,7 +253,7 @@ def test_a_stopped_batch_goes_on_and_says_what_the_endpoint_says(loop, tmp_path,
     batch = pl.read_parquet(tmp_path / "all.parquet")
     assert batch["decision_id"].n_unique() == batch["player_id"].n_unique() == len(players)
     assert set(ids) < set(batch["decision_id"]), "decided a second time"
-    assert not (Workspace(platform.root).runs / "recommend_all").exists()
+    assert not Workspace(platform.root).batch.exists()
 
     with online.open_service(platform) as service:
         for row in batch.head(5).rows(named=True):

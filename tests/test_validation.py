@@ -75,6 +75,7 @@ def test_good_logs_pass_and_every_rule_of_the_platform_was_judged(tmp_path: Path
         ("goal", 16.0, "decisions.goal.bounds"),
         ("goal", math.nan, "decisions.goal.finite"),
         ("joy", math.inf, "decisions.joy.finite"),
+        ("joy", -1e300, "decisions.joy.size"),
     ],
 )
 def test_breaking_a_rule_changes_its_verdict_and_the_share_of_broken_rows_the_gate(tmp_path: Path, column: str, value: object, rule: str) -> None:
