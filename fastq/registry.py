@@ -468,7 +468,7 @@ def strike(platform: Platform, decision_ids: Sequence[str], who: str = "fastq") 
     """Take logged decisions out of the evidence that every version's bundle holds; rows by version, those without any are left out.
 
     The one exception to write-once: the weights stay bit for bit, the evidence loses those rows, and the bundle, its copy here and the checksum it was
-    registered with are replaced together. The audit log tells that it happened, not whose rows they were. See infra/decisions/0012.
+    registered with are replaced together. The audit log tells that it happened, not whose rows they were. See infra/decisions/0013.
     """
     if not decision_ids:
         return {}
