@@ -1,4 +1,4 @@
-"""Every decision that was served, durably, before its answer leaves; outcomes, idempotency keys and activity beside it.
+"""Every decision that was served, durably, before its answer leaves; outcomes, idempotency keys, hashed and activity beside it.
 
 One SQLite file per writing process under `served/` (WAL, synchronous=FULL) and one writer thread per file: while a commit runs, what
 arrives queues up and becomes the next commit. A timed window would only add its own delay. Two processes never share a file: each holds
@@ -16,6 +16,7 @@ Times are microseconds since 1970 (UTC), bodies and actions JSON.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -148,6 +149,11 @@ class Request:
 
     key: str
     digest: str
+
+    @property
+    def kept(self) -> str:
+        """What is kept of the key: its hash, for a caller may name a player in it, and who is forgotten must be gone."""
+        return hashlib.sha256(self.key.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -289,7 +295,7 @@ class DecisionLog:
                 if found:
                     return found
                 ids = json.dumps([d.decision_id for d in decisions])
-                database.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (request.key, request.digest, ids, now_us()))
+                database.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (request.kept, request.digest, ids, now_us()))
             database.executemany(_INSERT, rows)
             return list(decisions)
 
@@ -308,7 +314,7 @@ class DecisionLog:
 
     @staticmethod
     def _request_in(database: sqlite3.Connection, request: Request) -> list[Decision] | None:
-        row = database.execute("SELECT digest, decision_ids FROM requests WHERE key = ?", (request.key,)).fetchone()
+        row = database.execute("SELECT digest, decision_ids FROM requests WHERE key = ?", (request.kept,)).fetchone()
         if row is None:
             return None
         if row[0] != request.digest:
