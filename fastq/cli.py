@@ -56,6 +56,7 @@ app.add_typer(keys_app, name="keys")
 
 WorkspaceOption = Annotated[Path, typer.Option("--workspace", "-w", metavar="DIR", help="The directory of fastq.yaml.", show_default="the current directory")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")]
+ReasonOption = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Kept in the audit log with who and when.")]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Log no decision.")]
 
 
@@ -459,7 +460,7 @@ def models(
 def promote(
     version: Annotated[str, typer.Argument(metavar="VERSION", help="A version that `models` shows.")],
     force: Annotated[bool, typer.Option("--force", help="Promote although the gate refused; needs --reason.")] = False,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    reason: ReasonOption = "",
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -476,7 +477,7 @@ def promote(
 
 @app.command()
 def rollback(
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    reason: ReasonOption = "",
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -494,7 +495,7 @@ def pause(
     policy: Annotated[
         str | None, typer.Option(metavar="NAME", help="Whose proposals are served meanwhile; default: the holdout's policy, else the default action.")
     ] = None,
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    reason: ReasonOption = "",
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -509,7 +510,7 @@ def pause(
 
 @app.command()
 def resume(
-    reason: Annotated[str, typer.Option(metavar="TEXT", help="Kept in the audit log with who and when.")] = "",
+    reason: ReasonOption = "",
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:

@@ -29,6 +29,7 @@ from fastq.errors import FastqError, GateRefused, RequestError, UnknownPlayerErr
 from fastq.platform import Platform
 from serving import views
 from serving.auth import COOKIE, SESSION_SECONDS, Caller, NotAllowed, NotSignedIn
+from serving.online import Question
 
 if TYPE_CHECKING:
     from serving.endpoint import Desk
@@ -251,21 +252,22 @@ def router(desk: Desk, made: Paper) -> APIRouter:
 
     explaining = asyncio.Semaphore(2)  # as the endpoint's: pages must not starve recommendations
 
+    async def explained(request: Request, question: Question) -> Response:
+        async with explaining:
+            with desk.metrics.stage.labels("explain").time():
+                return page(request, "player.html", **await asyncio.to_thread(views.subject_page, desk.open(), question))
+
     @routes.get("/console/player")
     async def player(request: Request) -> Response:
         """A player now: what would be recommended, and why."""
         question = views.asked_of(platform, request.query_params, "player_id")
-        async with explaining:
-            with desk.metrics.stage.labels("explain").time():
-                return page(request, "player.html", **await asyncio.to_thread(views.subject_page, desk.open(), question))
+        return await explained(request, question)
 
     @routes.get("/console/decision")
     async def decision(request: Request) -> Response:
         """A past decision, as it was decided then."""
         question = views.asked_of(platform, request.query_params, "decision_id")
-        async with explaining:
-            with desk.metrics.stage.labels("explain").time():
-                return page(request, "player.html", **await asyncio.to_thread(views.subject_page, desk.open(), question))
+        return await explained(request, question)
 
     @routes.get("/console/what-if")
     async def what_if(request: Request) -> Response:
