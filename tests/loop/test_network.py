@@ -77,4 +77,5 @@ def test_a_stopped_server_leaves_nothing_running(server):
     assert run.wait(90).code == 0
     run.gone()
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the next server would: closed connections linger a minute, a listener refuses this
         probe.bind(("127.0.0.1", port))
