@@ -229,6 +229,14 @@ def record_verdict(platform: Platform, version: str, *, passed: bool, reasons: S
         client.set_model_version_tag(platform.platform, found.version, "reasons", json.dumps(list(reasons)))
 
 
+def attach(platform: Platform, version: str, pages: Mapping[str, str]) -> None:
+    """Keep texts, name -> content, with the run that made a version: what was found out about it afterwards."""
+    client = _client(platform)
+    run = Run(_version(platform, client, version).run_id, client)
+    for name, content in pages.items():
+        run.page(name, content)
+
+
 def models(platform: Platform) -> list[dict[str, Any]]:
     """All versions, newest first: version, aliases, created_at (RFC 3339), verdict (a sentence), none if there is no model yet."""
     client = _client(platform)

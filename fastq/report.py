@@ -43,19 +43,29 @@ _STYLE = """
   tbody tr:last-child > * { border-bottom: 0; } th { font-weight: 600; color: var(--soft); }
   td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } code { font: .85rem ui-monospace, monospace; overflow-wrap: anywhere; }
   details { margin-top: .75rem; } summary { cursor: pointer; } td.reason { min-width: 20rem; } td.content { min-width: 22rem; }
+  figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; } svg { width: 100%; height: auto; }
 """
 
-_VALIDATION_PAGE = """\
+_PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{{ platform }}: {{ "logs accepted" if verdict.passed else "logs refused" }}</title>
+<title>{% block title %}{% endblock %}</title>
 <style>{{ style }}</style>
 </head>
 <body>
+{% block page %}{% endblock %}
+</body>
+</html>
+"""
+
+_VALIDATION_PAGE = """\
+{% extends "page" %}
+{% block title %}{{ platform }}: {{ "logs accepted" if verdict.passed else "logs refused" }}{% endblock %}
+{% block page %}
 <header>
   <h1>Logs of {{ platform }}</h1>
   <small>{{ at }} UTC{% if first %} · decisions from {{ first }} to {{ last }}{% endif %}</small>
@@ -122,23 +132,18 @@ _VALIDATION_PAGE = """\
 </table></div>
 {% else %}<p>None.</p>{% endif %}
 </main>
-</body>
-</html>
+{% endblock %}
 """
 
 
 def validation_page(platform: Platform, records: Records, verdict: Verdict, overlaps: Sequence[Overlap] = (), chances: Chances | None = None) -> str:
     """The validation report as one HTML page: verdict, rows, rules, warnings, where policies meet, and the first quarantined rows with their reasons."""
-    from jinja2 import Environment, StrictUndefined
-
     decisions = records.counts["decisions"]
     sentence = f"{decisions.accepted:,} decisions are good, {decisions.quarantined:,} are quarantined and {decisions.repeated:,} are repeats."
     times = records.decisions["decided_at"]
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(_VALIDATION_PAGE)
-    return page.render(
-        style=_safe(_STYLE),
+    return _rendered(
+        _VALIDATION_PAGE,
         platform=platform.platform,
-        at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         first=f"{times.min()!s:.10}" if len(times) else None,
         last=f"{times.max()!s:.10}" if len(times) else None,
         verdict=verdict,
@@ -179,16 +184,9 @@ def _overlap_picture(chances: Chances) -> str:
 
 # ---- one candidate before the gate --------------------------------------------------------------------------------------------
 _EVALUATION_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{{ title }}: {{ "passed" if d.promoted else "refused" }}</title>
-<style>{{ style }} figure { margin: 1rem 0; background: #fff; border: 1px solid var(--line); border-radius: 8px; } svg { width: 100%; height: auto; }</style>
-</head>
-<body>
+{% extends "page" %}
+{% block title %}{{ title }}: {{ "passed" if d.promoted else "refused" }}{% endblock %}
+{% block page %}
 <header>
   <h1>{{ title }}</h1>
   <small>{{ at }} UTC · {{ "{:,}".format(d.decisions) }} decisions of {{ "{:,}".format(d.players) }} players that training never saw
@@ -271,23 +269,19 @@ _EVALUATION_PAGE = """\
   </tbody>
 </table></div>
 </main>
-</body>
-</html>
+{% endblock %}
 """
 
 
 def evaluation_page(platform: Platform, document: Mapping[str, Any], version: str | None = None) -> str:
     """What the logs say of one candidate (as `evaluation.Report.to_dict`), and what the gate made of it, as one HTML page with its picture inside."""
-    from jinja2 import Environment, StrictUndefined
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.4g}"
 
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True).from_string(_EVALUATION_PAGE)
-    return page.render(
-        style=_safe(_STYLE),
+    return _rendered(
+        _EVALUATION_PAGE,
         title=f"{platform.platform} version {version}" if version else f"A candidate for {platform.platform}",
-        at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
         d={"notes": [], "densities": [], **document},
         picture=_safe(_as_svg(estimates_figure(document["estimates"]))),
         number=number,
@@ -324,6 +318,14 @@ def estimates_figure(estimates: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def _rendered(page: str, **values: Any) -> str:
+    """One of the pages above, in the frame that all share."""
+    from jinja2 import DictLoader, Environment, StrictUndefined
+
+    environment = Environment(loader=DictLoader({"page": _PAGE}), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    return environment.from_string(page).render(style=_safe(_STYLE), at=f"{datetime.now(UTC):%Y-%m-%d %H:%M}", **values)
+
+
 def _as_svg(figure: Figure) -> str:
     """The picture as an element of a page: no file, no link, nothing that says when or where it was drawn."""
     drawn = io.StringIO()
@@ -336,6 +338,95 @@ def _safe(text: str) -> Any:
     from markupsafe import Markup
 
     return Markup(text)  # noqa: S704 - the style sheet above and Matplotlib's drawing, in which names are drawn as outlines
+
+
+# ---- whether explanations tell the truth ------------------------------------------------------------------------------------
+_TRUTH_PAGE = """\
+{% extends "page" %}
+{% block title %}{{ title }}: do its explanations tell the truth?{% endblock %}
+{% block page %}
+<header>
+  <h1>Do the explanations of {{ title }} tell the truth?</h1>
+  <small>{{ at }} UTC · asked of the simulator: {{ d.states }} players who were served on a platform of their own (seed {{ d.seed }}), each action lived
+    through {{ d.lives }} times for {{ d.days }} days on the same luck</small>
+</header>
+<main>
+<h2>Stated and true differences</h2>
+<p>The recommended action against another one in the same state, what it brings from then on under the policy itself. Of intervals of 90 % nine in ten should
+  hold the truth; what the simulation itself does not know is added to them.</p>
+<figure>{{ picture }}</figure>
+<div class="wide"><table>
+  <thead><tr><th>Against</th><th class="n">Intervals that hold the truth</th><th class="n">95 % of that share</th><th class="n">Half width</th>
+    <th class="n">Mean error</th><th class="n">Size of an error</th></tr></thead>
+  <tbody>{% for row in d.contrasts %}
+  <tr><td>{{ row.against }}</td><td class="n">{{ share(row.share) }} of {{ row.of }}</td><td class="n">{{ share(row.low) }} to {{ share(row.high) }}</td>
+    <td class="n">{{ number(row.half_width) }}</td><td class="n">{{ number(row.mean_error) }}</td>
+    <td class="n">{{ number(row.size_of_error) }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>
+
+<h2>Stated reasons</h2>
+<ul>
+  <li>{{ share(d.reasons.single.share) }} of {{ d.reasons.single.of }} single reasons whose truth luck does not hide hold.</li>
+  <li>{{ share(d.reasons.together.share) }} of {{ d.reasons.together.of }} sets of decisive reasons speak for the action in truth, taken together.</li>
+</ul>
+
+<h2>Warnings</h2>
+<ul>
+  <li>Evidence is called thin for {{ share(d.warnings.thin) }}; the mean error is {{ number(d.warnings.error_thin) }} there and
+    {{ number(d.warnings.error_else) }} elsewhere.</li>
+  <li>The largest quarter of errors is told by the warning with an area under the curve of {{ number(d.warnings.area) }},
+    by the stated width of the interval with {{ number(d.warnings.area_of_width) }} (0.5 is chance, 1 is always).</li>
+</ul>
+
+<h2>Attributions</h2>
+<p>How far the model's value moves when measures of a player are as if never known: those that the attribution calls most important, any, the least
+  important.</p>
+<div class="wide"><table>
+  <thead><tr><th class="n">Deleted</th><th class="n">By attribution</th><th class="n">At random</th><th class="n">The least first</th></tr></thead>
+  <tbody>{% for row in d.deletion %}
+  <tr><td class="n">{{ row.measures }}</td><td class="n">{{ number(row.by_attribution) }}</td><td class="n">{{ number(row.at_random) }}</td>
+    <td class="n">{{ number(row.least_first) }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>
+</main>
+{% endblock %}
+"""
+
+
+def truth_page(title: str, document: Mapping[str, Any]) -> str:
+    """What `truth.examine` found of one model's explanations, as one HTML page with its picture inside."""
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.3g}"
+
+    return _rendered(
+        _TRUTH_PAGE,
+        title=title,
+        d=document,
+        picture=_safe(_as_svg(truth_figure(document["pairs"]))),
+        number=number,
+        share=lambda value: "–" if value is None else f"{value:.0%}",
+    )
+
+
+def truth_figure(pairs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Stated differences with their intervals over the true ones, a panel per kind of alternative; on the line the two agree."""
+    from matplotlib.figure import Figure
+
+    kinds = list(dict.fromkeys(pair["against"] for pair in pairs))
+    figure = Figure(figsize=(8, 3.6), layout="constrained", facecolor="white")
+    for axes, kind in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds, strict=True):
+        true, stated, half = np.array([[pair["true"], pair["stated"], pair["half"]] for pair in pairs if pair["against"] == kind]).T
+        ends = [min(true.min(), stated.min()), max(true.max(), stated.max())]
+        axes.plot(ends, ends, color=SOFT, lw=1, ls=(0, (4, 3)))
+        axes.errorbar(true, stated, half, fmt="o", ms=3, color=GAIN, ecolor="#a9cdd2", elinewidth=0.8)
+        axes.set_title(_literal(f"against {kind}"), fontsize=9, color=INK)
+        axes.set_xlabel("true difference", fontsize=8, color=SOFT)
+        axes.set_ylabel("stated, with its 90 % interval", fontsize=8, color=SOFT)
+        axes.tick_params(colors=INK, labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 # ---- one explanation as a picture -----------------------------------------------------------------------------------------

@@ -59,9 +59,11 @@ def demo(directory: Path, *, logs: str = "arena", seed: int = 0, players: int = 
         }
         document |= learned(platform, workspace.state / MARK, show, resume=not fresh)
         if logs == "arena":
-            show("asking the simulator for the truth", 0, 1, {})
+            show("asking the simulator for the truth", 0, 2, {})
             document["truth"] = in_truth(platform, document["version"])
-            show("asking the simulator for the truth", 1, 1, {})
+            show("asking the simulator for the truth", 1, 2, {})
+            document["explanations"] = of_explanations(platform, document["version"])
+            show("asking the simulator for the truth", 2, 2, {})
         else:
             document["on_policy"] = on_policy(platform)
         if document["promoted"]:
@@ -188,6 +190,25 @@ def in_truth(platform: Platform, version: str) -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def of_explanations(platform: Platform, version: str) -> dict[str, Any]:
+    """Whether the version's explanations tell the truth; made once, kept as a page and as JSON beside its other reports, and with its MLflow run."""
+    from fastq import registry, report, truth
+
+    workspace = Workspace(platform.root)
+    page, tree = (workspace.reports / f"truth-{version}.{suffix}" for suffix in ("html", "json"))
+    if not tree.exists():
+        policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
+        found = truth.examine(policy, worlds.world("arena"))
+        text = report.truth_page(f"{platform.platform} version {version}", found)
+        registry.attach(platform, version, {"truth.html": text, "truth.json": json.dumps(found)})
+        workspace.make(workspace.reports)
+        for path, content in ((page, text), (tree, json.dumps(found, indent=1))):
+            with replacing(path) as partial:
+                partial.write_text(content, encoding="utf-8")
+    kept: dict[str, Any] = json.loads(tree.read_text(encoding="utf-8"))
+    return {"report": str(page.relative_to(platform.root)), **{name: kept[name] for name in ("contrasts", "reasons", "warnings", "deletion")}}
 
 
 def on_policy(platform: Platform) -> dict[str, Any]:
@@ -317,6 +338,10 @@ def account(document: Mapping[str, Any]) -> Iterable[RenderableType]:
                 style=style,
             )
         yield shown
+        yield ""
+        said = document["explanations"]
+        held = " and ".join(f"{row['share']:.0%} (against {row['against']})" for row in said["contrasts"])
+        yield f"Asked of its explanations: 90 % intervals hold the true difference in {held}. Report: {document['workspace']}/{said['report']}"
         yield ""
     if found := document.get("on_policy"):
         own, other = found["own rounds"], found["from the other log"]

@@ -1,0 +1,69 @@
+"""`fastq.truth` must tell true explanations from false ones; asked of a small model of the arena."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fastq import explanation, report, truth, worlds
+
+SMALL = {"people": 40, "lives": 4, "days": 8, "seed": 4711}
+
+
+@pytest.fixture(scope="module")
+def found(policy):
+    return truth.examine(policy, worlds.world("arena"), **SMALL)
+
+
+def test_it_says_what_was_asked_and_the_same_each_time(policy, found):
+    assert 5 < found["states"] <= SMALL["people"]
+    assert [row["of"] for row in found["contrasts"]] == [found["states"]] * 2
+    assert len(found["pairs"]) == 2 * found["states"]
+    assert truth.examine(policy, worlds.world("arena"), **SMALL) == found
+
+
+def test_the_true_difference_is_the_simulators(policy, found):
+    """The action's own luck falls out: an action against itself differs by nothing, and more of what costs nothing but money costs money."""
+    start = truth._lived(worlds.world("arena"), 40, 4711)
+    low, high = policy.platform.bounds.T
+    parts = truth._true_parts(policy, start, np.stack([np.tile(low, (40, 1)), np.tile(low, (40, 1)), np.tile(high, (40, 1))]), 3, 2)
+    assert (parts[:, 0] == parts[:, 1]).all()
+    cost = list(policy.platform.objectives).index("cost")
+    here = ~start.gone & start.served()
+    assert (parts[:, 2, here, cost, 0] < parts[:, 0, here, cost, 0]).any()
+    assert (parts[:, 2, here, cost, 0] <= parts[:, 0, here, cost, 0]).all()
+
+
+def test_explanations_that_lie_are_found_out(policy, found, monkeypatch):
+    """Differences of the wrong sign, ten times too sure: fewer intervals hold, fewer reasons do."""
+    honest = explanation.explain
+
+    def lying(*arguments, **options):
+        why = honest(*arguments, **options)
+        c = why.contrast
+        half = (c.high - c.difference) / 10
+        parts = -10 * np.abs(c.parts)
+        false = dataclasses.replace(c, difference=-c.difference, low=-c.difference - half, high=-c.difference + half, parts=parts)
+        return dataclasses.replace(why, contrast=false)
+
+    monkeypatch.setattr(explanation, "explain", lying)
+    lied = truth.examine(policy, worlds.world("arena"), **SMALL)
+    assert lied["contrasts"][1]["share"] < found["contrasts"][1]["share"] - 0.2
+
+
+def test_deleting_what_matters_moves_more_than_deleting_at_random(found):
+    one = found["deletion"][0]
+    assert one["by_attribution"] > 1.2 * one["at_random"]
+    assert one["at_random"] > one["least_first"]
+
+
+def test_the_page_says_it_all_and_loads_nothing(found):
+    page = report.truth_page("arena <b>1</b>", found)
+    assert "arena &lt;b&gt;1&lt;/b&gt;" in page
+    assert f"{found['contrasts'][0]['share']:.0%} of {found['states']}" in page
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_shares_of_nothing_are_none():
+    assert truth._share(np.array([], bool)) == {"share": None, "low": None, "high": None, "of": 0}
+    assert truth._share(np.array([True] * 9 + [False]))["low"] == pytest.approx(0.5958, abs=1e-4)  # Wilson's, by hand
