@@ -3,10 +3,15 @@
 Two kinds, for two questions.
 
 *Has something changed since the last retraining?* (`look`) Each hour the last 1, 3 and 7 days, always whole days so that the daily cycle cancels, are
-held against the logs that the last retraining learned from. One false-alarm budget, `ALPHA` in `HORIZON` days, is spent in equal parts on every hour,
-window and test (Bonferroni: it holds however hours, windows and tests depend on each other), so the number of false alarms expected in 90 days is at
-most 0.05 for ever, and asking twice in an hour costs nothing. The unit is the player, whose values of a window are first averaged; where days differ
-by more than their players explain, the days' own spread counts instead, with Student's quantiles for how few they are.
+held against the logs that the last retraining learned from. One false-alarm budget, `ALPHA` in `HORIZON` days, is spent in equal parts on every
+window and test (Bonferroni: it holds however windows and tests depend on each other); what a window that moves on by the hour may spend in an hour is
+less, since it mostly sees the same days again (`crossing`). So false alarms are expected in at most 5 % of 90 days for ever, and asking twice in an hour
+costs nothing. The unit is the player, whose values of a window are first averaged; where days differ by more than their players explain, the days' own
+spread counts instead, with Student's quantiles for how few they are.
+
+*Does the champion bring what its promotion promised?* (`broken_promises`) The same windows, on its own decisions alone, against the lower end of what the
+gate's estimator promised. Outcomes are compared with what the policy expected of the very same states and actions, which takes away what players differ
+by (control variates), and all objectives are also watched together, in the combination in which "each a little worse" stands out most from chance.
 
 *What is the mean of something since it began?* (`lift`, guardrails) A confidence sequence: the normal mixture of Robbins 1970 (Ann. Math. Statist. 41,
 1397), made asymptotic and studentised as by Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2024 (Ann. Statist. 52, arXiv:2103.06476, theorem 2.2), on
@@ -16,27 +21,34 @@ the time scale of information, 1 / standard error^2 by player, in which an accum
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
-from typing import Any, Literal
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from fastq.assignment import held_out
 from fastq.errors import ConfigurationError
+from fastq.features import unpack_states
 from fastq.platform import OWN_POLICY, Platform
-from fastq.records import Events, Records, read_records, read_served, served_log
+from fastq.records import Events, Records, decision_logs, read_records, read_served, reading_log, served_log
+from fastq.workspace import Workspace
+
+if TYPE_CHECKING:
+    from fastq.policy import Policy
 
 Floats = NDArray[np.float64]
 Family = Literal["state", "action", "propensity", "policies", "outcome", "volume", "answers", "promise"]
 
 ALPHA, HORIZON = 0.05, 90  # false alarms expected in so many days, over all tests together
 PROMISED_SHARE = 0.5  # of the budget: promises are few, and a tenth less is hard to see
+TOGETHER_SHARE = 0.5  # of that: for all objectives together
 WINDOWS = (1, 3, 7)  # days
 DAY = timedelta(days=1)
 REFERENCE_DAYS = 28  # at most, the newest
@@ -45,6 +57,8 @@ LEAST_DAYS, LEAST_PLAYERS = 5, 20  # below them nothing is tested
 DESIGN = 1_000.0  # decisions at which a confidence sequence is narrowest
 CLIP = (0.005, 0.995)  # quantiles of the reference to which values are cut: one player's record must not hide or make a finding
 TOP_ITEMS = 5  # of each policy in a catalogue
+MOSTLY = 0.9  # share of a window's decisions for which what was expected must be known, else outcomes are compared as they are
+MOST_EXPECTED = 50_000  # decisions for which it is asked: beyond them noise is no concern
 
 
 # ---- bounds that hold at all times -----------------------------------------------------------------------------------------
@@ -427,10 +441,28 @@ def surprises(
     return z, 2 * stats.t.sf(np.abs(z), np.where(by_day, freedom, np.maximum(players - 1.0, 1.0)))
 
 
-def allowed(tests: int, *, promise: bool = False) -> float:
-    """The p below which a test of one window in one hour is a finding: its part of the budget."""
-    share = PROMISED_SHARE if promise else 1 - PROMISED_SHARE
-    return ALPHA * share / (HORIZON * 24 * len(WINDOWS) * max(tests, 1))
+def crossing(z: float, window: int) -> float:
+    """How likely chance alone takes the standardised mean of a window of whole days, looked at hourly for `HORIZON` days, above `z` at least once.
+
+    The tail of a Gaussian process whose correlation falls from 1 like 1 - |t| / window, for looks that lie apart (Feingold, Brown and Siegmund 1993, Am.
+    J. Hum. Genet. 53, 234, equation 3; exact to some percent for z above 3), and no more than all looks would give as if they had nothing in common.
+    """
+    step = z * math.sqrt(2 / (24 * window))
+    half = float(stats.norm.cdf(step / 2))
+    apart = (2 / step) * (half - 0.5) / (step / 2 * half + float(stats.norm.pdf(step / 2)))
+    tail = float(stats.norm.sf(z))
+    return min(tail + HORIZON / window * z * float(stats.norm.pdf(z)) * apart, 24 * HORIZON * tail)
+
+
+@functools.lru_cache(maxsize=1024)
+def largest(budget: float, window: int) -> float:
+    """The one-sided p below which a window may be called a finding in any hour, so that chance does so in at most `budget` of `HORIZON` days."""
+    return float(stats.norm.sf(optimize.brentq(lambda z: math.log(crossing(z, window)) - math.log(budget), 1.0, 12.0)))
+
+
+def allowed(tests: int, window: int) -> float:
+    """The two-sided p below which one of so many tests of one window is a finding: its part of the budget."""
+    return 2 * largest(ALPHA * (1 - PROMISED_SHARE) / (2 * len(WINDOWS) * max(tests, 1)), window)
 
 
 def look(platform: Platform, read: Records, watched: Mapping[str, Watched], shapes: Mapping[str, Shape], after: datetime) -> list[Found]:
@@ -438,7 +470,7 @@ def look(platform: Platform, read: Records, watched: Mapping[str, Watched], shap
     until = reached(read)
     if until is None or max(until.decisions, until.activity) <= after:
         return []
-    limit, found = allowed(len(watched)), []
+    found = []
     values = long_values(platform, read, until, max(WINDOWS), shapes)
     counts = volumes(read, until.full, max(WINDOWS))
     parts = {str(key[0]): part for key, part in values.group_by("key")}
@@ -454,42 +486,145 @@ def look(platform: Platform, read: Records, watched: Mapping[str, Watched], shap
                 if now.players < LEAST_PLAYERS:
                     continue
             z, p = surprise(reference, now, window)
-            if p < limit and (best is None or p < best.p):
+            if p < allowed(len(watched), window) and (best is None or p < best.p):
                 best = Found(key, reference.family, window, reference.mean, now.mean, z, p, now.players)
         found += [best] if best is not None else []
     return found
 
 
-def broken_promises(platform: Platform, decisions: pl.DataFrame, promised: Iterable[Mapping[str, Any]], watched: Mapping[str, Watched]) -> list[Found]:
-    """Outcomes of one version's own decisions (all of them since it was promoted) that are worse than the interval that its promotion promised.
+# ---- promises --------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Promise:
+    """What a promotion promised of the mean immediate outcome per decision, in a combination of which less is worse.
 
-    promised: `objective` (None: weighted sum), `value`, `low`, `high` of the mean immediate value per decision. Worse is by the objective's weight.
+    weights: of the objectives in it, by name. value, low: estimate and lower end of the combination's mean under the policy as served.
+    beyond: lower end of its mean less what the policy itself expects of the decisions' states and actions; None where that is not known.
+    share: of the budget of all promises.
     """
-    names, found = list(platform.objectives), []
-    weighted = pl.sum_horizontal(pl.col(n) * w for n, w in zip(names, platform.weights.tolist(), strict=True))
-    promises = list(promised)
+
+    name: str
+    weights: dict[str, float]
+    value: float
+    low: float
+    beyond: float | None
+    share: float
+
+
+TOGETHER = "all objectives together"
+
+
+def combinations(platform: Platform, outcomes: Floats, beyond: Floats) -> dict[str, dict[str, float]]:
+    """What is promised, by name: weights of the objectives in each. outcomes, beyond: [N, M] immediate outcomes, and those less what was expected.
+
+    Each objective and the weighted sum; and, where there are several, all of them in the direction in which a shortfall of the same share of each
+    stands out most from chance, Fisher's discriminant: S^-1 d with S the covariance of `beyond` and d the mean outcomes, no weight of the wrong sign.
+    Objectives that are known only later than others, and add less than a tenth to what is seen, are left out of that: it would have to wait for them.
+    """
+    names = list(platform.objectives)
+    signs = np.where(platform.weights >= 0, 1.0, -1.0)
+    found = {name: {name: float(sign)} for name, sign in zip(names, signs, strict=True)}
+    found["weighted sum"] = dict(zip(names, platform.weights.tolist(), strict=True))
+    beyond = beyond if np.isfinite(beyond).any() else outcomes
+    whole = np.isfinite(beyond).all(1) & np.isfinite(outcomes).all(1)
+    if len(names) < 2 or whole.sum() < LEAST_PLAYERS:
+        return found
+    shortfall = np.abs(outcomes[whole].mean(0))
+    covariance = np.cov(beyond[whole] * signs, rowvar=False) + 1e-9 * np.eye(len(names))
+
+    def direction(kept: NDArray[np.bool_]) -> tuple[Floats, float]:
+        weights = np.zeros(len(names))
+        weights[kept] = np.linalg.solve(covariance[np.ix_(kept, kept)], shortfall[kept])
+        weights = np.maximum(weights, 0.0)
+        return weights, float((weights @ shortfall) ** 2 / max(weights @ covariance @ weights, 1e-300))
+
+    best, clear = direction(np.ones(len(names), bool))
+    for wait in np.unique(platform.known_after):
+        weights, seen = direction(platform.known_after <= wait)
+        if seen >= 0.9 * clear:
+            best = weights
+            break
+    if best.any():
+        scaled = best * signs / np.abs(best).max()
+        found[TOGETHER] = {name: float(weight) for name, weight in zip(names, scaled, strict=True) if weight}
+    return found
+
+
+def shares(names: Iterable[str]) -> dict[str, float]:
+    """How the promises' budget is spent."""
+    every = list(names)
+    rest = [name for name in every if name != TOGETHER]
+    first = TOGETHER_SHARE if TOGETHER in every else 0.0
+    return {name: first if name == TOGETHER else (1 - first) / len(rest) for name in every}
+
+
+def broken_promises(decisions: pl.DataFrame, promises: Iterable[Promise]) -> list[Found]:
+    """Outcomes of one version's own decisions (all of them since it was promoted) that are worse than its promotion promised.
+
+    decisions: `player_id`, `decided_at`, the objectives and, where it is known, what the policy expects of each: `with_expected`.
+    """
+    found: list[Found] = []
     for promise in promises:
-        name = promise["objective"]
-        known = decisions.filter(pl.all_horizontal(pl.col(n).is_not_null() for n in ([name] if name else names))).with_columns(
-            (pl.col(name) if name else weighted).alias("value")
-        )
+        parts = [pl.sum_horizontal(pl.col(f"{of}{name}") * weight for name, weight in promise.weights.items()) for of in ("", "expected ")]
+        there = all(f"expected {name}" in decisions.columns for name in promise.weights) and promise.beyond is not None
+        known = decisions.filter(pl.all_horizontal(pl.col(name).is_not_null() for name in promise.weights))
+        known = known.select("player_id", "decided_at", value=parts[0], expected=parts[1] if there else pl.lit(None, pl.Float64))
         newest = known["decided_at"].max()
-        worse = -1.0 if name is None or platform.objectives[name].weight >= 0 else 1.0
-        bound = promise["low"] if worse < 0 else promise["high"]
         best: Found | None = None
         for window in WINDOWS:
             if not isinstance(newest, datetime):
                 break
-            recent = known.filter(pl.col("decided_at") > newest - window * DAY)
+            until = newest.replace(minute=0, second=0, microsecond=0) + timedelta(hours=1)  # windows move on by the hour
+            recent, bound, shift = known.filter(pl.col("decided_at") >= until - window * DAY), promise.low, 0.0
+            told = recent.filter(pl.col("expected").is_finite())
+            if promise.beyond is not None and len(told) >= MOSTLY * len(recent):
+                shift = float(told["expected"].mean() or 0.0)  # type: ignore[arg-type]  # of floats it is one
+                recent, bound = told.with_columns(value=pl.col("value") - pl.col("expected")), promise.beyond
             now = moments(recent.select("player_id", "value"))
-            if now.players < LEAST_PLAYERS:
+            if now.players < LEAST_PLAYERS or not now.variance > 0:
                 continue
-            z = worse * (now.mean - bound) / math.sqrt(now.variance) if now.variance > 0 else 0.0
-            p = float(stats.t.sf(z, now.players - 1))
-            if p < allowed(len(promises), promise=True) and (best is None or p < best.p):
-                best = Found(f"promised {name or 'weighted sum'}", "promise", window, bound, now.mean, worse * z, p, now.players)
+            z = (now.mean - bound) / math.sqrt(now.variance)
+            p = float(stats.t.cdf(z, now.players - 1))
+            if p < largest(ALPHA * PROMISED_SHARE * promise.share / len(WINDOWS), window) and (best is None or p < best.p):
+                sign = -1.0 if list(promise.weights.values()) == [-1.0] else 1.0  # of what weighs against, more is worse, and is shown as more
+                best = Found(f"promised {promise.name}", "promise", window, sign * (bound + shift), sign * (now.mean + shift), sign * z, p, now.players)
         found += [best] if best is not None else []
     return found
+
+
+def with_expected(platform: Platform, policy: Policy, decisions: pl.DataFrame) -> pl.DataFrame:
+    """The decisions, with `expected NAME`: what `policy` expects at once of the action that was carried out, in the state that it saw.
+
+    Null for decisions whose state was not kept, for those that no window reaches any more, and for all but the newest `MOST_EXPECTED`.
+    """
+    newest = [decisions.filter(pl.col(name).is_not_null())["decided_at"].max() for name in platform.objectives]
+    reached = [moment for moment in newest if isinstance(moment, datetime)]
+    since = min(reached) - (max(WINDOWS) + 1) * DAY if reached else datetime.max.replace(tzinfo=UTC)
+    asked = decisions.filter(pl.col("decided_at") >= since).sort("decided_at").tail(MOST_EXPECTED)
+    seen = served_states(platform, since).join(asked, on="decision_id") if len(asked) else asked
+    action = ["item_id"] if policy.catalogue is not None else platform.dimension_names
+    seen = seen.filter(pl.all_horizontal(pl.col(name).is_not_null() for name in action))
+    names = [f"expected {name}" for name in platform.objectives]
+    if seen.is_empty():
+        return decisions.with_columns(pl.lit(None, pl.Float64).alias(name) for name in names)
+    states = unpack_states(platform, seen["state"].to_list())
+    actions = policy.as_actions(seen["item_id"].to_list()) if policy.catalogue is not None else seen.select(action).to_numpy()
+    expected = policy.parts(policy.encode(states), np.asarray(actions, float)[:, None])[:, 0, :, 0]
+    told = seen.select("decision_id").with_columns(pl.Series(name, expected[:, m]) for m, name in enumerate(names))
+    return decisions.join(told, on="decision_id", how="left")
+
+
+def served_states(platform: Platform, since: datetime) -> pl.DataFrame:
+    """`decision_id, state` (see `features.pack_states`) of what was served since a moment, where the state was kept."""
+    found = [pl.DataFrame(schema={"decision_id": pl.String(), "state": pl.Binary()})]
+    query = f"select decision_id, state from decisions where state is not null and decided_at >= {int(since.timestamp() * 1_000_000)}"  # noqa: S608 - a number
+    for path in decision_logs(platform):
+        with reading_log(path) as database:
+            found.append(pl.read_database(query, database, schema_overrides=found[0].schema, infer_schema_length=None))
+    for path in sorted(Workspace(platform.root).served.glob("[!.]*.parquet")):
+        if {"state", "decided_at"} <= set(pl.read_parquet_schema(path)):
+            batch = pl.scan_parquet(path).filter((pl.col("decided_at") >= since) & pl.col("state").is_not_null())
+            found.append(batch.select(pl.col("decision_id").cast(pl.String), "state").collect())
+    return pl.concat(found).unique("decision_id", keep="first")
 
 
 def broken_guardrails(platform: Platform, decisions: pl.DataFrame, level: float = 0.98) -> list[dict[str, Any]]:

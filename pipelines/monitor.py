@@ -7,9 +7,10 @@ a version's immediate outcomes), `state.json` (findings that were told, by refer
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -19,11 +20,16 @@ from fastq import monitoring, ope, records, registry, report
 from fastq.errors import UnknownPlayerError, WorkspaceError
 from fastq.monitoring import DAY, WINDOWS, Shape, Watched
 from fastq.platform import OWN_POLICY, Platform
+from fastq.windows import Windows
 from fastq.workspace import Workspace, replacing
 from pipelines.materialize import windows_of
 from pipelines.notify import notify
 from pipelines.train import trained_policy
 from pipelines.turn import EACH_TIME, ONCE_A_TURN, RETRIES, Progress, platform_of, progress, relative, running
+
+if TYPE_CHECKING:
+    from fastq.evaluation import Held, Target
+    from fastq.policy import Policy
 
 WHO = "monitor"  # in the audit log
 WRONG_ANSWERS = 0.2  # share of degraded answers of a day above which something is amiss whatever was before
@@ -37,30 +43,49 @@ def note_reference(workspace: str, turn: str) -> dict[str, Any]:
     platform = platform_of(workspace)
     until = monitoring.reached(records.read_tables(platform))
     _write(platform, "reference.json", {"turn": turn, "until": max(until.decisions, until.activity).isoformat() if until else None, "by_hours": {}})
-    promised = promises(platform, workspace, turn)
+    promised = promises(trained_policy(Workspace(platform.root).runs / turn), windows_of(workspace, turn))
     with replacing(Workspace(platform.root).runs / turn / "promised.json") as partial:
-        partial.write_text(json.dumps(promised), encoding="utf-8")
+        partial.write_text(json.dumps([asdict(promise) for promise in promised]), encoding="utf-8")
     return {"promises": len(promised)}
 
 
-def promises(platform: Platform, workspace: str, turn: str) -> list[dict[str, Any]]:
-    """`objective` (None: weighted sum), `value`, `low`, `high`; none where the estimator refuses."""
+def promises(policy: Policy, data: Windows) -> list[monitoring.Promise]:
+    """What a policy promises, from logs that it has not learned from: by the gate's estimator at the gate's level, none where that refuses.
+
+    Outcomes less what the policy expects of them are estimated as any other outcome.
+    """
     from fastq import evaluation
 
-    policy = trained_policy(Workspace(platform.root).runs / turn)
-    held = evaluation.hold(policy, windows_of(workspace, turn))
-    terms = evaluation.estimators(
-        held, evaluation.served_target(policy, held), np.zeros((len(held.rows), len(platform.objectives))), platform.training.seed
-    ).terms
-    if not terms:
-        return []
-    rng = np.random.default_rng(platform.training.seed)
-    answers = ope.estimate(terms[0], objective_weights=platform.weights, rng=rng, level=1 - 2 * platform.training.alpha)
-    names = list(platform.objectives)
-    kept = [answer for answer in answers if not isinstance(answer, ope.Refusal)]
+    platform, held = policy.platform, evaluation.hold(policy, data)
+    rows, target = held.rows, evaluation.served_target(policy, held)
+    expected = np.full_like(held.windows.reward, np.nan)
+    expected[rows] = policy.parts(held.at, held.windows.action[rows][:, None])[:, 0, :, 0]
+    beyond = held.windows.reward - expected
+    wanted = monitoring.combinations(platform, held.windows.reward[rows], beyond[rows])
+    weights = np.array([[named.get(name, 0.0) for name in platform.objectives] for named in wanted.values()])
+    low = [_estimated(platform, held, target, reward, weights) for reward in (held.windows.reward, beyond)]
+    spent = monitoring.shares(wanted)
     return [
-        {"objective": None if a.objective is None else names[a.objective], "value": float(a.value), "low": float(a.low), "high": float(a.high)} for a in kept
+        monitoring.Promise(name, named, first.value, first.low, None if second is None else second.low, spent[name])
+        for (name, named), first, second in zip(wanted.items(), *low, strict=True)
+        if first is not None
     ]
+
+
+def _estimated(platform: Platform, held: Held, target: Target, reward: np.ndarray, weights: np.ndarray) -> list[ope.Estimate | None]:
+    """Of each combination [K, M] of the immediate rewards [N, M] under the target."""
+    from fastq import evaluation
+
+    if not np.isfinite(reward[held.rows]).any():
+        return [None] * len(weights)
+    asked = replace(held, windows=replace(held.windows, reward=reward))
+    terms = evaluation.estimators(asked, target, np.zeros((len(held.rows), len(platform.objectives))), platform.training.seed).terms
+    found: list[ope.Estimate | None] = []
+    for combined in weights:
+        rng = np.random.default_rng(platform.training.seed)
+        answers = ope.estimate(terms[0], objective_weights=combined, rng=rng, level=1 - 2 * platform.training.alpha) if terms else []
+        found.append(next((a for a in answers if a.objective is None and not isinstance(a, ope.Refusal)), None))
+    return found
 
 
 def keep_promise(workspace: str, turn: str, version: str) -> None:
@@ -110,9 +135,12 @@ def one_look(workspace: str, now: str) -> dict[str, Any]:
     if version is not None:
         since = registry.promoted_at(platform, version)
         own = _of_champion(platform, version, since)
-        promised = _read(platform, f"promised-{version}.json").get("promised", [])
+        promised = [monitoring.Promise(**each) for each in _read(platform, f"promised-{version}.json").get("promised", []) if "weights" in each]
         tests += len(promised) * len(WINDOWS)
-        findings += [_finding(platform, found, watched) for found in monitoring.broken_promises(platform, own, promised, watched)]
+        if promised and not own.is_empty():
+            policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
+            known = monitoring.with_expected(platform, policy, own)
+            findings += [_finding(platform, found, watched) for found in monitoring.broken_promises(known, promised)]
         for broken in monitoring.broken_guardrails(platform, own):
             finding, rolled_back = _roll_back(platform, version, broken)
             findings.append(finding)
@@ -197,7 +225,7 @@ def _answers(platform: Platform, moment: datetime) -> list[dict[str, Any]]:
     served, unknown, degraded = monitoring.degraded_answers(platform, moment - DAY, moment)
     found = []
     for name, count in (("players who are not known", unknown), ("degraded answers", degraded)):
-        if served >= LEAST_ANSWERS and float(stats.binom.sf(count - 1, served, WRONG_ANSWERS)) < monitoring.allowed(2):
+        if served >= LEAST_ANSWERS and float(stats.binom.sf(count - 1, served, WRONG_ANSWERS)) < monitoring.allowed(2, 1):
             found.append(_plain_finding(name, "answers", f"{count:,} of {served:,} answers of the last day were for {name}: {count / served:.0%}"))
     return found
 

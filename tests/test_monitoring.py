@@ -130,16 +130,78 @@ def decided(rng, players, days, joy, cost):
     )
 
 
-def test_outcomes_worse_than_promised_are_found_and_those_as_promised_are_not(shop):
-    promised = [{"objective": "joy", "value": 1.0, "low": 0.97, "high": 1.03}, {"objective": "cost", "value": 0.1, "low": 0.09, "high": 0.11}]
+JOY, COST = (
+    monitoring.Promise("joy", {"joy": 1.0}, 1.0, 0.97, None, 0.25),
+    monitoring.Promise("cost", {"cost": -1.0}, -0.1, -0.11, None, 0.25),
+)
+
+
+def test_outcomes_worse_than_promised_are_found_and_those_as_promised_are_not():
     rng = np.random.default_rng(0)
-    assert monitoring.broken_promises(shop, decided(rng, 2_000, 1, 1.0, 0.1), promised, {}) == []
-    (found,) = monitoring.broken_promises(shop, decided(rng, 2_000, 1, 0.87, 0.1), promised, {})
+    assert monitoring.broken_promises(decided(rng, 2_000, 1, 1.0, 0.1), [JOY, COST]) == []
+    (found,) = monitoring.broken_promises(decided(rng, 2_000, 1, 0.87, 0.1), [JOY, COST])
     assert found.key == "promised joy"
     assert found.z < 0
-    (found,) = monitoring.broken_promises(shop, decided(rng, 2_000, 1, 1.0, 0.13), promised, {})
+    (found,) = monitoring.broken_promises(decided(rng, 2_000, 1, 1.0, 0.13), [JOY, COST])
     assert found.key == "promised cost"  # of what weighs against, more is worse
     assert found.z > 0
+    assert (found.was, found.now) == (0.11, pytest.approx(0.13, rel=0.1))
+    assert monitoring.broken_promises(decided(rng, 2_000, 1, 0.87, 0.13).head(0), [JOY, COST]) == []
+
+
+def test_what_players_differ_by_does_not_hide_a_shortfall():
+    """Players whose own joy is most of the noise, 5 % worse than promised: seen only beside what was expected of each. A window half of which has none
+    is compared as it is, and who plays (all of them players who enjoy less) is no shortfall.
+    """
+    rng = np.random.default_rng(1)
+    own = rng.normal(0, 1, 500)
+    at = datetime(2026, 3, 1, tzinfo=UTC)
+
+    def seen(joy, own):
+        frame = {"player_id": [str(p) for p in range(len(own))], "decided_at": [at] * len(own)}
+        return pl.DataFrame(frame | {"joy": joy + own + rng.normal(0, 0.1, len(own)), "expected joy": 1.0 + own})
+
+    promise = monitoring.Promise("joy", {"joy": 1.0}, 1.0, 0.99, -0.01, 1.0)
+    assert [found.window for found in monitoring.broken_promises(seen(0.95, own), [promise])] == [1]
+    assert monitoring.broken_promises(seen(0.95, own).drop("expected joy"), [promise]) == []
+    half = seen(0.95, own).with_columns(pl.when(pl.int_range(pl.len()) % 2 == 0).then("expected joy"))
+    assert monitoring.broken_promises(half, [promise]) == []
+    assert monitoring.broken_promises(seen(1.0, own[own < 0]), [promise]) == []
+    assert monitoring.broken_promises(seen(1.0, own[own < 0]).drop("expected joy"), [promise]) != []
+
+
+def test_all_together_is_where_a_little_less_of_each_shows_most(shop):
+    """Fisher's direction by hand: means 1 and 0.1, deviations 2 and 0.1, independent: weights 1 / 4 to 0.1 / 0.01 = 10, cost against."""
+    rng = np.random.default_rng(2)
+    outcomes = np.stack([rng.normal(1, 2, 200_000), rng.normal(0.1, 0.1, 200_000)], 1)
+    found = monitoring.combinations(shop, outcomes, outcomes - outcomes.mean(0))
+    assert list(found) == ["joy", "cost", "weighted sum", monitoring.TOGETHER]
+    assert found["weighted sum"] == {"joy": 1.0, "cost": -1.0}
+    assert found[monitoring.TOGETHER]["cost"] == -1.0
+    assert found[monitoring.TOGETHER]["joy"] == pytest.approx(0.025, rel=0.05)
+    assert monitoring.shares(found) == {"joy": 1 / 6, "cost": 1 / 6, "weighted sum": 1 / 6, monitoring.TOGETHER: 0.5}
+
+
+def test_an_objective_that_is_known_late_and_tells_little_is_not_waited_for(tmp_path):
+    late = platform_from_tree({**TREE, "objectives": {"joy": {}, "later": {"known_after": "7d"}}}, tmp_path, "a test")
+    rng = np.random.default_rng(3)
+    little = np.stack([rng.normal(1, 1, 50_000), rng.normal(0.1, 1, 50_000)], 1)
+    assert list(monitoring.combinations(late, little, little)[monitoring.TOGETHER]) == ["joy"]
+    much = np.stack([rng.normal(0.1, 1, 50_000), rng.normal(1, 1, 50_000)], 1)
+    assert list(monitoring.combinations(late, much, much)[monitoring.TOGETHER]) == ["joy", "later"]
+
+
+def test_the_bound_for_hourly_looks_is_what_simulation_says():
+    """The largest of 2,160 hourly means of whole windows passes z as often as `crossing` says, to a fifth: white noise by the hour."""
+    rng = np.random.default_rng(4)
+    hours = rng.standard_normal((4_000, 24 * (monitoring.HORIZON + 6)))
+    sums = np.cumsum(hours, axis=1)
+    for window, z in ((1, 3.4), (3, 3.0), (7, 2.8)):
+        wide = 24 * window
+        moving = (sums[:, wide : wide + 24 * monitoring.HORIZON] - sums[:, :-wide][:, : 24 * monitoring.HORIZON]) / math.sqrt(wide)
+        passed = (moving.max(1) > z).mean()
+        assert passed == pytest.approx(1 - math.exp(-monitoring.crossing(z, window)), rel=0.2)
+        assert monitoring.largest(monitoring.crossing(4.0, window), window) == pytest.approx(3.167e-5, rel=1e-3)
 
 
 def test_a_guardrail_is_broken_only_beyond_doubt(shop):
