@@ -5,10 +5,14 @@ it was. Methods are compared on the last step of their training, never the best 
 met by all of them.
 
 fastq               this project's `default`
-boosting-now        gradient boosting of the immediate weighted reward on state and action; acts by the best of the proposals and of random actions near them
+paper               its published form, the preset `paper`, for as many gradient steps as d3rlpy's methods; on a catalogue its actor proposes and its critics
+                    re-rank
+boosting-now        gradient boosting of the immediate weighted reward on state and action; acts by the best of the proposals and of random actions near them,
+                    on a catalogue by the best item
 boosting-week       the same on the weighted reward summed over the next seven decisions
 boosting-each       one model of the immediate reward per objective, weighted sum
-td3-bc, rebrac, cql, iql, bc   d3rlpy's, where it is installed (`pip install 'fastq[rivals]'`), on the weighted reward, discount 0.9
+td3-bc, rebrac, cql, iql, bc   d3rlpy's, where it is installed (`pip install 'fastq[rivals]'`), on the weighted reward, discount 0.9; not on a catalogue,
+                    whose items they cannot choose
 NAME of a policy    what the logging platform ran, with its noise; `mixture` is the platform itself
 best-known          on the simulator: the best linear policy that a fixed search in the truth finds (`worlds.best_known`)
 """
@@ -25,7 +29,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -37,7 +41,10 @@ import torch
 from fastq import evaluation, features, learner, records, windows, worlds
 from fastq.errors import ConfigurationError, RequestError
 from fastq.features import Encoding, PlayerStates
-from fastq.platform import OWN_POLICY, CatalogueAction, Platform, load_platform
+from fastq.paper import STAGE_TWO
+from fastq.platform import OWN_POLICY, CatalogueAction, Platform, Training, load_platform
+from fastq.platform import PAPER as PUBLISHED
+from fastq.policy import NEAREST_ITEMS
 from fastq.windows import Windows, held_out_players
 from fastq.workspace import Workspace, replacing
 
@@ -48,13 +55,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Choose = Callable[[PlayerStates], Array]  # noise-free actions [n, D] in raw units
 Progress = Callable[[str, int, int, dict[str, float]], None]
 
+PAPER = "paper"  # the published form of FAST-Q
 BOOSTING = ("boosting-now", "boosting-week", "boosting-each")
 D3RLPY = {"td3-bc": "TD3PlusBCConfig", "rebrac": "ReBRACConfig", "cql": "CQLConfig", "iql": "IQLConfig", "bc": "BCConfig"}
-METHODS = (OWN_POLICY, *BOOSTING, *D3RLPY)
+METHODS = (OWN_POLICY, PAPER, *BOOSTING, *D3RLPY)
 BEST = "best-known"
 RECENT = (1, 3, 7)  # periods that the rivals' features average over, beside the whole window
 WEEK = 7  # decisions summed by boosting-week
 CANDIDATES, NEAR = 32, 2.0  # random actions per proposal set, and how far from a proposal they lie, in that policy's own noise
+ITEM_ROWS = 256  # states whose items are ranked at once
 DISCOUNT = 0.9  # of the rivals, who know one objective only
 TRUTH_PLAYERS, TRUTH_DAYS = 1_000, 30
 TRUTH_SEED = 50_000  # luck that no log of a benchmark has seen
@@ -173,6 +182,28 @@ def boosting(lesson: Lessons, method: str, seed: int) -> Choose:
             noise.append([float(np.std(lesson.action[own, d] - model.predict(lesson.x[own]))) for d, model in enumerate(cloned)])
     low, high = lesson.platform.bounds.T
 
+    def scored(x: Array, candidates: Array) -> Array:
+        """[n, C] of candidates [n, C, D]."""
+        n, c, _ = candidates.shape
+        rows = np.concatenate([np.repeat(x, c, 0), candidates.reshape(n * c, -1)], 1)
+        return np.asarray(np.sum([w * model.predict(rows) for model, w in models], axis=0).reshape(n, c))
+
+    def choose_items(states: PlayerStates) -> Array:
+        """[n] ids: all items are ranked, or of a large catalogue those nearest to what the cloned policies propose."""
+        assert data.catalogue is not None
+        x, vectors = lesson.features(states), data.catalogue.embedding.astype(float)
+        chosen = []
+        for start in range(0, len(x), ITEM_ROWS):
+            piece = x[start : start + ITEM_ROWS]
+            nearest = np.broadcast_to(np.arange(len(vectors)), (len(piece), len(vectors)))
+            if len(vectors) > NEAREST_ITEMS:
+                proposals = torch.from_numpy(np.stack([np.stack([model.predict(piece) for model in cloned], 1) for cloned in clones], 1))
+                distance = torch.cdist(proposals, torch.from_numpy(vectors)).amin(1)
+                nearest = distance.topk(NEAREST_ITEMS, largest=False).indices.numpy()
+            best = scored(piece, vectors[nearest]).argmax(1)
+            chosen.append(nearest[np.arange(len(piece)), best])
+        return np.array(data.catalogue.ids, object)[np.concatenate(chosen)]
+
     def choose(states: PlayerStates) -> Array:
         x = lesson.features(states)
         proposals = np.stack([np.stack([model.predict(x) for model in cloned], 1) for cloned in clones], 1)  # [n, K, D]
@@ -180,13 +211,10 @@ def boosting(lesson: Lessons, method: str, seed: int) -> Choose:
         near = rng.integers(0, len(clones), CANDIDATES)
         around = proposals[:, near] + NEAR * np.array(noise)[near] * rng.standard_normal((CANDIDATES, proposals.shape[2]))
         candidates = np.clip(np.concatenate([proposals, around], 1), low, high)
-        n, c, _ = candidates.shape
-        rows = np.concatenate([np.repeat(x, c, 0), candidates.reshape(n * c, -1)], 1)
-        score = np.sum([w * model.predict(rows) for model, w in models], axis=0).reshape(n, c)
-        best: Array = candidates[np.arange(n), score.argmax(1)]
+        best: Array = candidates[np.arange(len(x)), scored(x, candidates).argmax(1)]
         return best
 
-    return choose
+    return choose if data.catalogue is None else choose_items
 
 
 def weighted_sums(lesson: Lessons, method: str) -> Array:
@@ -241,13 +269,24 @@ def d3rlpy_rival(lesson: Lessons, method: str, seed: int, steps: int) -> Choose:
 
 def learn(method: str, platform: Platform, data: Windows, seed: int, steps: int, on_progress: Progress | None = None) -> Choose:
     """A method's policy from these logs, without noise."""
-    if method == OWN_POLICY:
+    if method in (OWN_POLICY, PAPER):
+        if method == PAPER:
+            said = platform.training.model_dump(include={"seed", "holdout", "alpha"}) | {"preset": "paper", "epochs": published_epochs(platform, data, steps)}
+            platform = platform.model_copy(update={"training": Training.model_validate(said)})
+            data = replace(data, platform=platform)
         policy = learner.train(platform, data, on_progress=on_progress)
         return lambda states: policy.recommend(states, explore=False).action
     lesson = lessons(platform, data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # other libraries' words about each other's next release
         return boosting(lesson, method, seed) if method in BOOSTING else d3rlpy_rival(lesson, method, seed, steps)
+
+
+def published_epochs(platform: Platform, data: Windows, steps: int) -> int:
+    """Epochs of the preset `paper` whose second stage takes as many gradient steps as the rivals do, at most the published 100 (and 2,000)."""
+    learning = ~held_out_players(data.player_ids, platform.training.holdout, platform.training.seed)[data.player]
+    batches = max(int(0.85 * learning.sum()) // int(PUBLISHED["batch_size"]), 1)
+    return int(min(max(round(steps / (STAGE_TWO * batches)), 1), PUBLISHED["epochs"]))
 
 
 # ---- on the simulator, in truth ---------------------------------------------------------------------------------------------
@@ -261,6 +300,9 @@ def on_simulator(study: Study, directory: Path, on_progress: Progress | None = N
     done, tables = 0, []
     for name in study.worlds:
         world, cells = worlds.world(name), directory / study.key(name)
+        here = [method for method in methods if not (world.levels and method in D3RLPY)]
+        if len(here) < len(methods):
+            notes.append(f"{name}: d3rlpy's methods choose numbers, not items, and are left out there")
         cells.mkdir(parents=True, exist_ok=True)
         found: dict[int, dict[str, dict[str, Any]]] = {}
         for seed in study.seeds:
@@ -268,12 +310,12 @@ def on_simulator(study: Study, directory: Path, on_progress: Progress | None = N
             found[seed] = kept(cells / f"seed-{seed}-known.json", partial(known_policies, world, seed, cells))
             done += 1
             with simulated(world, study, seed, cells) as log:
-                for method in methods:
+                for method in here:
                     tell("benchmark", done, total, {})
                     compute = partial(learned_cell, method, world, seed, study.steps, log, on_progress)
                     found[seed][method] = kept(cells / f"seed-{seed}-{method}.json", compute)
                     done += 1
-        tables.append(table(world, methods, found))
+        tables.append(table(world, here, found))
     tell("benchmark", total, total, {})
     return {
         "on": "simulator",
@@ -336,7 +378,18 @@ def learned_cell(
     began = time.perf_counter()
     choose = learn(method, platform, data, seed, steps, on_progress)
     seconds = time.perf_counter() - began
-    return valued(world, lambda states: choose(PlayerStates(**states)), seed) | {"seconds": seconds}
+
+    def act(states: worlds.States) -> Array:
+        if data.catalogue is None:
+            return choose(PlayerStates(**states))
+        ids = worlds.item_ids(world, states["actions"])
+        there = data.catalogue.positions(ids.ravel().tolist()).reshape(ids.shape)
+        actions = np.where(there[..., None] >= 0, data.catalogue.embedding[there], np.nan)
+        known, what = worlds.items(world)
+        where = {name: i for i, name in enumerate(known)}
+        return what[[where[name] for name in choose(PlayerStates(**states | {"actions": actions}))]]
+
+    return valued(world, act, seed) | {"seconds": seconds}
 
 
 def valued(world: worlds.Arena, act: worlds.Act | str, seed: int) -> dict[str, Any]:

@@ -175,3 +175,37 @@ def exploration_share(progress: float, final: float = 0.6) -> float:
 def soft_update(targets: list[Tensor], sources: list[Tensor], tau: float) -> None:
     """Eq. 13: `target <- (1 - tau) target + tau source`, in place."""
     torch._foreach_lerp_(targets, sources, tau)
+
+
+# ---- the published form: what the preset `paper` has of its own -----------------------------------------------------------------
+def difficulty_weights(named: Tensor) -> Tensor:
+    """Eq. 14: [K] how often rows of each policy are drawn next, from how often the adversary named each branch, [K] counts: `1 + n_k` over their sum.
+
+    The published form has `n_k` alone, with which a policy that was never named would never be drawn again, and an adversary that names none of
+    a batch's could not be trained at all; the 1 is the repair.
+    """
+    share: Tensor = (1.0 + named) / (1.0 + named).sum()
+    return share
+
+
+def share_values(q: Tensor, logits: Tensor, shared: Tensor) -> Tensor:
+    """Eq. 15: `q softmax(logits)`, [...] and [..., M + 1] to [..., M + 1]: shares of the value that are positive and sum to it, the last for the long term.
+
+    shared [M + 1] bool: an objective that lowers the value cannot have a share of it, and gets none (the paper leaves its cost out too).
+    """
+    return q[..., None] * torch.softmax(logits.masked_fill(~shared, -torch.inf), -1)
+
+
+def published_critic_loss(q: Tensor, target: Tensor, shares: Tensor, immediate: Tensor) -> Tensor:
+    """Eq. 16: `0.75 (q - target)^2 + 0.25 (share_m q - w_m r_m)^2`, means over rows that are known; q, target [B], shares, immediate [B, M]."""
+    return 0.75 * masked_squared_error(q, target) + 0.25 * masked_squared_error(shares, immediate)
+
+
+def smoothed_action(u: Tensor, noise: Tensor, sd: float = 0.2, most: float = 0.5) -> Tensor:
+    """Eq. 17: the target policy's action with standard normal `noise` times `sd`, clipped at `most` (TD3, arXiv 1802.09477)."""
+    return u + (sd * noise).clamp(-most, most)
+
+
+def cloning_actor_loss(q: Tensor, u: Tensor, cloned: Tensor, alpha: float) -> Tensor:
+    """Eq. 18: `-(alpha / mean|q|) mean q + |u - cloned|^2`, q [B] the value of the actor's own action u [B, D] (TD3+BC, arXiv 2106.06860)."""
+    return -behaviour_weight(q, alpha) * q.mean() + masked_squared_error(u, cloned)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import subprocess
 from collections.abc import Callable
@@ -23,13 +24,13 @@ import pytorch_lightning as lightning
 import torch
 from torch import Tensor
 
-from fastq import equations
+from fastq import equations, paper
 from fastq.errors import TrainingError
 from fastq.features import fit_encoding
 from fastq.networks import Actor, Represented, Values
 from fastq.platform import Platform
 from fastq.policy import Policy, Reference, Situation
-from fastq.representation import WARM_EPOCHS, WARM_PATIENCE, EachEpoch, Progress, Units, fit, outcome_targets, represent, train_representation
+from fastq.representation import WARM_EPOCHS, WARM_PATIENCE, EachEpoch, Lesson, Progress, Units, fit, outcome_targets, represent, train_representation
 from fastq.windows import Windows, held_out_players
 
 FOLDS = 4  # of players, for nuisances and for what unseen players confirm
@@ -345,7 +346,7 @@ def train(
 
     `start` is a policy of the same definition that saw fewer decisions: its encoding and units stay, its networks learn on. `directory` keeps the record
     after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
-    Raises `TrainingError` where the logs hold nothing to learn from or a loss diverges.
+    Raises `TrainingError` where the logs hold nothing to learn from or a loss diverges. The preset `paper` learns afresh, whatever `start`.
     """
     training = platform.training
     held_out = held_out_players(windows.player_ids, training.holdout, training.seed)
@@ -360,19 +361,71 @@ def train(
     rows, checked = np.flatnonzero(learning & ~checking), np.flatnonzero(checking)
     if not np.isfinite(windows.reward[rows]).any():
         raise TrainingError("there is nothing to learn from: no objective of any decision is known yet; outcomes have to arrive first")
-    records = [directory / f"{stage}.safetensors" if directory else None for stage in ("representation", "learner")]
+    records = (directory / "representation.safetensors", directory / "learner.safetensors") if directory else (None, None)
 
     if start is None:
         units = Units.of(windows.action[learning], windows.catalogue is not None)
         encoding = fit_encoding(platform, windows.matrix[np.unique(windows.rows_of(np.flatnonzero(learning)))], windows.attributes.filter(learning))
     else:
         units, encoding = start.units, start.encoding
+    learned = np.flatnonzero(learning)
+    lesson = Lesson(windows, encoding, units, rows, checked, learned, records, resume, on_progress)
+    policy, seen, details = published(lesson) if training.preset == "paper" else orthogonal(lesson, start)
+    whole = {
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": windows.fingerprint(),
+        "git": git_commit(),
+        "decisions": len(windows),
+        "players": len(windows.player_ids),
+        "multipliers": dict(zip(platform.objectives, policy.multipliers.tolist(), strict=True)),
+        "balance": balance_probe(windows, seen, learned, training.seed),
+    }
+    return replace(policy, details=whole | details)
+
+
+def published(lesson: Lesson) -> tuple[Policy, Represented, dict[str, Any]]:
+    """The preset `paper`: see `fastq.paper`. It has no effects, no covariance and no prices."""
+    windows, platform = lesson.windows, lesson.windows.platform
+    m, s, p = len(platform.objectives), 1, equations.feature_count(windows.action.shape[1], windows.catalogue is None)
+    nothing = np.zeros((0, 0))
+    made = functools.partial(
+        paper.PaperPolicy,
+        platform=platform,
+        encoding=lesson.encoding,
+        catalogue=windows.catalogue,
+        policies=windows.policies,
+        units=lesson.units,
+        effects=np.zeros((m, 2, s, p)),
+        covariance=np.zeros((m, m, s * p, s * p)),
+        multipliers=np.zeros(m),
+        reference=Reference(nothing, [], [], nothing),
+    )
+    policy, states, history = paper.learn(lesson, made)
+    seen = represent(policy.network, states)
+    policy = replace(policy, reference=reference_rows(windows, seen, lesson.learned, platform.training.seed))
+    sample = np.random.default_rng(platform.training.seed).permutation(lesson.learned)[:GUARDRAIL_SAMPLE]
+    some = represent(policy.network, states, sample)
+    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, some))}, "history": history}
+
+
+def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represented, dict[str, Any]]:
+    """The preset `default`, steps 1 to 5: the policy, what stage 1 says of every decision, and what the bundle tells of both."""
+    windows, encoding, units, learned = lesson.windows, lesson.encoding, lesson.units, lesson.learned
+    platform = windows.platform
+    training = platform.training
     network, states, history = train_representation(
-        windows, encoding, units, rows, checked, record=records[0], resume=resume, on_progress=on_progress, start=start.network if start else None
+        windows,
+        encoding,
+        units,
+        lesson.rows,
+        lesson.checked,
+        record=lesson.records[0],
+        resume=lesson.resume,
+        on_progress=lesson.on_progress,
+        start=start.network if start else None,
     )
     seen = represent(network, states)
 
-    learned = np.flatnonzero(learning)
     features = equations.action_features(torch.from_numpy(units.standard(windows.action)), windows.catalogue is None).numpy()
     critic = orthogonal_critic(windows, seen, features, learned, training.seed)
 
@@ -409,42 +462,37 @@ def train(
     module = ValueAndActor(
         policy,
         stage_two_data(policy, at, network, states, windows, features, scale),
-        torch.from_numpy(checked),
+        torch.from_numpy(lesson.checked),
         seed=training.seed,
         epochs=min(training.epochs, LEVEL_EPOCHS if start is None else WARM_EPOCHS),
         learning_rate=training.learning_rate,
     )
     fit(
         module,
-        torch.from_numpy(rows),
+        torch.from_numpy(lesson.rows),
         training.batch_size,
-        EachEpoch("value and actor", records[1], PATIENCE if start is None else WARM_PATIENCE, on_progress),
-        resume=resume,
+        EachEpoch("value and actor", lesson.records[1], PATIENCE if start is None else WARM_PATIENCE, lesson.on_progress),
+        resume=lesson.resume,
     )
     module.load_state_dict(module.best_weights)
     for part in (policy.values, policy.actor):
         part.eval().requires_grad_(False)
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
         policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
-    names = list(platform.objectives)
     policy = replace(policy, details={"own_response": critic.own_response})
-    details = {
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "data": windows.fingerprint(),
-        "git": git_commit(),
-        "decisions": len(windows),
-        "players": len(windows.player_ids),
-        "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen)[sample])},
-        "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
-        "confirmed": {
-            name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
-            for j, name in enumerate(names)
+    return (
+        policy,
+        seen,
+        {
+            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen)[sample])},
+            "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
+            "confirmed": {
+                name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
+                for j, name in enumerate(platform.objectives)
+            },
+            "history": {"representation": history, "value_and_actor": module.history},
         },
-        "multipliers": dict(zip(names, policy.multipliers.tolist(), strict=True)),
-        "history": {"representation": history, "value_and_actor": module.history},
-        "balance": balance_probe(windows, seen, learned, training.seed),
-    }
-    return replace(policy, details=details)
+    )
 
 
 @torch.no_grad()

@@ -190,3 +190,115 @@ class Actor(nn.Module):
         """b [B, Z], reach [B, 2, D] -> [B, D]."""
         share = torch.sigmoid(self.layers(b))
         return reach[:, 0] + (reach[:, 1] - reach[:, 0]) * share
+
+
+# ---- the published form (preset `paper`) ---------------------------------------------------------------------------------------
+class VariationalLSTM(nn.Module):
+    """An LSTM with one dropout mask per sequence on its input and one on its state, the same at all periods (arXiv 1512.05287)."""
+
+    def __init__(self, inputs: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden, self.dropout = hidden, dropout
+        self.lstm = nn.LSTM(inputs, hidden, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, W, inputs] -> [B, hidden], the state after the last period."""
+        if not (self.training and self.dropout):
+            last: Tensor = self.lstm(x)[1][0][0]  # one fused call: the same arithmetic without masks
+            return last
+        keep = 1 - self.dropout
+        x = x * (torch.rand(len(x), 1, x.shape[2], device=x.device) < keep) / keep
+        mask = (torch.rand(len(x), self.hidden, device=x.device) < keep) / keep
+        h = c = x.new_zeros(len(x), self.hidden)
+        of_input, of_state, *biases = self.lstm.all_weights[0]
+        for gates in functional.linear(x, of_input, biases[0] + biases[1]).unbind(1):
+            i, f, g, o = (gates + functional.linear(h * mask, of_state)).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return h
+
+
+class PublishedRepresentation(nn.Module):
+    """Stage 1 as published: LSTM and dense embedding, K experts, one balancing layer that meets each expert's output, and the adversary.
+
+    Widths: `Sizes` with expert 128, balanced 256, hidden 512, and an embedding of 64 + 32 (`Sizes.embedding` and a third of it are the default's).
+    """
+
+    def __init__(self, sizes: Sizes, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.sizes, k, width = sizes, sizes.policies, 64 + 32
+        self.lstm = VariationalLSTM(2 * sizes.row, 64, dropout)
+        self.lstm_norm = nn.BatchNorm1d(64)
+        self.attributes = nn.Sequential(nn.Linear(max(sizes.attributes, 1), 32), nn.ReLU(), nn.BatchNorm1d(32))
+        self.beta = nn.ParameterList([torch.randn(k, a, b) * math.sqrt(2 / a) for a, b in ((width, 2 * sizes.expert), (2 * sizes.expert, sizes.expert))])
+        self.beta_bias = nn.ParameterList([torch.zeros(k, b) for b in (2 * sizes.expert, sizes.expert)])
+        self.expert_norm = nn.BatchNorm1d(k * sizes.expert)
+        self.phi = nn.Parameter(torch.randn(k, sizes.expert, sizes.action) / math.sqrt(sizes.expert))
+        self.phi_bias = nn.Parameter(torch.zeros(k, sizes.action))
+        self.balance = nn.Sequential(nn.Linear(sizes.expert, sizes.balanced), nn.ELU(), nn.BatchNorm1d(sizes.balanced))
+        self.adversary = nn.Sequential(
+            nn.Linear(sizes.balanced, sizes.hidden),
+            nn.ELU(),
+            nn.BatchNorm1d(sizes.hidden),
+            nn.Linear(sizes.hidden, sizes.hidden // 2),
+            nn.ELU(),
+            nn.BatchNorm1d(sizes.hidden // 2),
+            nn.Linear(sizes.hidden // 2, k),
+        )
+        # addition: the published form cannot say who acts in which state, which evaluation and explanation ask; it learns from the embedding and moves nothing
+        self.assignment = nn.Linear(width, k)
+
+    def branches(self, x: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, W, 2F], v [B, G] -> balanced state of every branch [B, K, Z], each expert's action [B, K, D], who acts [B, K] logits."""
+        if v.shape[-1] == 0:
+            v = x.new_zeros(len(x), 1)
+        e = torch.cat([self.lstm_norm(self.lstm(x)), self.attributes(v)], -1)
+        h = torch.relu(torch.einsum("be,keh->bkh", e, self.beta[0]) + self.beta_bias[0])
+        h = torch.relu(torch.einsum("bkh,khg->bkg", h, self.beta[1]) + self.beta_bias[1])
+        h = self.expert_norm(h.flatten(1)).view(h.shape)
+        b = torch.stack([self.balance(branch) for branch in h.unbind(1)], 1)  # one branch at a time, as published: each is normalised by itself
+        return b, torch.einsum("bkh,khd->bkd", h, self.phi) + self.phi_bias, self.assignment(e.detach())
+
+    def forward(self, x: Tensor, v: Tensor, branch: Tensor) -> Represented:
+        """As `Representation`: the balanced state of the branch that `branch` [B, K] weighs; `expected` holds the experts' actions [B, K, D]."""
+        b, action, assignment = self.branches(x, v)
+        return Represented(torch.einsum("bk,bkz->bz", branch, b), torch.ones_like(b[:, 0, :1]), action, assignment)
+
+
+class PublishedCritic(nn.Module):
+    """Twin critics as published: `(Z + D) -> 512 -> 256`, batch norm; the value, and logits of its M + 1 shares from the last hidden layer."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        wide = sizes.hidden
+        self.twins = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(sizes.balanced + sizes.action, wide),
+                nn.BatchNorm1d(wide),
+                nn.ReLU(),
+                nn.Linear(wide, wide // 2),
+                nn.BatchNorm1d(wide // 2),
+                nn.ReLU(),
+                nn.Linear(wide // 2, 1 + sizes.objectives + 1),
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, b: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """b [B, Z], u [B, D] standard units -> values [2, B], logits of the shares [2, B, M + 1]."""
+        out = torch.stack([twin(torch.cat([b, u], -1)) for twin in self.twins])
+        return out[..., 0], out[..., 1:]
+
+
+class PublishedActor(nn.Module):
+    """The actor as published: `Z -> 512 -> 256 -> D`, without bounds."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        wide = sizes.hidden
+        self.layers = nn.Sequential(nn.Linear(sizes.balanced, wide), nn.ReLU(), nn.Linear(wide, wide // 2), nn.ReLU(), nn.Linear(wide // 2, sizes.action))
+
+    def forward(self, b: Tensor) -> Tensor:
+        """b [B, Z] -> [B, D] standard units."""
+        u: Tensor = self.layers(b)
+        return u

@@ -162,10 +162,13 @@ class Objective(_Branch):
     floor: Finite | None = None
 
 
-class Training(_Branch):
-    """How a policy is learned; sizes are those measured in infra/log.md."""
+PAPER = {"epochs": 100, "batch_size": 1024, "learning_rate": 3e-4, "balance": 0.1}  # what preset `paper` says of them: arXiv 2504.21383
 
-    preset: Literal["default"] = "default"
+
+class Training(_Branch):
+    """How a policy is learned; sizes are those measured in infra/log.md. A preset says what the file does not."""
+
+    preset: Literal["default", "paper"] = "default"
     epochs: int = Field(50, ge=1)  # upper bound; training stops earlier when held-out players stop improving
     seed: int = 0
     holdout: float = Field(0.3, gt=0, lt=1)  # share of players who are never trained on, only evaluated on
@@ -175,6 +178,11 @@ class Training(_Branch):
     horizon: int = Field(4, ge=1)  # logged periods summed before the critic bootstraps
     caution: float = Field(2.0, ge=0)  # standard deviations of doubt subtracted before ranking
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.025  # error rate of the promotion gate
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        return {**PAPER, **given} if isinstance(given, dict) and given.get("preset") == "paper" else given
 
 
 class Holdout(_Branch):

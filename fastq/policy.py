@@ -166,6 +166,11 @@ class Policy:
     details: dict[str, Any] = field(default_factory=dict)  # created_at, git commit, data fingerprint, diagnostics: plain JSON
     version: str | None = None
 
+    @staticmethod
+    def networks(sizes: Sizes) -> tuple[Any, Any, Any]:
+        """What `network`, `values` and `actor` are, untrained."""
+        return Representation(sizes), Values(sizes), Actor(sizes)
+
     # ---- states --------------------------------------------------------------------------------------------------------
     @property
     def fingerprint(self) -> str:
@@ -589,8 +594,12 @@ class Policy:
         assert self.catalogue is not None
         spread = torch.from_numpy(self.catalogue.embedding.std(0)).double()
         temperature = torch.einsum("p,bpq,q->b", spread, self.shape_of_doubt(at, w), spread).clamp(min=1e-12).sqrt()
+        return self.softened(total / temperature[:, None], share)
+
+    def softened(self, logits: Tensor, share: float) -> Tensor:
+        """[B, C] a softmax above the uniform floor; without exploration there is none."""
         floor = UNIFORM_SHARE if share > 0 else 0.0
-        return (1 - floor) * torch.softmax(total / temperature[:, None], 1) + floor / total.shape[1]
+        return (1 - floor) * torch.softmax(logits, 1) + floor / logits.shape[1]
 
     def _draw_items(self, at: Situation, explore: bool, seeds: np.ndarray, eligible: Sequence[str] | None, top_k: int, share: float) -> Recommendation:
         assert self.catalogue is not None
@@ -666,13 +675,18 @@ class Policy:
             raise BundleError(f"{directory}: weights.safetensors is not the file this bundle was written with; fetch the model again")
         arrays = load_file(directory / "weights.safetensors")
         sizes = Sizes(**tree["sizes"])
-        network, values, actor = Representation(sizes), Values(sizes), Actor(sizes)
+        form: type[Policy] = cls
+        if tree["platform"]["training"].get("preset") == "paper":
+            from fastq.paper import PaperPolicy  # the published form stands above; only a bundle of it looks up
+
+            form = PaperPolicy
+        network, values, actor = form.networks(sizes)
         modules: dict[str, torch.nn.Module] = {"network": network, "values": values, "actor": actor}
         for name, module in modules.items():
             module.load_state_dict({key.removeprefix(f"{name}."): torch.from_numpy(value) for key, value in arrays.items() if key.startswith(f"{name}.")})
             module.eval().requires_grad_(False)
         encoding = Encoding(arrays["encoding.mean"], arrays["encoding.scale"], {k: (v[0], v[1]) for k, v in tree["numeric"].items()}, tree["vocabularies"])
-        return cls(
+        return form(
             platform=platform_from_tree(tree["platform"], Path(), str(directory / "bundle.json")),
             encoding=encoding,
             catalogue=Catalogue(tree["catalogue"], arrays["catalogue.embedding"]) if tree["catalogue"] else None,

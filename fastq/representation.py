@@ -25,7 +25,7 @@ from torch.nn import functional
 from fastq import equations
 from fastq.errors import TrainingError
 from fastq.features import Encoding
-from fastq.networks import Representation, Represented, Sizes
+from fastq.networks import PublishedRepresentation, Representation, Represented, Sizes
 from fastq.windows import Windows
 from fastq.workspace import replacing
 
@@ -57,16 +57,25 @@ class Units:
 
 
 class Batches:
-    """Gathered batches of row numbers for Lightning: one permutation an epoch, decided by (seed, epoch) alone."""
+    """Gathered batches of row numbers for Lightning: one permutation an epoch, decided by (seed, epoch) alone.
 
-    def __init__(self, rows: Tensor, batch_size: int, seed: int, epochs_done: int) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = rows, min(batch_size, len(rows)), seed, epochs_done
+    `weights`, asked at the start of each epoch, are how often each row is drawn instead, with replacement.
+    """
+
+    def __init__(self, rows: Tensor, batch_size: int, seed: int, epochs_done: int, weights: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.rows, self.batch_size, self.seed, self.epoch, self.weights = rows, min(batch_size, len(rows)), seed, epochs_done, weights
 
     def __len__(self) -> int:
         return max(len(self.rows) // self.batch_size, 1)
 
     def __iter__(self) -> Iterator[Tensor]:
-        order = self.rows[torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch))]
+        luck = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
+        if self.weights is None:
+            order = self.rows[torch.randperm(len(self.rows), generator=luck)]
+        else:  # by the cumulated weights, since torch.multinomial ends at 2^24 rows
+            ends = self.weights(self.rows).double().cumsum(0)
+            drawn = torch.searchsorted(ends, torch.rand(len(self.rows), generator=luck, dtype=torch.float64) * ends[-1])
+            order = self.rows[drawn.clamp(max=len(self.rows) - 1)]
         self.epoch += 1
         for start in range(len(self)):
             yield order[start * self.batch_size : (start + 1) * self.batch_size]
@@ -108,6 +117,24 @@ class StateTensors:
 def branch_weights(last: Tensor, k: int) -> Tensor:
     """[B, K] one-hot for the policy that acted last; the mean of the branches where none did."""
     return torch.where((last >= 0)[:, None], functional.one_hot(last.clamp(min=0), k).float(), 1.0 / k)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one training learns from and how it goes on: the players who are not held out for evaluation.
+
+    rows: decisions that are learned from; checked: those that only tell when to stop; both are `learned`. records: where the two stages keep theirs.
+    """
+
+    windows: Windows
+    encoding: Encoding
+    units: Units
+    rows: np.ndarray
+    checked: np.ndarray
+    learned: np.ndarray
+    records: tuple[Path | None, Path | None]
+    resume: bool
+    on_progress: Progress | None
 
 
 class RepresentationModule(lightning.LightningModule):
@@ -172,7 +199,7 @@ class RepresentationModule(lightning.LightningModule):
             raise TrainingError(f"stage 1 diverged in epoch {self.epochs_done + 1}: {totals}; lower training.learning_rate")
         self.epochs_done += 1
         self.history.append(totals)
-        score = totals["experts"] + totals["outcomes"]
+        score = totals["experts"] + totals.get("outcomes", 0.0)  # the published form asks for none
         if score < self.best - 1e-4:
             self.best, self.stale = score, 0
             self.best_weights = {name: value.clone() for name, value in self.network.state_dict().items()}
@@ -248,7 +275,7 @@ def fit(module: Any, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, re
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(module, Batches(rows, batch_size, module.seed, module.epochs_done))
+    trainer.fit(module, Batches(rows, batch_size, module.seed, module.epochs_done, getattr(module, "row_weights", None)))
 
 
 def outcome_targets(windows: Windows, horizon: int) -> tuple[np.ndarray, np.ndarray]:
@@ -331,7 +358,7 @@ def train_representation(
 
 
 @torch.no_grad()
-def represent(network: Representation, states: StateTensors, index: np.ndarray | None = None, chunk: int = 4096) -> Represented:
+def represent(network: Representation | PublishedRepresentation, states: StateTensors, index: np.ndarray | None = None, chunk: int = 4096) -> Represented:
     """The frozen representation of decisions, computed once and kept."""
     rows = torch.arange(len(states.windows)) if index is None else torch.from_numpy(index)
     parts = [network(*states.gather(piece.to(states.rows.device))) for piece in rows.split(chunk)]

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import yaml
+from scipy.special import ndtr
 
 from fastq.errors import ConfigurationError, RequestError
 from fastq.platform import FILE_NAME, OWN_POLICY
@@ -92,7 +93,17 @@ class Arena:
     # presence
     presence: float = 0.5
     departure: float = -6.0
+    # what the platform is given
+    levels: tuple[tuple[float, ...], ...] = ()  # per dimension: actions are items of a catalogue, every combination of these values is one; without: numbers
+    first: tuple[tuple[float, ...], ...] = ()  # per dimension 1 + 10 weights of `SUMMARY`: what the first policy does instead of stretching
 
+
+# what `best_known` found on the arena, rounded: a linear policy of what is logged
+BEST_ON_ARENA = (
+    (-0.1787, 0.6626, 0.3717, 0.5846, -0.4125, -0.09024, -0.05396, 3.499, -0.0002357, -0.01598, -0.449),
+    (1.864, 0.776, 0.1916, -0.6477, 2.468, 2.27, 1.648, -2.3, 1.06, -0.6152, -2.39),
+    (0.7253, -0.06928, 0.04211, -0.2143, 0.3072, 0.5013, 0.05251, 0.3337, -0.05215, 0.02323, -0.6928),
+)
 
 WORLDS = {
     variant.name: variant
@@ -104,6 +115,10 @@ WORLDS = {
         Arena(name="moody", mood_memory=0.4, volatility=1.0, mood_on_want=0.45, mood_on_stretch=0.4),
         # bonuses are dear: one that is seldom worth its price, and a ceiling that binds
         Arena(name="costly", weights=(1.0, 1.0, 1.0, 1.0, -3.0), ceiling=0.06, bonus_half=20.0),
+        # one of the policies does already what the search in the truth finds, with little noise: there is nothing to gain
+        Arena(name="settled", policies=("settled", "retain", "spend"), first=BEST_ON_ARENA, noise=(0.6, 2.0, 0.35)),
+        # challenges come ready-made: 135 items, each a level, a bonus and a number of nudges
+        Arena(name="catalogue", levels=((2, 3, 4, 5, 6, 8, 10, 13, 17), (0, 5, 10, 20, 35), (0, 1, 3))),
     )
 }
 
@@ -113,6 +128,37 @@ def world(name: str = "arena") -> Arena:
     if name not in WORLDS:
         raise RequestError(f"{name!r} is no simulated platform; expected one of {', '.join(WORLDS)}")
     return WORLDS[name]
+
+
+def item_ids(world: Arena, action: Array) -> Array:
+    """[...] ids of the items that actions [..., D] are, whatever lies between the levels taken as the nearest item; None where one is not known."""
+    known = np.asarray(np.isfinite(action).all(-1))
+    snapped = nearest_items(world, np.where(known[..., None], action, 0.0))
+    names = [f"games{a:g}-bonus{b:g}-nudges{c:g}" if there else None for (a, b, c), there in zip(snapped.reshape(-1, 3).tolist(), known.ravel(), strict=True)]
+    return np.array(names, object).reshape(known.shape)
+
+
+def items(world: Arena) -> tuple[list[str], Array]:
+    """Ids of a catalogue's items and what they are, [I, D] raw units."""
+    every = np.stack(np.meshgrid(*world.levels, indexing="ij"), -1).reshape(-1, len(world.levels)).astype(float)
+    return item_ids(world, every).tolist(), every
+
+
+def nearest_items(world: Arena, action: Array) -> Array:
+    """Actions [..., D] moved to the nearest item, dimension by dimension; as they are where actions are numbers."""
+    if not world.levels:
+        return action
+    return np.stack([np.array(levels, float)[np.abs(action[..., j, None] - levels).argmin(-1)] for j, levels in enumerate(world.levels)], -1)
+
+
+def item_table(world: Arena) -> pl.DataFrame:
+    """The catalogue's log: its level as a name, since what a level does is no matter of its height, and its bonus and nudges as numbers."""
+    names, what = items(world)
+    return pl.DataFrame({"item_id": names, "level": [f"{games:g} games" for games in what[:, _TARGET]], "bonus": what[:, _BONUS], "nudges": what[:, _NUDGES]})
+
+
+def _catalogue_tree() -> dict[str, Any]:
+    return {"kind": "catalogue", "features": {"level": {"kind": "categorical"}, "bonus": {"kind": "numeric"}, "nudges": {"kind": "numeric"}}}
 
 
 def platform_tree(world: Arena) -> dict[str, Any]:
@@ -131,6 +177,7 @@ def platform_tree(world: Arena) -> dict[str, Any]:
             "activity": "logs/activity/*.parquet",
             "players": "logs/players.parquet",
             "proposals": "logs/proposals/*.parquet",
+            **({"items": "logs/items.parquet"} if world.levels else {}),
         },
         "state": {
             "period": "1d",
@@ -154,7 +201,9 @@ def platform_tree(world: Arena) -> dict[str, Any]:
         },
         "policies": list(world.policies),
         "assignment": "decision",
-        "action": {
+        "action": _catalogue_tree()
+        if world.levels
+        else {
             "kind": "continuous",
             "default": {"target_games": 5, "bonus": 0, "nudges": 1},
             "dimensions": {d.name: {"low": d.low, "high": d.high, "unit": d.unit} for d in world.dimensions},
@@ -206,13 +255,16 @@ def policy_means(world: Arena, summary: Array) -> Array:
     """[n, K, D] the mean action of each behaviour policy, inside the bounds.
 
     `stretch` sets targets above the week's play, `retain` easy ones with reminders and rising bonuses for players who stay away,
-    `spend` pays large bonuses to those who deposit.
+    `spend` pays large bonuses to those who deposit. In a world with a `first` policy, that one stands in the place of `stretch`.
     """
     s = dict(zip(SUMMARY, summary.T, strict=True))
     games, idle, lazy = s["games_week"], s["idle"], 1 - s["share_active"]
     stretch = np.stack([1.55 * games + 0.5, 4 + 2 * s["share_active"], 0.8 + 0.1 * idle], 1)
     retain = np.stack([0.6 * games + 0.5, 6 + 6 * lazy, 1.4 + 0.3 * np.minimum(idle, 4)], 1)
     spend = np.stack([0.85 * games + 0.5, 12 + 2.5 * s["deposits_week"], 1.0 + 0 * games], 1)
+    if world.first:
+        weights = np.array(world.first)
+        stretch = weights[:, 0] + summary @ weights[:, 1:].T
     low, high = bounds(world).T
     return np.clip(np.stack([stretch, retain, spend], 1), low, high)
 
@@ -228,10 +280,30 @@ def selection_probabilities(world: Arena, summary: Array) -> Array:
 
 
 def action_density(world: Arena, action: Array, mean: Array) -> Array:
-    """Density per raw units of `action` [..., D] under a Gaussian around `mean` clipped to the bounds; NaN on a bound, which is an atom."""
+    """Density per raw units of `action` [..., D] under a Gaussian around `mean` clipped to the bounds; NaN on a bound, which is an atom.
+
+    For a catalogue the probability of the item, which is exact everywhere.
+    """
+    if world.levels:
+        action, mean = np.broadcast_arrays(action, mean)
+        chances = []
+        for j, law in enumerate(_level_laws(world, mean)):
+            at = np.abs(action[..., j, None] - world.levels[j]).argmin(-1)
+            chances.append(np.take_along_axis(law, at[..., None], -1)[..., 0])
+        return np.asarray(np.prod(chances, 0))
     sigma, (low, high) = np.array(world.noise), bounds(world).T
     density = np.exp(-0.5 * ((action - mean) / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi))
     return np.where(((action > low) & (action < high)).all(-1), density.prod(-1), np.nan)
+
+
+def _level_laws(world: Arena, mean: Array) -> list[Array]:
+    """Per dimension [..., levels] the probability of each level around `mean` [..., D]: a normal's density there, normalised."""
+    laws = []
+    for j, levels in enumerate(world.levels):
+        log = -0.5 * ((np.array(levels) - mean[..., j, None]) / world.noise[j]) ** 2
+        law = np.exp(log - log.max(-1, keepdims=True))
+        laws.append(law / law.sum(-1, keepdims=True))
+    return laws
 
 
 @dataclass(frozen=True)
@@ -349,7 +421,11 @@ class Simulation:
         draws = rng.standard_normal((int(self.people.max()) + 1, k * d + 2))[self.people]
         low, high = bounds(self.world).T
         means, assignment = self.proposals(), selection_probabilities(self.world, self.summary())
-        proposals = np.clip(means + draws[:, 2:].reshape(-1, k, d) * np.array(self.world.noise), low, high)
+        normal = draws[:, 2:].reshape(-1, k, d)
+        proposals = np.clip(means + normal * np.array(self.world.noise), low, high)
+        for j, law in enumerate(_level_laws(self.world, means)):  # of a catalogue: the level at which the law has passed the same luck
+            passed = (ndtr(normal[..., j])[..., None] > law.cumsum(-1)).sum(-1)
+            proposals[..., j] = np.array(self.world.levels[j], float)[np.minimum(passed, law.shape[-1] - 1)]
         # the radius of two independent normals is Rayleigh, so this is exactly uniform
         chance = np.exp(-0.5 * (draws[:, 0] ** 2 + draws[:, 1] ** 2))
         policy = np.minimum((chance[:, None] > assignment.cumsum(1)).sum(1), k - 1)
@@ -361,7 +437,8 @@ class Simulation:
         return np.asarray(self.idle < self.world.churn)
 
     def step(self, action: Array, policies: Sequence[str | None] | None = None) -> Array:
-        """Live through one day under `action` [n, D] (raw units, clipped to the bounds); the day's objectives [n, M], in the order of `OBJECTIVES`.
+        """Live through one day under `action` [n, D] (raw units, clipped to the bounds or the nearest item); the day's objectives [n, M], in the order
+        of `OBJECTIVES`.
 
         Players who have left bring 0 in every objective, whatever is recommended to them. `self.sessions` then holds the day's events.
         """
@@ -370,7 +447,7 @@ class Simulation:
         normal = _generator(self.seed, self.day, _SHOCKS).standard_normal((people, 10 + 3 * SESSIONS))[self.people]
         chance = _generator(self.seed, self.day, _CHANCES).random((people, 8 + 3 * SESSIONS))[self.people]
         low, high = bounds(w).T
-        action = np.clip(np.asarray(action, float), low, high)
+        action = nearest_items(w, np.clip(np.asarray(action, float), low, high))
         target, bonus, nudges = action.T
         served, active = self.served(), self.active & ~self.gone
 
@@ -472,7 +549,14 @@ def write_logs(world: Arena, directory: Path | str, players: int = 2_000, days: 
             old.unlink()
     simulation = Simulation(world, players, seed)
     ids = player_ids(players)
-    names, columns = np.array(world.policies), [d.name for d in world.dimensions]
+    names = np.array(world.policies)
+    if world.levels:
+        item_table(world).write_parquet(directory / "logs" / "items.parquet")
+
+    def acted_on(action: Array) -> dict[str, Any]:
+        """The columns of actions [n, D]."""
+        return {"item_id": item_ids(world, action).tolist()} if world.levels else {d.name: action[:, j] for j, d in enumerate(world.dimensions)}
+
     for day in range(days):
         on = end - timedelta(days=days - 1 - day)
         served, behaviour = simulation.served(), simulation.behaviour()
@@ -494,7 +578,7 @@ def write_logs(world: Arena, directory: Path | str, players: int = 2_000, days: 
                 "policy": names[acted],
                 "propensity": behaviour.propensity[who, acted],
                 "assignment": behaviour.assignment[who, acted],
-                **{name: behaviour.action[who, j] for j, name in enumerate(columns)},
+                **acted_on(behaviour.action[who]),
                 **{name: objectives[who, j] for j, name in enumerate(OBJECTIVES)},
             },
             nan_to_null=True,
@@ -503,7 +587,7 @@ def write_logs(world: Arena, directory: Path | str, players: int = 2_000, days: 
             {
                 "decision_id": decision.gather(np.repeat(np.arange(len(who)), len(names))),
                 "policy": np.tile(names, len(who)),
-                **{name: behaviour.proposals[who, :, j].ravel() for j, name in enumerate(columns)},
+                **acted_on(behaviour.proposals[who].reshape(-1, len(world.dimensions))),
                 "propensity": behaviour.propensity[who].ravel(),
                 "assignment": behaviour.assignment[who].ravel(),
             },
@@ -570,7 +654,7 @@ class TrueValue:
 def true_values(world: Arena, act: Act | str, players: int = 1_000, days: int = 30, seed: int = 100, burn_in: int = 14) -> TrueValue:
     """Run `act` for `days` days after `burn_in` days under the logging platform, on the luck of `seed`.
 
-    `act` maps `Simulation.states()` to actions [n, D] in raw units, or names a behaviour policy or "mixture" (both act with their noise).
+    `act` maps `Simulation.states()` to actions [n, D] in raw units (of items: what they are), or names a behaviour policy or "mixture" (both with their noise).
     """
     simulation = Simulation(world, players, seed)
     names = np.array(world.policies)

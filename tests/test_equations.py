@@ -340,3 +340,39 @@ def test_soft_update_moves_targets_a_share_of_the_way_in_place():
     close(target, [1.5, 1.0])  # 0.75 * 1 + 0.25 * 3, 0.75 * 2 - 0.25 * 2
     close(first, [7.5])
     close(source, [3.0, -2.0])
+
+
+# ---- Eq. 14 to 18: the published form ---------------------------------------------------------------------------------------
+def test_difficulty_weights_follow_what_the_adversary_named_and_never_vanish():
+    close(equations.difficulty_weights(tensor([5.0, 0.0, 2.0])), [0.6, 0.1, 0.3])  # (6, 1, 3) / 10
+    close(equations.difficulty_weights(tensor([0.0, 0.0])), [0.5, 0.5])
+
+
+def test_share_values_are_softmax_shares_of_the_value_and_nothing_for_an_objective_that_lowers_it():
+    q, logits = tensor([2.0, -4.0]), tensor([[0.0, 100.0, math.log(3.0)], [math.log(2.0), 0.0, math.log(2.0)]])
+    shares = equations.share_values(q, logits, torch.tensor([True, False, True]))
+    close(shares, [[0.5, 0.0, 1.5], [-2.0, 0.0, -2.0]])  # 2 * (1, 3) / 4 and -4 * (2, 2) / 4
+    close(equations.share_values(q, logits, torch.tensor([True, True, True])).sum(-1), q)
+
+
+def test_the_published_critic_loss_weighs_the_value_against_its_shares():
+    q, target = tensor([1.0, 3.0]), tensor([2.0, NAN])
+    shares, immediate = tensor([[0.5, 0.2], [1.0, 2.0]]), tensor([[0.5, NAN], [3.0, 1.0]])
+    # 0.75 * (1 - 2)^2 + 0.25 * ((0)^2 + (1 - 3)^2 + (2 - 1)^2) / 3
+    close(equations.published_critic_loss(q, target, shares, immediate), 0.75 + 0.25 * 5 / 3)
+
+
+def test_smoothed_actions_move_by_clipped_noise():
+    # 0.2 * 1; 0.2 * -10 = -2, clipped to -0.5
+    close(equations.smoothed_action(tensor([1.0, 1.0]), tensor([1.0, -10.0])), [1.2, 0.5])
+    close(equations.smoothed_action(tensor([1.0, 1.0]), tensor([2.0, 2.0]), sd=1.0, most=1.5), [2.5, 2.5])
+
+
+def test_the_cloning_actor_weighs_the_value_by_its_own_size():
+    q, u = tensor([1.0, -3.0]).requires_grad_(), tensor([[1.0, 0.0], [0.0, 2.0]]).requires_grad_()
+    cloned = tensor([[0.0, 0.0], [0.0, 0.0]])
+    loss = equations.cloning_actor_loss(q, u, cloned, 2.5)
+    close(loss.detach(), 2.5 / 2 + 5 / 4)  # -(2.5 / 2) * (-1) + (1 + 4) / 4
+    loss.backward()
+    close(q.grad, [-0.625, -0.625])  # the size itself is not differentiated
+    close(u.grad, [[0.5, 0.0], [0.0, 1.0]])
