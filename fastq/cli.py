@@ -67,6 +67,12 @@ class DemoLogs(StrEnum):
     open_bandit = "open-bandit"
 
 
+class ExportFormat(StrEnum):
+    """What another runtime can read."""
+
+    onnx = "onnx"
+
+
 class Role(StrEnum):
     """What a key may do; each includes those before it."""
 
@@ -473,6 +479,30 @@ def promote(
 
         registry.promote(platform, version, reason=reason.strip(), forced=force, who=_who())
         answer({"model": platform.platform, "version": version, "promoted": True, "forced": force}, _promoted)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where recommend.onnx, score.onnx, model.json and example.json are written.")],
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="A version or an alias.", show_default="champion")] = None,
+    form: Annotated[ExportFormat, typer.Option("--format", help="What another runtime can read.")] = ExportFormat.onnx,
+    workspace: WorkspaceOption = Path(),
+    as_json: JsonOption = False,
+) -> None:
+    """Write a model for a runtime that is not ours.
+
+    Graphs from raw windows to the noise-free action and the value's parts, a description of every input and output, and an example to check a port with.
+    Nothing is left behind unless onnxruntime answers as fastq does.
+    """
+    with answering(as_json) as answer:
+        platform = _platform(workspace)
+        if out.exists() and not out.is_dir():
+            raise ConfigurationError(f"--out {out}: is a file; expected a directory to write to")
+        from fastq import registry
+        from fastq.export import export_onnx
+
+        reference = registry.resolve(platform, model or registry.CHAMPION)
+        answer(export_onnx(registry.load_policy(f"models:/{platform.platform}/{reference}", platform.root), out), _exported)
 
 
 @app.command()
@@ -956,6 +986,18 @@ def _explained(document: Document) -> Iterable[RenderableType]:
     yield f"{document['players']:,} players explained in {_plain(document['out'])}, by model version {document['model_version']}, as of {document['at']}."
     if document["resumed"]:
         yield "What an earlier run had done was taken up."
+
+
+def _imported(document: Document) -> Iterable[RenderableType]:
+    yield f"{document['episodes']:,} episodes, {document['steps']:,} steps, {document['terminated']:,} ended by themselves."
+    yield f"Policies: {', '.join(document['policies'])}."
+    yield f"Written to {_plain(document['written'])}. Next, there: fastq retrain"
+
+
+def _exported(document: Document) -> Iterable[RenderableType]:
+    parity = document["parity"]
+    yield f"Version {document['model_version']} is in {_plain(document['out'])}: {', '.join(document['files'])}."
+    yield f"onnxruntime answers as fastq does for {parity['states']} states, to {parity['largest_difference']:.1g}. What goes in and comes out: model.json"
 
 
 def _views(document: Document) -> Iterable[RenderableType]:

@@ -68,7 +68,7 @@ class DecayEncoder(nn.Module):
         mean = total / mass.clamp(min=1e-3)
         present = mass / weight.sum(-1)[:, None]
         if v.shape[-1] == 0:
-            v = x.new_zeros(len(x), 1)
+            v = x.new_zeros(x.shape[0], 1)
         return self.norm(torch.cat([functional.silu(self.dense(torch.cat([mean, present], -1).flatten(1))), functional.silu(self.attributes(v))], -1))
 
 
@@ -174,7 +174,7 @@ class Values(nn.Module):
     def forward(self, b: Tensor) -> Tensor:
         """b [B, Z] -> [2 twins, B, M, 2] value and immediate value at the reference action."""
         linear = self.linear(b)
-        return torch.stack([linear + twin(b) for twin in self.twins]).view(2, len(b), self.m, 2)
+        return torch.stack([linear + twin(b) for twin in self.twins]).view(2, b.shape[0], self.m, 2)
 
 
 class Actor(nn.Module):

@@ -310,7 +310,7 @@ class Policy:
 
         What the networks propose, then ever finer rounds of fixed directions around the best so far: a function of state and model alone.
         """
-        if len(at) > CHUNKS[-1]:  # so that the candidates of a large batch need not all be in memory at once
+        if at.b.shape[0] > CHUNKS[-1]:  # so that the candidates of a large batch need not all be in memory at once
             return torch.cat([self.best_units(at[start : start + CHUNKS[-1]], w, low, high) for start in range(0, len(at), CHUNKS[-1])])
         doubt, d = self.shape_of_doubt(at, w), at.proposal.shape[1]
         allowed = [torch.from_numpy(self.units.standard(edge)) for edge in (low, high)]

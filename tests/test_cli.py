@@ -19,6 +19,7 @@ from fastq.platform import platform_from_tree
 COMMANDS = [
     "demo",
     "init",
+    "import",
     "validate",
     "retrain",
     "evaluate",
@@ -30,6 +31,7 @@ COMMANDS = [
     "forget",
     "models",
     "promote",
+    "export",
     "rollback",
     "pause",
     "resume",
