@@ -1,6 +1,6 @@
 """Players who stay forgotten, and files without one of them.
 
-Of a forgotten player a salted hash stays, so that the platform's own logs, which still hold them, do not bring them back: `records` leaves out whoever
+Of a forgotten player a salted hash stays, so that the platform's own logs, which still hold them, do not bring them back: `staging` leaves out whoever
 `Forgotten` holds. The salt is random and never leaves the workspace, so a hash says nothing to anybody who has not got both the workspace and the id.
 """
 
@@ -28,7 +28,7 @@ FILE = "forgotten.json"
 
 @dataclass(frozen=True)
 class Forgotten:
-    """The players of a workspace who were forgotten, by hash."""
+    """Ids that were forgotten in a workspace, by keyed hash: those of players or, under the same salt, those of their decisions."""
 
     salt: bytes
     hashes: frozenset[str]
@@ -37,17 +37,18 @@ class Forgotten:
         return bool(self.hashes)
 
     def __contains__(self, player_id: str) -> bool:
-        return bool(self.hashes) and self._hash(player_id) in self.hashes
+        return bool(self.hashes) and self.keyed(player_id) in self.hashes
 
-    def _hash(self, player_id: str) -> str:
-        return hashlib.blake2b(player_id.encode(), key=self.salt, digest_size=16).hexdigest()
+    def keyed(self, one: str) -> str:
+        """What is kept of an id: it says nothing without the salt."""
+        return hashlib.blake2b(one.encode(), key=self.salt, digest_size=16).hexdigest()
 
-    def holds(self, player_ids: pl.Series) -> pl.Series:
-        """Which of these rows are of forgotten players; False for null."""
+    def holds(self, ids: pl.Series) -> pl.Series:
+        """Which of these rows are of forgotten ids; False for null."""
         if not self.hashes:
-            return pl.repeat(value=False, n=len(player_ids), eager=True)
-        gone = [player for player in player_ids.unique().drop_nulls().to_list() if player in self]
-        return player_ids.is_in(pl.Series(gone, dtype=pl.String).implode()).fill_null(value=False)
+            return pl.repeat(value=False, n=len(ids), eager=True)
+        gone = [one for one in ids.unique().drop_nulls().to_list() if one in self]
+        return ids.is_in(pl.Series(gone, dtype=pl.String).implode()).fill_null(value=False)
 
 
 def forgotten(workspace: Workspace) -> Forgotten:
@@ -67,7 +68,7 @@ def remember(workspace: Workspace, player_id: str) -> bool:
     with workspace.lock("forgotten", wait_seconds=60):
         known = forgotten(workspace)
         salt = known.salt or secrets.token_bytes(32)
-        grown = Forgotten(salt, known.hashes | {Forgotten(salt, known.hashes)._hash(player_id)})  # noqa: SLF001 - its own
+        grown = Forgotten(salt, known.hashes | {Forgotten(salt, known.hashes).keyed(player_id)})
         if grown == known:
             return False
         with replacing(workspace.state / FILE) as partial:

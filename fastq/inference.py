@@ -32,6 +32,14 @@ HARM = r"costs?|expenses?|loss|losses|churn\w*|complain\w*|refund\w*|unsubscribe
 LEVEL = r"rates?|ratios?|shares?|means?|avg|averages?|levels?|mood|scores?|balances?|ratings?|prices?|ages?|temperatures?|prob\w*|percent\w*|pct|index"
 PERIODS = [timedelta(minutes=15), timedelta(hours=1), timedelta(hours=6), timedelta(hours=12), timedelta(days=1), timedelta(weeks=1)]
 STEPS = [100, 50, 25, 20, 10, 5, 2, 1, 0.5, 0.25, 0.1]  # grids that people choose, in an action's own unit
+# Columns with reserved names that each log has of its own; elsewhere they are left out, and the file says so.
+OWN_COLUMNS = {
+    "decisions": {"decision_id", "player_id", "decided_at", "policy", "propensity", "assignment", "model_version", "item_id"},
+    "activity": {"player_id", "occurred_at", "recorded_at"},
+    "players": {"player_id", "valid_from"},
+    "proposals": {"decision_id", "policy", "propensity", "assignment", "item_id"},
+    "items": {"item_id"},
+}
 PARSED_SHARE = 0.99  # of a text column's values that must be numbers for it to be a column of numbers
 
 
@@ -43,6 +51,10 @@ class Log:
     path: str
     frame: pl.DataFrame
     kinds: dict[str, Kind]
+
+    def reserved(self) -> list[str]:
+        """Columns whose names mean something else to fastq, so that they can be no measure, attribute, action or objective."""
+        return [c for c in self.frame.columns if c in RESERVED_COLUMNS and c not in OWN_COLUMNS[self.option.removeprefix("--")]]
 
     def numbers(self) -> list[str]:
         return [c for c, kind in self.kinds.items() if kind == "number" and c not in RESERVED_COLUMNS]
@@ -75,7 +87,7 @@ def infer_platform_file(
         "version: 1",
         f"platform: {_scalar(re.sub(r'[^A-Za-z0-9_.-]+', '-', directory.resolve().name).strip('-._')[:80] or 'platform')}  # guess: the directory's name",
         "logs:",
-        *(f"  {table}: {_scalar(read.path)}" for table, read in logs.items()),
+        *(line for table, read in logs.items() for line in _log(table, read)),
         "state:",
         *_state(log, period, once=once, activity=logs.get("activity") is not None),
         *_measures(logs.get("activity"), taken),
@@ -233,6 +245,11 @@ def _period(log: Log) -> tuple[timedelta, bool]:
     if not isinstance(gap, timedelta):
         return timedelta(days=1), True
     return min(PERIODS, key=lambda period: abs(math.log(period / gap))), False
+
+
+def _log(table: str, log: Log) -> list[str]:
+    said = "fastq keeps this name for a column of its own; rename the column to use it"
+    return [f"  {table}: {_scalar(log.path)}", *(f"    # left out: {name}: {said}" for name in log.reserved())]
 
 
 def _state(log: Log, period: timedelta, *, once: bool, activity: bool) -> list[str]:

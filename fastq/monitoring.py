@@ -37,7 +37,7 @@ from fastq.assignment import held_out
 from fastq.errors import ConfigurationError
 from fastq.features import unpack_states
 from fastq.platform import OWN_POLICY, Platform
-from fastq.records import Events, Records, decision_logs, read_records, read_served, reading_log, served_log
+from fastq.records import Parts, Records, decision_logs, read_records, read_served, reading_log, served_log
 from fastq.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -236,9 +236,9 @@ def long_values(platform: Platform, read: Records, until: Reached, days: int, sh
     return pl.concat([cut, states]).select(values.columns)
 
 
-def _days(frame: pl.DataFrame | Events, column: str, until: datetime, days: int) -> pl.DataFrame:
+def _days(frame: pl.DataFrame | Parts, column: str, until: datetime, days: int) -> pl.DataFrame:
     found = frame.filter((pl.col(column) < until) & (pl.col(column) >= until - days * DAY))
-    inside = found.collect() if isinstance(found, Events) else found
+    inside = found.collect() if isinstance(found, Parts) else found
     return inside.with_columns(((pl.lit(until) - pl.col(column) - pl.duration(microseconds=1)).dt.total_days()).cast(pl.Int32).alias("day"))
 
 

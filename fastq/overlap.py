@@ -16,7 +16,7 @@ import polars as pl
 
 from fastq.features import PlayerStates, build_rows
 from fastq.platform import Platform
-from fastq.records import Records
+from fastq.records import Logs, Records
 from fastq.windows import Windows, build
 from fastq.workspace import Workspace, replacing
 
@@ -54,13 +54,9 @@ class Chances:
     acted: np.ndarray
 
 
-def chances(platform: Platform, records: Records) -> Chances | None:
+def chances(platform: Platform, records: Logs) -> Chances | None:
     """Cross-fitted chances of the policies in a sample of states; None where there are too few decisions, players or policies to tell."""
-    players = records.decisions.group_by("player_id").len().sort(pl.col("player_id").hash(platform.training.seed), "player_id")
-    drawn = players.filter(pl.col("len").cum_sum() <= max(DECISIONS, players["len"].head(1).sum()))["player_id"].implode()
-    mine = pl.col("player_id").is_in(drawn)
-    activity = None if records.activity is None else records.activity.filter(mine)
-    sample = Records(records.decisions.filter(mine), activity, records.players, None, records.items, records.quarantine, records.counts, {}, [])
+    sample = _sample(platform, records)
     data = build(platform, sample, build_rows(platform, sample))
     acted = np.bincount(data.policy, minlength=len(data.policies))
     kept = np.flatnonzero(acted >= FEWEST)
@@ -73,6 +69,27 @@ def chances(platform: Platform, records: Records) -> Chances | None:
     chance = _cross_fitted(_described(data, rows), label, data.player[rows], platform.training.seed)
     balanced = chance / np.bincount(label)
     return Chances([data.policies[k] for k in kept], balanced / balanced.sum(1, keepdims=True), label)
+
+
+def _sample(platform: Platform, records: Logs) -> Records:
+    """All that the logs hold of some players, drawn by their ids, with `DECISIONS` decisions between them at most."""
+    draw, share = pl.col("player_id").hash(platform.training.seed), 1.0
+    rows = records.counts["decisions"].accepted if records.counts else 0
+    if rows > 4 * DECISIONS:  # the players drawn first are enough to choose among
+        share = 4 * DECISIONS / rows
+    while True:
+        some = records.held("decisions").filter(draw <= pl.lit(int(share * (2**64 - 1)), pl.UInt64)) if share < 1 else records.held("decisions")
+        players = some.lazy().group_by("player_id").len().collect(engine="streaming").sort(draw, "player_id")
+        if share >= 1 or players["len"].sum() > DECISIONS:
+            break
+        share *= 8  # a few of very many decisions: ask for more
+    drawn = players.filter(pl.col("len").cum_sum() <= max(DECISIONS, players["len"].head(1).sum()))["player_id"].implode()
+    mine = pl.col("player_id").is_in(drawn)
+    decisions = some.filter(mine).lazy().collect(engine="streaming").sort("player_id", "decided_at", "decision_id")
+    tables = {table: records.held(table) for table in ("activity", "players", "items")}
+    players_log, items = (tables[table].lazy().collect() if tables[table].parts else None for table in ("players", "items"))
+    activity = tables["activity"].filter(mine) if tables["activity"].parts else None
+    return Records(decisions, activity, players_log, None, items, pl.DataFrame(), {}, {}, [])
 
 
 def _described(data: Windows, rows: np.ndarray) -> np.ndarray:

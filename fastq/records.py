@@ -1,7 +1,7 @@
 """The log tables: good rows in canonical types, refused rows with their reasons, and how often each rule was broken.
 
-Rows in = accepted + quarantined + repeated, for each table. Tables are judged part by part (`fastq.staging`), and events, of which there may be
-more than memory holds, stay on disk in their parts. Decisions that fastq served are read beside the platform's own
+Rows in = accepted + quarantined + repeated, for each table. Tables are judged part by part (`fastq.staging`) and stay on disk in their parts: the gate
+holds one of them at a time, and only who learns from decisions has them all in memory. Decisions that fastq served are read beside the platform's own
 logs and merged by `decision_id`; so are the events that its endpoint took. What cannot be read at all raises `LogsError`; a bad row never does.
 """
 
@@ -13,7 +13,7 @@ import json
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from fastq.errors import LogsError, WorkspaceError
-from fastq.forgetting import Forgotten, forgotten
+from fastq.forgetting import forgotten
 from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
 from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, unread
 from fastq.staging import Staged, stage
@@ -40,7 +40,7 @@ KEYS: dict[Table, list[str]] = {
     "proposals": ["decision_id", "policy"],
     "items": ["item_id"],
 }
-CONFLICT, EXECUTED, LOG = "?conflict", "?executed", "?log"  # columns beside a row's own, as in `sources`
+CONFLICT, EXECUTED, LOG, KNOWN, DIFFERS = "?conflict", "?executed", "?log", "?known", "?differs"  # columns beside a row's own, as in `sources`
 BOUND_TOLERANCE = 1e-6  # of a dimension's range: actions logged in float32 miss their own bounds by less
 PROBABILITY_TOLERANCE = 1e-6
 LARGEST = 1e30  # of any number, either way: states are float32, and sums of events have to stay inside it
@@ -56,28 +56,44 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Events:
-    """Accepted events, in parts that fit into memory each; all events of a player stand in one part, in the order in which they were logged."""
+class Parts:
+    """Rows of a table, in parts that fit into memory each; all rows of one key stand in one part, in the order in which they were logged.
+
+    Of events the key is the player, of decisions and proposals the decision.
+    """
 
     parts: tuple[pl.LazyFrame, ...]
 
     def lazy(self) -> pl.LazyFrame:
-        return pl.concat(self.parts)
+        return pl.concat(self.parts, how="diagonal_relaxed")
 
     @property
     def height(self) -> int:
         return int(self.lazy().select(pl.len()).collect().item())
 
-    def filter(self, predicate: pl.Expr) -> Events:
-        return Events(tuple(part.filter(predicate) for part in self.parts))
+    def filter(self, predicate: pl.Expr) -> Parts:
+        return Parts(tuple(part.filter(predicate) for part in self.parts))
 
     def select(self, *columns: str | pl.Expr) -> pl.DataFrame:
         """Some columns of all of them, in memory."""
         return self.lazy().select(*columns).collect(engine="streaming")
 
     def collect(self) -> pl.DataFrame:
-        """All of them at once, sorted by player_id, occurred_at."""
+        """All of them at once, events sorted by player_id, occurred_at."""
         return self.lazy().collect().sort("player_id", "occurred_at", maintain_order=True)
+
+
+class Logs(Protocol):
+    """What is known of logs that were judged, whether their rows are in memory (`Records`) or not (`Judged`)."""
+
+    @property
+    def counts(self) -> Mapping[str, Counts]: ...
+    @property
+    def metrics(self) -> Mapping[str, int]: ...
+    @property
+    def warnings(self) -> Sequence[str]: ...
+    def held(self, table: Table | Literal["quarantine"]) -> Parts:
+        """The accepted rows of a table, or the refused ones of all; no part where the table is not logged."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,7 @@ class Records:
     """
 
     decisions: pl.DataFrame
-    activity: Events | pl.DataFrame | None
+    activity: Parts | pl.DataFrame | None
     players: pl.DataFrame | None
     proposals: pl.DataFrame | None
     items: pl.DataFrame | None
@@ -110,10 +126,49 @@ class Records:
     read_at: datetime | None = None
     heard: dict[str, int] = field(default_factory=dict)
 
+    def held(self, table: Table | Literal["quarantine"]) -> Parts:
+        return Parts(parts_of(getattr(self, table)))
 
-def parts_of(activity: Events | pl.DataFrame | None) -> tuple[pl.LazyFrame, ...]:
-    """The parts of the events, however they are held."""
-    return activity.parts if isinstance(activity, Events) else () if activity is None else (activity.lazy(),)
+
+@dataclass(frozen=True)
+class Judged:
+    """Every log table of a platform, judged: as `Records`, but all rows stay on disk, in their parts, and are read again by whoever asks for them.
+
+    accepted: in the columns of `Records`. refused: in those of its quarantine; within a part in the order of the files and their rows.
+    """
+
+    accepted: dict[Table, Parts]
+    refused: Parts
+    counts: dict[str, Counts]
+    metrics: dict[str, int]
+    warnings: list[str]
+    read_at: datetime
+    heard: dict[str, int]
+
+    def held(self, table: Table | Literal["quarantine"]) -> Parts:
+        return self.refused if table == "quarantine" else self.accepted.get(table, Parts(()))
+
+    def records(self) -> Records:
+        """The same in memory, events excepted."""
+        tables = {table: _sorted(table, rows.lazy().collect()) for table, rows in self.accepted.items() if table != "activity"}
+        return Records(
+            decisions=tables["decisions"],
+            activity=self.accepted.get("activity"),
+            players=tables.get("players"),
+            proposals=tables.get("proposals"),
+            items=tables.get("items"),
+            quarantine=self.refused.lazy().collect().sort(pl.col("table").cast(pl.Enum(TABLES)), "file", "row", nulls_last=True, maintain_order=True),
+            counts=self.counts,
+            metrics=self.metrics,
+            warnings=self.warnings,
+            read_at=self.read_at,
+            heard=self.heard,
+        )
+
+
+def parts_of(rows: Parts | pl.DataFrame | None) -> tuple[pl.LazyFrame, ...]:
+    """The parts of a table, however it is held."""
+    return rows.parts if isinstance(rows, Parts) else () if rows is None else (rows.lazy(),)
 
 
 @dataclass(frozen=True)
@@ -167,7 +222,7 @@ class Surroundings:
     """What the rules of a row need to know beyond the row; None leaves a rule without effect."""
 
     unread: frozenset[str] = frozenset()  # columns with values of the wrong type
-    decisions: pl.Series | None = None  # ids that a proposal may name
+    decisions: bool = False  # whether `?known` says of a proposal if its decision is there
     items: pl.Series | None = None  # ids that an action may name
     now: datetime | None = None
 
@@ -199,7 +254,7 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
         _add_policy_rules(rule, platform)
         _add_action_rules(rule, platform, around)
     if table == "proposals":
-        rule("decision_id", "known", _stranger("decision_id", around.decisions), "is not among the accepted decisions")
+        rule("decision_id", "known", ~pl.col(KNOWN) if around.decisions else pl.lit(value=False), "is not among the accepted decisions")
     if table == "activity":
         for name, measure in platform.state.measures.items():
             value = pl.col(name)
@@ -263,7 +318,12 @@ def table_rules(platform: Platform) -> list[str]:
 
 
 def read_records(platform: Platform, since: datetime | None = None) -> Records:
-    """Read all logs that `fastq.yaml` names, the decisions that fastq served and the events that came over HTTP.
+    """All logs, judged as `judge` does, with the accepted rows in memory (events stay on disk)."""
+    return judge(platform, since).records()
+
+
+def judge(platform: Platform, since: datetime | None = None) -> Judged:
+    """Read all logs that `fastq.yaml` names, the decisions that fastq served and the events that came over HTTP, and hold each row to the rules.
 
     With `since` (UTC): decisions and their proposals from then on, and the activity that their windows reach back to.
     Raises `LogsError` that names file and column if a table cannot be read at all.
@@ -271,7 +331,8 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
     now = datetime.now(UTC)
     if since is not None and since.tzinfo is None:
         since = since.replace(tzinfo=UTC)
-    judged: dict[Table, _Judged] = {}
+    judged: dict[Table, _Table] = {}
+    lost = frozenset[str]()
     heard = _heard(platform)
     up_to = dict(heard.group_by(LOG).agg(pl.col("recorded_at").max().dt.epoch("us")).rows())
     gone = forgotten(Workspace(platform.root))
@@ -281,23 +342,23 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
         if (source := getattr(platform.logs, table)) is None:
             continue
         by = (KEYS[table] or ["player_id"])[0]  # repeats, and whatever else is told by several rows, stand in one part
-        staged = stage(Workspace(platform.root), table, source, f"{FILE_NAME}: logs.{table}", columns_of(platform, table), by, apart=not KEYS[table])
-        if not staged.rows and beside.get(table, pl.DataFrame()).is_empty():
+        key, columns = f"{FILE_NAME}: logs.{table}", columns_of(platform, table)
+        staged = stage(
+            Workspace(platform.root), table, source, key, columns, by,
+            apart=not KEYS[table], lost=lost if table == "proposals" else frozenset(), since=_reach(platform, table, since),
+        )  # fmt: skip
+        if table == "decisions":
+            lost = staged.lost
+        if not staged.rows + staged.left_out and beside.get(table, pl.DataFrame()).is_empty():
             mend = "export it again" if table == "decisions" else f"export it again, or leave logs.{table} out"
             raise LogsError(f"{FILE_NAME}: logs.{table}: {', '.join(staged.files[:3])}{', …' * (len(staged.files) > 3)}: no rows; {mend}")
-        judged[table] = _judge(platform, table, staged, beside.get(table), judged, gone, since, now)
+        judged[table] = _judge(platform, table, staged, beside.get(table), judged, since, now)
+    accepted = {table: found.accepted for table, found in judged.items()}
     findings = [finding for table in judged.values() for finding in table.findings]
-    tables = {table: found.accepted for table, found in judged.items() if isinstance(found.accepted, pl.DataFrame)}
-    activity = judged["activity"].accepted if "activity" in judged else None
-    assert activity is None or isinstance(activity, Events)
-    findings += _look_at_decisions(platform, tables, activity, now)
-    return Records(
-        decisions=tables["decisions"],
-        activity=activity,
-        players=tables.get("players"),
-        proposals=tables.get("proposals"),
-        items=tables.get("items"),
-        quarantine=pl.concat([judged[table].refused for table in TABLES if table in judged], how="diagonal_relaxed"),
+    findings += _look_at_decisions(platform, accepted, now)
+    return Judged(
+        accepted=accepted,
+        refused=Parts(tuple(part for table in TABLES if table in judged for part in judged[table].refused.parts)),
         counts={table: judged[table].counts for table in TABLES if table in judged},
         metrics={finding.rule: finding.failed for finding in findings},
         warnings=[finding.sentence for finding in findings if finding.failed and finding.sentence],
@@ -307,15 +368,14 @@ def read_records(platform: Platform, since: datetime | None = None) -> Records:
 
 
 @dataclass(frozen=True)
-class _Judged:
-    """One table, judged: its good rows (in memory, but events in their parts), the refused ones, and what was found."""
+class _Table:
+    """One table, judged: its good rows and the refused ones, both to be read from their parts again, and what was found."""
 
-    accepted: pl.DataFrame | Events
-    refused: pl.DataFrame
+    accepted: Parts
+    refused: Parts
     counts: Counts
     findings: list[Finding]
-    earlier: pl.Series  # ids of decisions before `since`
-    lost: pl.Series  # and of those of players who were forgotten
+    asked: Parts  # ids of all decisions from `since` on, refused ones among them
 
 
 def _judge(
@@ -323,68 +383,57 @@ def _judge(
     table: Table,
     staged: Staged,
     beside: pl.DataFrame | None,
-    judged: Mapping[Table, _Judged],
-    gone: Forgotten,
+    judged: Mapping[Table, _Table],
     since: datetime | None,
     now: datetime,
-) -> _Judged:
+) -> _Table:
     """Split a table's rows, part by part; `beside` are the rows of it that fastq took down itself."""
     decisions, items = judged.get("decisions"), judged.get("items")
     around = Surroundings(
         unread=staged.unread,
-        decisions=decisions.accepted["decision_id"] if decisions and table == "proposals" and isinstance(decisions.accepted, pl.DataFrame) else None,
-        items=items.accepted["item_id"] if items and isinstance(items.accepted, pl.DataFrame) else None,
+        decisions=table == "proposals",
+        items=items.accepted.select("item_id").to_series() if items else None,
         now=now,
     )
     rules = row_rules(platform, table, around)
     bad = pl.any_horizontal(rule.broken for rule in rules if rule.severity == "quarantine")
-    earlier, lost = (decisions.earlier, decisions.lost) if decisions else (pl.Series(dtype=pl.String), pl.Series(dtype=pl.String))
     # each event is one to a count that has no column of its own
     counted = [m for m, measure in platform.state.measures.items() if table == "activity" and measure.aggregate == "count" and m not in staged.found]
     ones = [pl.lit(1.0).alias(m) for m in counted]
     failed = dict.fromkeys((rule.name for rule in rules), 0)
-    counts, differing = Counts(0, 0, 0), 0
-    accepted, refused, before, left_out = [], [], [earlier], [lost]
-    forgot = 0
+    counts, differing = Counts(0, 0, staged.left_out), 0
+    accepted, refused, ids = list[pl.LazyFrame](), list[pl.LazyFrame](), list[pl.LazyFrame]()
     for part in range(staged.parts):
         rows = staged.part(part).with_columns(ones)
-        if (theirs := _forgotten_rows(gone, rows, lost)) is not None:
-            left = rows.filter(theirs)
-            forgot += left.select(pl.len()).collect().item()
-            if table == "decisions":
-                left_out.append(left.select("decision_id").drop_nulls().collect().to_series())
-            rows = rows.filter(~theirs)
+        if table == "proposals" and decisions:
+            known, asked = (_same_keys(ids, part, staged) for ids in (decisions.accepted, decisions.asked))
+            rows = rows.with_columns(pl.col("decision_id").is_in(known.implode()).fill_null(value=True).alias(KNOWN))
+        else:
+            asked = pl.Series("decision_id", dtype=pl.String)
         if since is not None:
-            if table == "decisions":
-                before.append(rows.filter(pl.col("decided_at") < since).select("decision_id").drop_nulls().collect().to_series())
-            rows = rows.filter(_from(platform, table, since, earlier))
+            rows = rows.filter(_from(platform, table, since, asked))
         rows, repeated = _without_repeats(rows, table)
         if beside is not None:
             mine = beside.filter(staged.mine(part)).with_columns(ones)
-            mine = mine if since is None else mine.filter(_from(platform, table, since, earlier))
-            if table == "activity":
-                rows = _with_heard(platform, rows, mine)
-            else:
-                rows, differ = _with_served(platform, rows, mine)
-                differing += differ
-        if table != "activity":  # small enough to be held, and to be asked twice
-            rows = rows.collect().lazy()
-        found = rows.select(pl.len().alias("?rows"), bad.sum().alias("?bad"), *(rule.broken.sum().alias(rule.name) for rule in rules)).collect(
-            engine="streaming"
-        )
-        height, spoiled, *broken = found.row(0)
+            mine = mine if since is None else mine.filter(_from(platform, table, since, asked))
+            rows = _with_heard(platform, rows, mine) if table == "activity" else _with_served(platform, rows, mine)
+        if table == "decisions" and since is not None:
+            ids.append(rows.select("decision_id"))
+        differ = pl.col(DIFFERS).sum() if DIFFERS in rows.collect_schema().names() else pl.lit(0)
+        broken_by = [pl.len().alias("?rows"), bad.sum().alias("?bad"), differ.alias(DIFFERS), *(rule.broken.sum().alias(rule.name) for rule in rules)]
+        height, spoiled, differs, *broken = rows.select(broken_by).collect(engine="streaming").row(0)
         failed = {rule.name: failed[rule.name] + (number or 0) for rule, number in zip(rules, broken, strict=True)}
-        spoiled = spoiled or 0
+        spoiled, differing = spoiled or 0, differing + (differs or 0)
         if spoiled:
-            refused.append(rows.filter(bad).collect())
+            refused.append(_quarantine(rows.filter(bad).sort(FILE, ROW, nulls_last=True, maintain_order=True), table, rules, staged.files))
             rows = rows.filter(~bad)
         accepted.append(_canonical(platform, table, rows))
         counts = Counts(counts.accepted + height - spoiled, counts.quarantined + spoiled, counts.repeated + repeated)
-    counts = Counts(counts.accepted, counts.quarantined, counts.repeated + forgot)
+    refused = refused or [_quarantine(staged.part(0).head(0).with_columns(*ones, _no(CONFLICT), _no(KNOWN)), table, rules, staged.files)]
     findings = []
     if table != "items":
-        said = f"{table}: {_rows(forgot)} of players who were forgotten are left out, counted as repeated"
-        findings.append(Finding(f"{table}.player_id.forgotten", forgot, said))
+        said = f"{table}: {_rows(staged.left_out)} of players who were forgotten are left out, counted as repeated"
+        findings.append(Finding(f"{table}.player_id.forgotten", staged.left_out, said))
     if table == "decisions":
         said = f"decisions: {_rows(differing)} of served decisions name another action than was served; what was served stands"
         findings.append(Finding("decisions.served.same", differing, said))
@@ -394,26 +443,35 @@ def _judge(
     others = f"{table}: ignored columns that fastq.yaml does not name: {', '.join(staged.ignored)}"
     findings.append(Finding(f"{table}.columns.used", len(staged.ignored), others))
     findings.append(Finding(f"{table}.files.same", len(staged.noticed), f"{table}: {'; '.join(staged.noticed)}"))
-    kept: pl.DataFrame | Events = Events(tuple(accepted))
-    if table != "activity":
-        kept = _sorted(table, pl.concat(pl.collect_all(accepted)))
-    bad_rows = pl.concat(refused, how="diagonal") if refused else staged.part(0).head(0).with_columns(*ones, pl.lit(value=False).alias(CONFLICT)).collect()
-    refusals = _quarantine(bad_rows.sort(FILE, ROW, nulls_last=True, maintain_order=True), table, rules, staged.files)
-    return _Judged(kept, refusals, counts, findings, pl.concat(before), pl.concat(left_out))
+    return _Table(Parts(tuple(accepted)), Parts(tuple(refused)), counts, findings, Parts(tuple(ids)))
 
 
-def _from(platform: Platform, table: Table, since: datetime, earlier: pl.Series) -> pl.Expr:
-    """Which rows of a table belong to decisions from `since` on; rows without a time do, so that they are refused by name."""
-    match table:
-        case "decisions":
-            return (pl.col("decided_at") >= since).fill_null(value=True)
-        case "proposals":
-            return ~pl.col("decision_id").is_in(earlier.implode()).fill_null(value=False)
-        case "activity":
-            reach = platform.state.period * max(platform.state.window, platform.state.churn)
-            return (pl.col("occurred_at") >= since - reach).fill_null(value=True)
-        case _:
-            return pl.lit(value=True)
+def _no(column: str) -> pl.Expr:
+    return pl.lit(value=False).alias(column)
+
+
+def _same_keys(ids: Parts, part: int, staged: Staged) -> pl.Series:
+    """The decisions among `ids` that a part of the proposals may name. Both lie in parts by the hash of the id, whose numbers are powers of two."""
+    n = len(ids.parts)
+    mine = [rows.filter(staged.mine(part)) if n < staged.parts else rows for i, rows in enumerate(ids.parts) if i % staged.parts == part % n]
+    found = pl.concat([rows.select("decision_id") for rows in mine]).drop_nulls().collect() if mine else pl.DataFrame(schema={"decision_id": pl.String})
+    return found.to_series()
+
+
+def _reach(platform: Platform, table: Table, since: datetime | None) -> tuple[str, datetime] | None:
+    """The column of a table's times, and from when on they are looked at; None where all rows are."""
+    if since is None or table not in ("decisions", "activity"):
+        return None
+    if table == "decisions":
+        return "decided_at", since
+    return "occurred_at", since - platform.state.period * max(platform.state.window, platform.state.churn)
+
+
+def _from(platform: Platform, table: Table, since: datetime, asked: pl.Series) -> pl.Expr:
+    """Which rows of a table belong to decisions from `since` on (`asked`: their ids); rows without a time or an id do, so that they are refused by name."""
+    if (reach := _reach(platform, table, since)) is not None:
+        return (pl.col(reach[0]) >= reach[1]).fill_null(value=True)
+    return pl.col("decision_id").is_in(asked.implode()).fill_null(value=True) if table == "proposals" else pl.lit(value=True)
 
 
 def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, int]:
@@ -424,10 +482,10 @@ def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, in
     key = KEYS[table]
     names = rows.collect_schema().names()
     content = [c for c in names if c not in (FILE, ROW) and (c != OTHERS or not key)]
-    alike = pl.col(key[0]) if len(key) == 1 else pl.struct(key).hash() if key else pl.col("player_id").hash() ^ pl.col("occurred_at").hash()
+    alike = pl.col(key[0]).hash() if len(key) == 1 else pl.struct(key).hash() if key else pl.col("player_id").hash() ^ pl.col("occurred_at").hash()
     suspects = rows.select(FILE, ROW, alike.is_duplicated().alias("?suspect")).filter("?suspect").drop("?suspect").collect(engine="in-memory")
     if suspects.is_empty():
-        return rows.with_columns(pl.lit(value=False).alias(CONFLICT)), 0
+        return rows.with_columns(_no(CONFLICT)), 0
     # few, so whole rows are compared among these only
     twins = rows.join(suspects.lazy(), on=[FILE, ROW], how="semi", maintain_order="left").collect()
     conflict = ~pl.struct(key).is_first_distinct() & pl.col(key[0]).is_not_null() if key else pl.lit(value=False)
@@ -437,30 +495,21 @@ def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, in
     if not repeats.is_empty():
         rows = rows.join(repeats.lazy(), on=[FILE, ROW], how="anti", maintain_order="left")
     if conflicts.is_empty():
-        return rows.with_columns(pl.lit(value=False).alias(CONFLICT)), repeats.height
+        return rows.with_columns(_no(CONFLICT)), repeats.height
     rows = rows.join(conflicts.lazy(), on=[FILE, ROW], how="left", maintain_order="left").with_columns(pl.col(CONFLICT).fill_null(value=False))
     return rows, repeats.height
 
 
-def _forgotten_rows(gone: Forgotten, rows: pl.LazyFrame, lost: pl.Series) -> pl.Expr | None:
-    """Which rows of a table are of players who were forgotten; of proposals those of their `lost` decisions. None where none can be."""
-    names = rows.collect_schema().names()
-    if not gone or "player_id" not in names:
-        return pl.col("decision_id").is_in(lost.implode()).fill_null(value=False) if len(lost) and "decision_id" in names else None
-    players = rows.select(pl.col("player_id").unique()).collect().to_series()
-    return pl.col("player_id").is_in(players.filter(gone.holds(players)).implode()).fill_null(value=False)
-
-
-def _quarantine(rows: pl.DataFrame, table: Table, rules: list[RowRule], files: list[str]) -> pl.DataFrame:
+def _quarantine(rows: pl.LazyFrame, table: Table, rules: list[RowRule], files: list[str]) -> pl.LazyFrame:
     """Refused rows with their reasons, in the columns of `Records.quarantine`."""
-    columns = [c for c in rows.columns if c not in (FILE, ROW, OTHERS, CONFLICT) and not (c.endswith("?") and c[:-1] in rows.columns)]
+    names = rows.collect_schema().names()
+    columns = [c for c in names if c not in (FILE, ROW, OTHERS, CONFLICT, KNOWN, DIFFERS) and not (c.endswith("?") and c[:-1] in names)]
     # as it stood in the file, also where it is not of the column's type; and numbers as text, for JSON has no NaN
-    as_read = [pl.coalesce(*([unread(c)] if unread(c) in rows.columns else []), pl.col(c).cast(pl.String)).alias(c) for c in columns]
+    as_read = [pl.coalesce(*([unread(c)] if unread(c) in names else []), pl.col(c).cast(pl.String)).alias(c) for c in columns]
     reasons = [pl.when(rule.broken).then(rule.reason) for rule in rules if rule.severity == "quarantine"]
-    names = pl.Series(files, dtype=pl.String)
     return rows.select(
         pl.lit(table).alias("table"),
-        pl.lit(names).gather(FILE).fill_null("served").alias("file"),
+        pl.lit(pl.Series(files, dtype=pl.String)).gather(FILE).fill_null("served").alias("file"),
         pl.col(ROW).cast(pl.Int64).alias("row"),
         pl.concat_str(reasons, separator="; ", ignore_nulls=True).alias("reason"),
         pl.struct(as_read).struct.json_encode().alias("content"),
@@ -489,34 +538,37 @@ def _sorted(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
     return rows.sort(["player_id", "decided_at", "decision_id"] if table == "decisions" else KEYS[table])
 
 
-def _look_at_decisions(platform: Platform, accepted: Mapping[Table, pl.DataFrame], activity: Events | None, now: datetime) -> list[Finding]:
+def _look_at_decisions(platform: Platform, accepted: Mapping[Table, Parts], now: datetime) -> list[Finding]:
     """What is worth a warning about the decisions as a whole."""
-    decisions = accepted["decisions"]
-    rows, state = decisions.height, platform.state
-    acted = decisions["policy"].unique().sort().to_list()
+    state, first, last = platform.state, pl.col("player_id").min(), pl.col("player_id").max()
+    known = {name: pl.col(name).count().alias(f"?{name}") for name in ("propensity", *platform.objectives)}
+    alike = [first.alias("?first"), last.alias("?last"), pl.col("decided_at").max().alias("?newest")]
+    said = accepted["decisions"].lazy().group_by("policy").agg(pl.len().alias("?rows"), *known.values(), *alike).collect(engine="streaming")
+    rows, acted, newest = int(said["?rows"].sum()), said["policy"].sort().to_list(), said["?newest"].max()
     idle = [policy for policy in platform.policies if policy not in acted] if rows else []
-    newest = decisions["decided_at"].max()
     findings: list[Finding] = []
 
     def found(rule: str, failed: int, sentence: str) -> None:
         findings.append(Finding(f"decisions.{rule}", failed, f"decisions: {sentence}"))
 
     found("rows.several", int(rows == 1), "there is one only; nothing can be learned from one")
-    found("player_id.several", int(rows > 1 and decisions["player_id"].n_unique() == 1), "all are of one player; nobody is left to evaluate on")
+    found("player_id.several", int(rows > 1 and said["?first"].min() == said["?last"].max()), "all are of one player; nobody is left to evaluate on")
     found("policy.several", int(rows > 1 and len(acted) == 1), f"one policy only has acted, {', '.join(acted)}; there is none to compare it with")
     found("policy.acts", len(idle), f"named in policies of fastq.yaml, but never acted: {', '.join(idle)}")
-    found("propensity.given", int(rows > 0 and decisions["propensity"].count() == 0), "no row has a propensity; all will be estimated")
+    found("propensity.given", int(rows > 0 and said["?propensity"].sum() == 0), "no row has a propensity; all will be estimated")
     stale = isinstance(newest, datetime) and now - newest > state.period * state.churn
     found("decided_at.fresh", int(stale), f"the newest was made at {newest!s:.16} UTC, more than {state.churn} periods ago")
     for objective in platform.objectives:
-        found(f"{objective}.known", int(rows > 0 and decisions[objective].count() == 0), f"{objective} is never known; nothing can be learned about it")
+        found(f"{objective}.known", int(rows > 0 and said[f"?{objective}"].sum() == 0), f"{objective} is never known; nothing can be learned about it")
     if (players := accepted.get("players")) is not None:
-        strangers = int(decisions.select(_stranger("player_id", players["player_id"]).sum()).item() or 0)
+        asked = accepted["decisions"].lazy().join(players.lazy().select("player_id"), on="player_id", how="anti")
+        strangers = int(asked.select(pl.len()).collect(engine="streaming").item())
         found("player_id.described", strangers, f"{_rows(strangers)} of players who are not in the players log; their attributes are unknown")
-    if activity is not None:
-        first = pl.concat([part.group_by("player_id").agg(pl.col("known_at").min().alias("?first")).collect() for part in activity.parts])
+    if (activity := accepted.get("activity")) is not None:
+        begun = pl.concat([part.group_by("player_id").agg(pl.col("known_at").min().alias("?first")).collect() for part in activity.parts])
+        asked = accepted["decisions"].lazy().join(begun.lazy(), on="player_id", how="left")
         unseen = (pl.col("?first") < pl.col("decided_at")).fill_null(value=False).not_().sum()
-        early = int(decisions.join(first, on="player_id", how="left").select(unseen).item() or 0)
+        early = int(asked.select(unseen).collect(engine="streaming").item() or 0)
         found("activity.earlier", early, f"{_rows(early)} before any activity of their player; their history is empty")
     return findings
 
@@ -660,28 +712,30 @@ def _with_heard(platform: Platform, frame: pl.LazyFrame, heard: pl.DataFrame) ->
     return pl.concat([merged, alone], how="diagonal").with_columns(pl.col(CONFLICT).fill_null(value=False))
 
 
-def _with_served(platform: Platform, rows: pl.LazyFrame, served: pl.DataFrame) -> tuple[pl.LazyFrame, int]:
+def _with_served(platform: Platform, rows: pl.LazyFrame, served: pl.DataFrame) -> pl.LazyFrame:
     """Served decisions beside the platform's own rows; one that was exported again is one row: as served, objectives of both.
 
-    Returns the rows, and how many exported ones name another action than was served.
+    `?differs` says where an exported one names another action than was served; the column is there if any was served.
     """
     if served.is_empty():
-        return rows, 0
-    frame = rows.collect()
-    beside = frame.join(served.rename(lambda c: c if c == "decision_id" else f"{c} served"), on="decision_id", how="left", maintain_order="left")
+        return rows
+    names = rows.collect_schema().names()
+    ours_as = served.rename(lambda c: c if c == "decision_id" else f"{c} served").lazy()
+    beside = rows.join(ours_as, on="decision_id", how="left", maintain_order="left")
     ours = pl.col(f"{EXECUTED} served").is_not_null() & ~pl.col(CONFLICT)
     facts = ["player_id", "decided_at", "policy", "propensity", "model_version", *platform.action_columns]
     other = [pl.col(a) != pl.col(f"{a} served") for a in platform.action_columns]
     if platform.dimension_names:
         slack = (BOUND_TOLERANCE * (platform.bounds[:, 1] - platform.bounds[:, 0])).tolist()
         other = [(pl.col(a) - pl.col(f"{a} served")).abs() > s for a, s in zip(platform.dimension_names, slack, strict=True)]
-    differing = int(beside.select((ours & pl.any_horizontal(other)).sum()).item() or 0)
     merged: dict[str, pl.Expr] = {fact: pl.col(f"{fact} served") for fact in facts}
     merged["assignment"] = pl.coalesce("assignment served", "assignment")
     merged |= {o: pl.when(f"{EXECUTED} served").then(pl.coalesce(f"{o} served", o)) for o in platform.objectives}
-    merged_rows = beside.with_columns(pl.when(ours).then(value).otherwise(name).alias(name) for name, value in merged.items()).select(frame.columns)
-    alone = served.join(frame, on="decision_id", how="anti", maintain_order="left").drop(EXECUTED)
-    return pl.concat([merged_rows, alone], how="diagonal").with_columns(pl.col(CONFLICT).fill_null(value=False)).lazy(), differing
+    differs = (ours & pl.any_horizontal(other)).fill_null(value=False).alias(DIFFERS)
+    facts_of_both = [pl.when(ours).then(value).otherwise(name).alias(name) for name, value in merged.items()]
+    exported = beside.with_columns(differs, *facts_of_both).select(*names, DIFFERS)
+    alone = served.lazy().join(rows.select("decision_id"), on="decision_id", how="anti", maintain_order="left").drop(EXECUTED)
+    return pl.concat([exported, alone], how="diagonal").with_columns(pl.col(CONFLICT, DIFFERS).fill_null(value=False))
 
 
 # ---- the accepted tables on disk ------------------------------------------------------------------------------------
@@ -728,17 +782,17 @@ def _write_events(events: tuple[pl.LazyFrame, ...], path: Path) -> list[int]:
     return heights
 
 
-def _read_events(path: Path, parts: list[int] | None) -> Events:
+def _read_events(path: Path, parts: list[int] | None) -> Parts:
     rows = pl.scan_parquet(path, glob=False)
     if parts is None:  # an earlier version's
-        return Events((rows,))
+        return Parts((rows,))
     if sum(parts) != rows.select(pl.len()).collect().item():  # a player was forgotten, so that rows have moved up
-        return Events(tuple(rows.filter(pl.col("player_id").hash() % len(parts) == part) for part in range(len(parts))))
+        return Parts(tuple(rows.filter(pl.col("player_id").hash() % len(parts) == part) for part in range(len(parts))))
     starts = [0, *itertools.accumulate(parts)]
-    return Events(tuple(rows.slice(start, height) for start, height in zip(starts, parts, strict=False)))
+    return Parts(tuple(rows.slice(start, height) for start, height in zip(starts, parts, strict=False)))
 
 
-def read_events(platform: Platform) -> Events | None:
+def read_events(platform: Platform) -> Parts | None:
     """The accepted events alone; None where there are none. Raises `WorkspaceError` as `read_tables`."""
     directory = Workspace(platform.root).tables
     if not (directory / "activity.parquet").exists():

@@ -359,6 +359,18 @@ def _versions(platform: Platform, client: Any) -> list[Any]:
             return sorted(found, key=lambda v: -int(v.version))
 
 
+def _runs(platform: Platform, client: Any) -> list[Any]:
+    found, token = list[Any](), None
+    experiment = client.get_experiment_by_name(platform.platform)
+    while experiment is not None:
+        page = client.search_runs([experiment.experiment_id], page_token=token)
+        found += list(page)
+        token = page.token
+        if not token:
+            break
+    return found
+
+
 def _version(platform: Platform, client: Any, reference: str) -> Any:
     reference = str(reference).removeprefix("@")
     with _translated("asking for a model"):
@@ -506,6 +518,30 @@ def strike(platform: Platform, decision_ids: Sequence[str], who: str = "fastq") 
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
         removed[name] = len(rows)
+    return removed
+
+
+def strike_unregistered(platform: Platform, decision_ids: Sequence[str]) -> dict[str, int]:
+    """Delete bundles that a stop between keeping and registering them left with their runs, where their evidence names one of these; rows by run."""
+    if not decision_ids:
+        return {}
+    client = _client(platform)
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    removed, wanted = {}, frozenset(decision_ids)
+    with Workspace(platform.root).lock("registry", wait_seconds=120), _translated("looking for bundles that were never registered"):
+        registered = {version.run_id for version in _versions(platform, client)}
+        for run in _runs(platform, client):
+            if run.info.run_id in registered:
+                continue
+            artifacts = get_artifact_repository(run.info.artifact_uri)
+            if not any(Path(file.path).name == "bundle.json" for file in artifacts.list_artifacts("bundle")):
+                continue
+            with tempfile.TemporaryDirectory() as partial:
+                tree = json.loads(Path(artifacts.download_artifacts("bundle/bundle.json", partial)).read_text(encoding="utf-8"))
+            if rows := len(wanted.intersection(tree["reference"]["decision_id"])):
+                artifacts.delete_artifacts("bundle")
+                removed[run.info.run_id] = rows
     return removed
 
 

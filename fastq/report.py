@@ -12,10 +12,11 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import polars as pl
 
 from fastq.overlap import Chances, Overlap
 from fastq.platform import Platform
-from fastq.records import Records
+from fastq.records import TABLES, Logs
 from fastq.validation import Verdict
 
 if TYPE_CHECKING:
@@ -136,16 +137,20 @@ _VALIDATION_PAGE = """\
 """
 
 
-def validation_page(platform: Platform, records: Records, verdict: Verdict, overlaps: Sequence[Overlap] = (), chances: Chances | None = None) -> str:
+def validation_page(platform: Platform, records: Logs, verdict: Verdict, overlaps: Sequence[Overlap] = (), chances: Chances | None = None) -> str:
     """The validation report as one HTML page: verdict, rows, rules, warnings, where policies meet, and the first quarantined rows with their reasons."""
     decisions = records.counts["decisions"]
     sentence = f"{decisions.accepted:,} decisions are good, {decisions.quarantined:,} are quarantined and {decisions.repeated:,} are repeats."
-    times = records.decisions["decided_at"]
+    at = pl.col("decided_at")
+    first, last = records.held("decisions").lazy().select(at.min().alias("first"), at.max().alias("last")).collect(engine="streaming").row(0)
+    shown = ["table", "file", "row", "reason", "content"]
+    refused = [part.select(shown).head(SHOWN_ROWS).collect() for part in records.held("quarantine").parts]
+    rows = pl.concat(refused).sort("file", "row", nulls_last=True).sort(pl.col("table").cast(pl.Enum(TABLES)), maintain_order=True)
     return _rendered(
         _VALIDATION_PAGE,
         platform=platform.platform,
-        first=f"{times.min()!s:.10}" if len(times) else None,
-        last=f"{times.max()!s:.10}" if len(times) else None,
+        first=f"{first!s:.10}" if first else None,
+        last=f"{last!s:.10}" if last else None,
         verdict=verdict,
         sentence=sentence,
         counts=records.counts,
@@ -155,8 +160,8 @@ def validation_page(platform: Platform, records: Records, verdict: Verdict, over
         warnings=verdict.warnings,
         overlaps=overlaps,
         picture=_overlap_picture(chances) if chances else None,
-        rows=records.quarantine.head(SHOWN_ROWS).select("table", "file", "row", "reason", "content").to_dicts(),
-        total=records.quarantine.height,
+        rows=rows.head(SHOWN_ROWS).to_dicts(),
+        total=sum(counts.quarantined for counts in records.counts.values()),
     )
 
 

@@ -11,12 +11,15 @@ import difflib
 import glob
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
 import polars as pl
 import polars.selectors as cs
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from fastq.errors import LogsError
 from fastq.platform import Logs
@@ -63,6 +66,20 @@ class Source:
 
     def scan(self, root: Path) -> pl.LazyFrame:
         return _query(root, self.key, self.at) if isinstance(self.at, Logs.Query) else _scan(self.name, self.at)
+
+
+def wholly_before(source: Source, column: str, moment: datetime) -> bool:
+    """Whether a Parquet file says, without being read, that every row has a time in `column`, and that all of these are before `moment`."""
+    if not isinstance(source.at, Path) or format_of(source.name) != "Parquet":
+        return False
+    try:
+        found = pq.read_metadata(source.at)
+        place = found.schema.names.index(column)
+        groups = [found.row_group(i).column(place).statistics for i in range(found.num_row_groups)]
+    except (pa.ArrowException, OSError, ValueError):
+        return False  # whatever is wrong with it, reading says so
+    told = [s.max if s is not None and s.has_min_max and s.has_null_count and s.null_count == 0 else None for s in groups]
+    return bool(told) and all(isinstance(t, datetime) and (t if t.tzinfo else t.replace(tzinfo=UTC)) < moment for t in told)
 
 
 def sources_of(root: Path, key: str, source: str | Logs.Query) -> list[Source]:

@@ -2,7 +2,7 @@
 
 A file that was read once is not read again while its stamp stays the same: its rows come from the copy, in which rows of one key stand in
 one part. So whatever looks at rows of one key (repeats, a player's periods) goes part by part and never holds a whole log. The copy holds rows
-as they stood, not yet judged; to delete it costs time and nothing else.
+as they stood, not yet judged; to delete it costs time and nothing else. Rows of players who were forgotten never get into it: they are counted.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 
 import polars as pl
 
 from fastq.errors import LogsError, WorkspaceError
+from fastq.forgetting import Forgotten, forgotten, strike_arrays
 from fastq.platform import Logs
-from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, Column, Source, format_of, naming, selection, sources_of, unread
+from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, Column, Source, format_of, naming, selection, sources_of, unread, wholly_before
 from fastq.workspace import Workspace, is_full, replacing
 
 PART_BYTES = 32 << 20  # of a log's files for each part: small ones are grouped within the processor's cache
@@ -38,7 +40,9 @@ class Partition:
     types: dict[str, str]  # Polars' types of the table's columns
     typed: bool  # whether the file itself says them: in CSV all is text
     ignored: list[str]  # columns that no key asks for
-    rows: int = 0
+    rows: int = 0  # that stand in the copy
+    left_out: int = 0  # of players who were forgotten
+    lost: list[str] = field(default_factory=list)  # keyed hashes of the ids of the decisions among these
     unread: dict[str, int] = field(default_factory=dict)  # values that could not be read as their column's type, by column
 
 
@@ -95,6 +99,16 @@ class Staged:
         return sum(partition.rows for partition in self.partitions)
 
     @property
+    def left_out(self) -> int:
+        """Rows of players who were forgotten, which are not in the copy."""
+        return sum(partition.left_out for partition in self.partitions)
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Keyed hashes of the ids of decisions that are not in the copy."""
+        return frozenset(lost for partition in self.partitions for lost in partition.lost)
+
+    @property
     def parts(self) -> int:
         return max(segment.parts for segment, _ in self.live)
 
@@ -125,26 +139,56 @@ class Staged:
         return rows if in_order else rows.sort(FILE, ROW)
 
 
-def stage(workspace: Workspace, table: str, source: str | Logs.Query, key: str, columns: Mapping[str, Column], by: str, *, apart: bool = False) -> Staged:
+def stage(
+    workspace: Workspace,
+    table: str,
+    source: str | Logs.Query,
+    key: str,
+    columns: Mapping[str, Column],
+    by: str,
+    *,
+    apart: bool = False,
+    lost: frozenset[str] = frozenset(),
+    since: tuple[str, datetime] | None = None,
+) -> Staged:
     """Bring the copy of a log up to date: files that are new or have changed are read, in one streamed pass.
 
     `key` is the setting that names `source`, `by` the column that decides on a row's part; `apart` keeps a hash of the ignored columns,
-    for rows that differ in nothing else. The copy is replaced whole or not at all.
+    for rows that differ in nothing else. Left out are players who were forgotten or, of a log that does not name them, their decisions (`lost`, by keyed
+    hash). With `since`, files that were not read before are left for another time where they say that all their times in that column are earlier.
+    The copy is replaced whole or not at all.
     Raises `LogsError` that names file and column where something cannot be read, a column is missing or its type is not what it should
     be, or not that of the other files, or not what it was the last time; `WorkspaceError` where the copy cannot be written.
     """
     sources = sources_of(workspace.root, key, source)
     with workspace.lock("staged", wait_seconds=600):
         workspace.make(workspace.staged / table)
-        return _staged(workspace, table, sources, columns, by, apart=apart)
+        gone = forgotten(workspace)  # under the lock: whoever is forgotten from here on is struck from the copy when it is there
+        left_out = gone if "player_id" in columns else replace(gone, hashes=lost)
+        return _staged(workspace, table, sources, columns, by, left_out, sorted(gone.hashes), apart=apart, since=since)
 
 
-def _staged(workspace: Workspace, table: str, sources: list[Source], columns: Mapping[str, Column], by: str, *, apart: bool) -> Staged:
+def _staged(
+    workspace: Workspace,
+    table: str,
+    sources: list[Source],
+    columns: Mapping[str, Column],
+    by: str,
+    without: Forgotten,
+    players: list[str],
+    *,
+    apart: bool,
+    since: tuple[str, datetime] | None,
+) -> Staged:
     directory = workspace.staged / table
-    layout = hashlib.sha256(json.dumps([{c: asdict(what) for c, what in columns.items()}, by, apart, pl.__version__]).encode()).hexdigest()
+    meaning = [{c: asdict(what) for c, what in columns.items()}, by, apart, pl.__version__, sorted(without.hashes)]
+    layout = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
     segments, types = _read_state(directory, layout)
-    stamps = {source.name: source.stamp for source in sources}
     known = {partition.name: partition for segment in segments for partition in segment.partitions if partition.name}
+    if since is not None:
+        wanted = [source for source in sources if source.name in known or not wholly_before(source, *since)]
+        sources = wanted or sources[-1:]
+    stamps = {source.name: source.stamp for source in sources}
     same = {name for name, partition in known.items() if partition.stamp is not None and stamps.get(name) == partition.stamp}
     several = len(known) > 1  # one file alone is exported anew, and larger, each time
     changed = [name for name in stamps if name in known and name not in same and known[name].stamp is not None and several]
@@ -166,9 +210,12 @@ def _staged(workspace: Workspace, table: str, sources: list[Source], columns: Ma
         other = [pl.struct(others).hash().alias(OTHERS)] if others and apart else []
         with naming(source.name):
             selected = [*selection(source.name, columns, scan), *other, pl.lit(len(frames), pl.UInt32).alias(FILE), pl.col(ROW)]
-        frames.append(scan.with_row_index(ROW, 1).select(selected))
+        frame = scan.with_row_index(ROW, 1).select(selected)
+        with naming(source.name):
+            frame, left_out, lost = _without(frame, "player_id" if "player_id" in columns else by, by, without)
+        frames.append(frame)
         said = {c: str(schema[c]) for c in columns if c in schema}
-        partitions.append(Partition(source.name, source.stamp, said, format_of(source.name) != "CSV", others))
+        partitions.append(Partition(source.name, source.stamp, said, format_of(source.name) != "CSV", others, left_out=left_out, lost=lost))
     _alike([known[name] for name in stamps if name in same], partitions, types, directory)
 
     if partitions:
@@ -184,8 +231,18 @@ def _staged(workspace: Workspace, table: str, sources: list[Source], columns: Ma
     standing = {places[i]: segment.partitions[i] for segment, places in live for i in places}
     ordered = [standing[i] for i in range(len(place))]
     if partitions or gone:
-        _write_state(directory, layout, live, types | _types(ordered))
+        _write_state(directory, layout, players, live, types | _types(ordered))
     return Staged(directory, columns, by, list(place), ordered, [source.name for source in new], noticed, live)
+
+
+def _without(frame: pl.LazyFrame, who: str, by: str, gone: Forgotten) -> tuple[pl.LazyFrame, int, list[str]]:
+    """The rows of a file but those of ids in the column `who` that were forgotten; how many those are and, where they have another key, its keyed hashes."""
+    if not gone:
+        return frame, 0, []
+    ids = frame.select(pl.col(who).unique()).collect(engine="streaming").to_series()
+    theirs = pl.col(who).is_in(ids.filter(gone.holds(ids)).implode()).fill_null(value=False)
+    left = frame.filter(theirs).select(by).collect(engine="streaming").to_series()
+    return frame.filter(~theirs), len(left), [gone.keyed(i) for i in left.drop_nulls()] if by != who else []
 
 
 def _parts(size: int, segments: list[Segment]) -> int:
@@ -282,6 +339,21 @@ def _counted(directory: Path, segment: Segment, columns: Mapping[str, Column]) -
     return counted
 
 
+def strike(workspace: Workspace) -> int:
+    """Remove copies that were made before the last player was forgotten: the next reading makes them anew. Returns the number of files."""
+    removed = 0
+    with workspace.lock("staged", wait_seconds=600):
+        now = sorted(forgotten(workspace).hashes)
+        for directory in workspace.staged.iterdir() if workspace.staged.exists() else ():
+            try:
+                if json.loads((directory / _STATE).read_text(encoding="utf-8"))["players"] == now:
+                    continue
+            except (OSError, ValueError, KeyError, TypeError):
+                pass  # whatever it was made of, it goes
+            removed += strike_arrays(directory, ["*.arrow"])
+    return removed
+
+
 def _read_state(directory: Path, layout: str) -> tuple[list[Segment], dict[str, list[str]]]:
     """The segments that were staged in this layout, and the types that columns had when they were last read; none, where anything is amiss."""
     try:
@@ -295,14 +367,16 @@ def _read_state(directory: Path, layout: str) -> tuple[list[Segment], dict[str, 
         return [], {}
 
 
-def _write_state(directory: Path, layout: str, live: list[tuple[Segment, dict[int, int]]], types: dict[str, list[str]]) -> None:
+def _write_state(directory: Path, layout: str, players: list[str], live: list[tuple[Segment, dict[int, int]]], types: dict[str, list[str]]) -> None:
     """Note what counts now, and remove what counted neither now nor before: a reader that began before may still be at that."""
     try:
-        before = [segment["name"] for segment in json.loads((directory / _STATE).read_text(encoding="utf-8"))["segments"]]
+        last = json.loads((directory / _STATE).read_text(encoding="utf-8"))
+        # of another layout nothing is kept for readers: it may hold somebody who was forgotten since
+        before = [segment["name"] for segment in last["segments"]] if last["layout"] == layout else []
     except (OSError, ValueError, KeyError, TypeError):
         before = []
     now = [replace(s, partitions=[p if i in places else replace(p, name="") for i, p in enumerate(s.partitions)]) for s, places in live]
-    state = {"layout": layout, "segments": [asdict(segment) for segment in now], "types": types}
+    state = {"layout": layout, "players": players, "segments": [asdict(segment) for segment in now], "types": types}
     with replacing(directory / _STATE) as partial:
         partial.write_text(json.dumps(state), encoding="utf-8")
     standing = {*before, *(segment.name for segment in now)}

@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from fastq.platform import Platform
-from fastq.records import TABLES, Records, Severity, parts_of, row_rules, table_rules
+from fastq.records import TABLES, Counts, Logs, Parts, Severity, row_rules, table_rules
 from fastq.workspace import Workspace, replacing
 
 SAMPLE = 100_000  # rows at most that a distribution is told from
@@ -79,14 +79,14 @@ def _against_earlier(platform: Platform) -> list[str]:
     return [*tables, "decisions.rate.volume", *measures, *(f"decisions.{policy}.shift" for policy in platform.policies)]
 
 
-def profile(platform: Platform, records: Records) -> Profile:
+def profile(platform: Platform, records: Logs) -> Profile:
     """What these logs look like, for the next ones to be held against."""
     values = _values(platform, records)
     edges = {name: np.unique(np.quantile(found, np.linspace(0, 1, BINS + 1)[1:-1])).tolist() for name, found in values.items() if len(found) >= FEWEST}
     shares = {name: _shares(values[name], inner).tolist() for name, inner in edges.items()}
-    newest = records.decisions["decided_at"].max()
     rows = {table: counts.accepted for table, counts in records.counts.items()}
-    return Profile(rows, newest.isoformat() if isinstance(newest, datetime) else None, _rate(platform, records.decisions), edges, shares)
+    rate, newest = _rate(platform, records.held("decisions"))
+    return Profile(rows, newest.isoformat() if newest else None, rate, edges, shares)
 
 
 def read_profile(workspace: Workspace) -> Profile | None:
@@ -103,31 +103,40 @@ def write_profile(workspace: Workspace, reference: Profile) -> None:
         partial.write_text(json.dumps(asdict(reference)), encoding="utf-8")
 
 
-def _values(platform: Platform, records: Records, after: datetime | None = None) -> dict[str, np.ndarray]:
+def _values(platform: Platform, records: Logs, after: datetime | None = None) -> dict[str, np.ndarray]:
     """By the name of each quantity that is watched, its known values (of a sample of rows): each measure, and what each policy did."""
+    decisions, events = records.held("decisions"), records.held("activity")
+    if after is not None:
+        decisions, events = decisions.filter(pl.col("decided_at") > after), events.filter(pl.col("occurred_at") > after)
     found: dict[str, np.ndarray] = {}
-    decisions = records.decisions if after is None else records.decisions.filter(pl.col("decided_at") > after)
-    for policy in platform.policies:
-        mine = decisions.filter(pl.col("policy") == policy)
-        for dimension in platform.dimension_names:
-            found[f"decisions.{policy}.{dimension}"] = mine[dimension].gather_every(max(1, len(mine) // SAMPLE)).to_numpy()
+    if dimensions := platform.dimension_names:
+        # policies that seldom act are told from as many rows as the others, so each has a sample of its own
+        often = dict(decisions.lazy().group_by("policy").len().collect(engine="streaming").rows())
+        for policy in platform.policies:
+            some = _every(decisions.filter(pl.col("policy") == policy), dimensions, often.get(policy, 0))
+            found |= {f"decisions.{policy}.{dimension}": some[dimension].to_numpy() for dimension in dimensions}
     if measures := list(platform.state.measures):
-        every = max(1, records.counts["activity"].accepted // SAMPLE) if "activity" in records.counts else 1
-        parts = [part if after is None else part.filter(pl.col("occurred_at") > after) for part in parts_of(records.activity)]
-        events = pl.concat([part.select(measures).gather_every(every).collect() for part in parts]) if parts else pl.DataFrame(schema=measures)
-        found |= {f"activity.{measure}": events[measure].drop_nulls().to_numpy() for measure in measures}
+        some = _every(events, measures, records.counts.get("activity", Counts(0, 0, 0)).accepted)
+        found |= {f"activity.{measure}": some[measure].drop_nulls().to_numpy() for measure in measures}
     return found
+
+
+def _every(rows: Parts, columns: list[str], height: int) -> pl.DataFrame:
+    """Some of the rows, evenly from all of them."""
+    sampled = [part.select(columns).gather_every(max(1, height // SAMPLE)).collect() for part in rows.parts]
+    return pl.concat(sampled) if sampled else pl.DataFrame(schema=dict.fromkeys(columns, pl.Float64))
 
 
 def _shares(values: np.ndarray, edges: list[float]) -> np.ndarray:
     return np.bincount(np.searchsorted(edges, values, side="right"), minlength=len(edges) + 1) / max(len(values), 1)
 
 
-def _rate(platform: Platform, decisions: pl.DataFrame) -> float:
-    """Decisions per period, from the first to the last; 0 where they lie within one."""
-    first, last = decisions["decided_at"].min(), decisions["decided_at"].max()
-    periods = (last - first) / platform.state.period if isinstance(first, datetime) and isinstance(last, datetime) else 0.0
-    return len(decisions) / periods if periods >= 1 else 0.0
+def _rate(platform: Platform, decisions: Parts) -> tuple[float, datetime | None]:
+    """Decisions per period, from the first to the last, 0 where they lie within one; and the last one's moment."""
+    at = pl.col("decided_at")
+    rows, first, last = decisions.lazy().select(pl.len(), at.min().alias("first"), at.max().alias("last")).collect(engine="streaming").row(0)
+    periods = (last - first) / platform.state.period if rows else 0.0
+    return rows / periods if periods >= 1 else 0.0, last
 
 
 def shift(now: np.ndarray, then: np.ndarray) -> float:
@@ -136,7 +145,7 @@ def shift(now: np.ndarray, then: np.ndarray) -> float:
     return float(((now - then) * np.log(now / then)).sum())
 
 
-def _moved(platform: Platform, records: Records, reference: Profile | None) -> tuple[dict[str, int], list[str]]:
+def _moved(platform: Platform, records: Logs, reference: Profile | None) -> tuple[dict[str, int], list[str]]:
     """How often each rule against earlier runs failed, and a sentence for each that did. Without an earlier run none fails."""
     failed = dict.fromkeys(_against_earlier(platform), 0)
     said: list[str] = []
@@ -148,8 +157,7 @@ def _moved(platform: Platform, records: Records, reference: Profile | None) -> t
             failed[f"{table}.rows.volume"] = 1
             said.append(f"{table}: {now:,} rows, when last accepted there were {before:,}; logs only grow, so part of them is missing")
     newest = datetime.fromisoformat(reference.newest) if reference.newest else None
-    fresh = records.decisions.filter(pl.col("decided_at") > newest) if newest else records.decisions.clear()
-    rate = _rate(platform, fresh)
+    rate = _rate(platform, records.held("decisions").filter(pl.col("decided_at") > newest))[0] if newest else 0.0
     if rate and reference.rate and not LEAST_VOLUME <= rate / reference.rate <= MOST_VOLUME:
         failed["decisions.rate.volume"] = 1
         said.append(f"decisions: {rate:,.0f} a period since {reference.newest:.16}, before that {reference.rate:,.0f}")
@@ -171,7 +179,7 @@ def _moved(platform: Platform, records: Records, reference: Profile | None) -> t
 # ---- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def validate(platform: Platform, records: Records, reference: Profile | None = None) -> Verdict:
+def validate(platform: Platform, records: Logs, reference: Profile | None = None) -> Verdict:
     """Judge the records by the platform's rules and, where there is a `reference`, by what logs looked like before.
 
     The gate fails if a stopping rule fails: no decision is left, or more than `validation.max_quarantined` of a table's rows
@@ -211,7 +219,7 @@ def _judge(severities: dict[str, Severity], measured: dict[str, int], allowed: d
     return rules
 
 
-def _reason(platform: Platform, records: Records, rule: Rule, measured: dict[str, int]) -> str:
+def _reason(platform: Platform, records: Logs, rule: Rule, measured: dict[str, int]) -> str:
     table = next(t for t in TABLES if rule.rule.startswith(f"{t}."))
     counts = records.counts.get(table)
     if rule.rule not in measured or counts is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from fastq import registry
+from fastq import registry, staging
 from fastq.errors import FastqError, UnknownPlayerError
 from fastq.forgetting import forgotten, remember, strike_arrays, strike_log, strike_page, strike_table
 from fastq.platform import FILE_NAME, Platform
@@ -46,8 +46,7 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
             took(relative(platform, path), strike_table(path, player_id, sorted(ids)))
         for page in sorted(workspace.reports.glob("*.html")):
             took(relative(platform, page), strike_page(page, [player_id, *sorted(ids)]))
-        with workspace.lock("staged", wait_seconds=600):
-            took(f"{relative(platform, workspace.staged)}, copies of the logs that are made anew", strike_arrays(workspace.staged, ARRAYS))
+        took(f"{relative(platform, workspace.staged)}, copies of the logs that are made anew", staging.strike(workspace))
         if removed:  # what stands in files without ids is made anew from the tables, and a stopped retraining can't go on with other ones
             for directory in (workspace.features, workspace.tables):
                 took(f"{relative(platform, directory)}, files that are made anew", strike_arrays(directory, ARRAYS))
@@ -62,6 +61,8 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
         opened.close()
     for version, rows in registry.strike(platform, sorted(ids), who).items():
         took(f"the evidence of model version {version}", rows)
+    for run, rows in registry.strike_unregistered(platform, sorted(ids)).items():
+        took(f"a bundle that was kept with run {run} and never registered", rows)
     return {"player_id": player_id, "removed": removed, "logs": exported, "notes": _notes(exported)}
 
 

@@ -12,12 +12,12 @@ from prefect import flow, task
 
 from fastq import overlap, records, report, validation
 from fastq.platform import Platform
-from fastq.records import Records
+from fastq.records import Logs
 from fastq.workspace import Workspace, replacing
 from pipelines.turn import EACH_TIME, RETRIES, Progress, platform_of, progress, relative, running
 
 
-def judged(platform: Platform, read: Records) -> dict[str, Any]:
+def judged(platform: Platform, read: Logs) -> dict[str, Any]:
     """The verdict on records as `fastq validate --json` gives it; it, its HTML report and the quarantine are kept beside earlier ones."""
     workspace = Workspace(platform.root)
     verdict = validation.validate(platform, read, validation.read_profile(workspace))
@@ -27,7 +27,7 @@ def judged(platform: Platform, read: Records) -> dict[str, Any]:
     page, quarantine = workspace.reports / f"validation-{name}.html", workspace.quarantine / f"{name}.parquet"
     workspace.make(workspace.reports, workspace.quarantine)
     with replacing(quarantine) as partial:
-        read.quarantine.write_parquet(partial)
+        read.held("quarantine").lazy().sink_parquet(partial)
     with replacing(page) as partial:
         partial.write_text(report.validation_page(platform, read, verdict, pairs, shared), encoding="utf-8")
     decisions = read.counts["decisions"]
@@ -52,7 +52,7 @@ def judged(platform: Platform, read: Records) -> dict[str, Any]:
 def read_and_judge(workspace: str) -> dict[str, Any]:
     platform = platform_of(workspace)
     progress.get()("reading and judging the logs", 0, 1, {})
-    document = judged(platform, records.read_records(platform))
+    document = judged(platform, records.judge(platform))
     progress.get()("reading and judging the logs", 1, 1, {})
     return document
 

@@ -97,6 +97,8 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
     before, others = load_file(directory / "weights.safetensors"), rows_of(platform, other)
     ids = set(records.read_tables(platform).decisions.filter(pl.col("player_id") == player)["decision_id"]) | {"a-refused-decision"}
     ids |= set(records.served_log(platform, "decisions").filter(pl.col("player_id") == player)["decision_id"])
+    with registry.start_run(platform, "killed before its bundle was registered", {}) as run:
+        run.client.log_artifacts(run.id, str(directory), "bundle")
     assert traces(platform.root, {player, *ids})
     with online.open_service(platform) as service:  # serving goes on
         document = forget(platform, player)
@@ -109,7 +111,7 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
     places = ["tables/decisions", "tables/activity", "quarantine/", "features/player_rows", "features/player_state", "queries/explanations"]
     places.append("reports/validation")
     places += [f"served/0000.db, {table}" for table in ("decisions", "outcomes", "executed", "requests", "activity")]
-    for place in [*places, "the online store (sqlite)", "the evidence of model version 1"]:
+    for place in [*places, "the online store (sqlite)", "the evidence of model version 1", f"run {run.id} and never registered"]:
         assert place in where, place
     assert any(entry["where"].startswith(".fastq/served/") and entry["where"].endswith(".parquet") for entry in document["removed"])
     assert traces(platform.root, {player, *ids}) == []
@@ -149,8 +151,15 @@ def test_the_platforms_own_logs_do_not_bring_the_player_back(platform: Platform,
     assert read.decisions["player_id"].is_in([other]).any()
     assert any("forgotten" in sentence for sentence in now["warnings"])
     assert any(rule["rule"] == "decisions.player_id.forgotten" and rule["failed"] > 0 for rule in now["rules"])
-    # what was read just now is a copy of logs that still hold the player
-    assert [trace for trace in traces(platform.root, {player}) if not trace.startswith(".fastq/staged/")] == []
+    # what was read just now is a copy of logs that still hold the player, without them and their decisions' proposals
+    logged = pl.read_parquet(platform.root / platform.logs.decisions)
+    ids = set(logged.filter(pl.col("player_id") == player)["decision_id"])
+    assert list(Workspace(platform.root).staged.rglob("*.arrow"))
+    assert traces(platform.root, {player, *ids}) == []
+    if read.proposals is not None:
+        counts, rows = read.counts["proposals"], sum(len(pl.read_parquet(path)) for path in platform.root.glob(platform.logs.proposals))
+        assert counts.accepted + counts.quarantined + counts.repeated == rows
+        assert read.metrics["proposals.player_id.forgotten"] > 0
 
 
 def _rows_in(platform: Platform) -> int:
@@ -167,11 +176,9 @@ def test_new_events_of_a_forgotten_player_reach_no_state(platform: Platform, liv
         assert service.log.unapplied() == []
         assert online.read_states(service, service.current(), [player, other], online.datetime.now(online.UTC)).known == [False, True]
     assert records.read_records(platform).activity.filter(pl.col("player_id") == player).height == 0
-    # reading the platform's own logs, as above, staged them anew
-    assert [entry["where"] for entry in forget(platform, player)["removed"]] == [
-        ".fastq/staged, copies of the logs that are made anew",
-        ".fastq/served/0000.db, activity",
-    ]
+    # the copies of the logs that hold nobody who was forgotten stay
+    assert [entry["where"] for entry in forget(platform, player)["removed"]] == [".fastq/served/0000.db, activity"]
+    assert list(Workspace(platform.root).staged.rglob("*.arrow"))
 
 
 def test_an_unknown_player_is_said_and_nothing_is_noted(platform: Platform, fastq) -> None:

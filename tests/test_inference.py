@@ -128,6 +128,16 @@ def test_measures_and_attributes_are_guessed_from_names_and_numbers(here: Path) 
     assert read_records(platform).quarantine.is_empty()
 
 
+def test_a_column_with_a_name_that_is_taken_is_left_out_and_said(here: Path) -> None:
+    decisions().with_columns(row=1.0).write_parquet(here / "logs/d.parquet")
+    pl.DataFrame({"player_id": ["p1"], "occurred_at": [START], "games": [1.0], "counts": [2.0]}).write_parquet(here / "logs/a.parquet")
+    text, platform = written(here, "logs/d.parquet", activity="logs/a.parquet")
+    assert list(platform.state.measures) == ["games"]
+    assert "# left out: row: fastq keeps this name" in text
+    assert "# left out: counts: fastq keeps this name" in text
+    assert "left out: policy" not in text
+
+
 def test_a_catalogue_of_rounds_without_any_activity_is_one_step_long(here: Path) -> None:
     n = 50
     rounds = {

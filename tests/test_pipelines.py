@@ -86,8 +86,8 @@ def loop(tmp_path_factory):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        whole = records.read_records, learner.train
-        patch.setattr(records, "read_records", lambda *a, **k: read.append(1) or whole[0](*a, **k))
+        whole = records.judge, learner.train
+        patch.setattr(records, "judge", lambda *a, **k: read.append(1) or whole[0](*a, **k))
         patch.setattr(learner, "train", lambda *a, **k: trained.append(1) or whole[1](*a, **k))
         with pytest.raises(KeyboardInterrupt):
             retrain.retrain(platform, on_progress=stopping)
@@ -96,7 +96,7 @@ def loop(tmp_path_factory):
         with pytest.raises(WorkspaceError, match="disk is full"):
             retrain.retrain(platform, resume=True)
         patch.undo()
-        patch.setattr(records, "read_records", lambda *a, **k: read.append(1) or whole[0](*a, **k))
+        patch.setattr(records, "judge", lambda *a, **k: read.append(1) or whole[0](*a, **k))
         patch.setattr(learner, "train", lambda *a, **k: trained.append(1) or whole[1](*a, **k))
         seen, on_progress = told()
         document = retrain.retrain(platform, resume=True, on_progress=on_progress)

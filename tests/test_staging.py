@@ -20,6 +20,7 @@ from polars.testing import assert_frame_equal
 
 from fastq import features, staging, windows
 from fastq.errors import LogsError, WorkspaceError
+from fastq.forgetting import remember
 from fastq.platform import Platform, platform_from_tree
 from fastq.records import Counts, Records, read_records
 from fastq.workspace import Workspace
@@ -119,6 +120,67 @@ def test_what_was_read_once_is_not_read_again_and_nothing_else_is_different(tmp_
     (tmp_path / "activity" / "1.parquet").touch()
     with pytest.raises(LogsError, match=r"activity/1\.parquet: cannot be read as Parquet"):
         read_records(shop(tmp_path))
+
+
+def test_since_leaves_files_alone_that_say_themselves_that_they_are_older(tmp_path: Path) -> None:
+    for number in range(4):
+        put(tmp_path, number)
+    whole = held(read_records(shop(tmp_path)))
+    since = START + timedelta(days=3)
+    expected = read_records(shop(tmp_path), since)
+    for number in (0, 1, 2):  # their footers stand, and whoever reads more than those finds nothing
+        path = tmp_path / "decisions" / f"{number}.parquet"
+        shutil.copy(path, tmp_path / path.name)
+        content = path.read_bytes()
+        footer = int.from_bytes(content[-8:-4], "little") + 8
+        path.write_bytes(b"PAR1" + b"\0" * (len(content) - footer - 4) + content[-footer:])
+    shutil.rmtree(tmp_path / ".fastq")
+    read = read_records(shop(tmp_path), since)
+    assert_frame_equal(read.decisions, expected.decisions)
+    assert read.counts == expected.counts
+    with pytest.raises(LogsError, match="cannot be read as Parquet"):
+        read_records(shop(tmp_path))
+    for number in (0, 1, 2):
+        shutil.copy(tmp_path / f"{number}.parquet", tmp_path / "decisions" / f"{number}.parquet")
+    same(read_records(shop(tmp_path)), whole)  # what was left alone is read when it is wanted
+
+
+def test_whoever_was_forgotten_never_gets_into_the_copy_and_is_counted(tmp_path: Path) -> None:
+    """Nor do the proposals of their decisions, though these name nobody, and in whatever order the files come."""
+    workspace, platform = Workspace(tmp_path), shop(tmp_path, proposals="proposals/*")
+    (tmp_path / "proposals").mkdir()
+
+    def propose(number: int) -> None:
+        decisions = pl.read_parquet(tmp_path / "decisions" / f"{number}.parquet")
+        decisions.select("decision_id", "policy", "goal").write_parquet(tmp_path / "proposals" / f"{number}.parquet")
+
+    put(tmp_path, 0)
+    put(tmp_path, 1)
+    propose(0)
+    before = held(read_records(platform))
+    assert remember(workspace, "p7")
+    assert staging.strike(workspace) > 0
+    read = read_records(platform)
+    for table in ("decisions", "proposals"):
+        rows = len(getattr(before, table).filter(pl.col("decision_id").is_in(["d0-7", "d1-7"])))
+        assert rows
+        assert read.counts[table] == Counts(before.counts[table].accepted - rows, before.counts[table].quarantined, before.counts[table].repeated + rows)
+        assert read.metrics[f"{table}.player_id.forgotten"] == rows
+    events = len(before.activity.filter(pl.col("player_id") == "p7"))
+    assert read.counts["activity"].repeated == before.counts["activity"].repeated + events
+    assert staging.strike(workspace) == 0  # the copy holds nobody who was forgotten
+
+    put(tmp_path, 2)  # the proposals come first: nobody knows yet whose they are
+    propose(2)
+    shutil.move(tmp_path / "decisions" / "2.parquet", tmp_path / "2.parquet")
+    assert read_records(platform).counts["proposals"].quarantined == 40
+    shutil.move(tmp_path / "2.parquet", tmp_path / "decisions" / "2.parquet")
+    read = read_records(platform)
+    assert read.metrics["proposals.player_id.forgotten"] == 2
+    assert sum(dataclasses.astuple(read.counts["proposals"])) == 80
+    kept = b"".join(path.read_bytes() for path in workspace.staged.rglob("*") if path.is_file())
+    assert b"p8" in kept
+    assert not [trace for trace in (b"p7", b"d0-7", b"d1-7", b"d2-7") if trace in kept]
 
 
 def test_players_in_many_parts_make_the_same_windows_as_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def validate(workspace: Path) -> dict:
     from pipelines.validate import judged
 
     platform = load_platform(workspace)
-    document = judged(platform, records.read_records(platform))
+    document = judged(platform, records.judge(platform))
     assert document["accepted"] == pl.scan_parquet(workspace / "decisions.parquet").select(pl.len()).collect().item()
     return {"rules": len(document["rules"])}
 
