@@ -179,9 +179,13 @@ class PlayerRows:
             counts.fill(0)
         if measures:
             for part, events in enumerate(self.events):
-                cells = cells_of(self.platform, events) if self.ready is None else self.ready[part].collect()
-                places = self.spans.lazy().filter(pl.col("part") == part).select("player_id", "first", "row").collect()
-                cells = cells.join(places, on="player_id").with_columns(row=pl.col("row") + pl.col("period") - pl.col("first"))
+                places = self.spans.lazy().filter(pl.col("part") == part).select("player_id", since_first=pl.col("row") - pl.col("first"))
+                if self.ready is not None:
+                    cells = self.ready[part].join(places, on="player_id").with_columns(row=pl.col("since_first") + pl.col("period")).collect()
+                else:  # a row's number groups faster than a player's name and a period
+                    placed = events.collect().lazy().join(places, on="player_id", maintain_order="left")
+                    placed = placed.with_columns(row=pl.col("since_first") + _moment(self.platform, "occurred_at"))
+                    cells = _in_order(aggregate_events(self.platform, placed, ["row"], counts=counts is not None))
                 at = cells["row"].to_numpy()
                 matrix[at, : len(measures)] = cells.select(pl.col(measures).cast(pl.Float32)).to_numpy(order="c")
                 if counts is not None:
@@ -254,7 +258,11 @@ def aggregate_events(platform: Platform, events: pl.LazyFrame, keys: Sequence[st
 
 def cells_of(platform: Platform, events: pl.LazyFrame) -> pl.DataFrame:
     """What the events of a part say of each period in which something happened, with the numbers of events; the same wherever it is worked out."""
-    return aggregate_events(platform, events.collect().lazy()).collect(engine="in-memory")  # the streaming engine adds in an order of chance
+    return _in_order(aggregate_events(platform, events.collect().lazy()))
+
+
+def _in_order(cells: pl.LazyFrame) -> pl.DataFrame:
+    return cells.collect(engine="in-memory")  # the streaming engine adds in an order of chance
 
 
 def action_matrix(platform: Platform, frame: pl.DataFrame, catalogue: Catalogue | None) -> np.ndarray:

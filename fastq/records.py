@@ -396,7 +396,8 @@ def _judge(
         now=now,
     )
     rules = row_rules(platform, table, around)
-    bad = pl.any_horizontal(rule.broken for rule in rules if rule.severity == "quarantine")
+    severe, mild = ([rule for rule in rules if (rule.severity == "quarantine") is how] for how in (True, False))
+    bad = pl.any_horizontal(rule.broken for rule in severe)
     # each event is one to a count that has no column of its own
     counted = [m for m, measure in platform.state.measures.items() if table == "activity" and measure.aggregate == "count" and m not in staged.found]
     ones = [pl.lit(1.0).alias(m) for m in counted]
@@ -420,10 +421,12 @@ def _judge(
         if table == "decisions" and since is not None:
             ids.append(rows.select("decision_id"))
         differ = pl.col(DIFFERS).sum() if DIFFERS in rows.collect_schema().names() else pl.lit(0)
-        broken_by = [pl.len().alias("?rows"), bad.sum().alias("?bad"), differ.alias(DIFFERS), *(rule.broken.sum().alias(rule.name) for rule in rules)]
-        height, spoiled, differs, *broken = rows.select(broken_by).collect(engine="streaming").row(0)
-        failed = {rule.name: failed[rule.name] + (number or 0) for rule, number in zip(rules, broken, strict=True)}
-        spoiled, differing = spoiled or 0, differing + (differs or 0)
+        asking = [pl.len().alias("?rows"), bad.sum().alias("?bad"), differ.alias(DIFFERS), *(rule.broken.sum().alias(rule.name) for rule in mild)]
+        height, spoiled, differs, *broken = (number or 0 for number in rows.select(asking).collect().row(0))
+        differing += differs
+        if spoiled:  # most parts hold no bad row, and which rule each breaks is asked of these alone
+            broken += rows.filter(bad).select(rule.broken.sum().alias(rule.name) for rule in severe).collect().row(0)
+        failed |= {rule.name: failed[rule.name] + (number or 0) for rule, number in zip([*mild, *severe], broken, strict=False)}
         if spoiled:
             refused.append(_quarantine(rows.filter(bad).sort(FILE, ROW, nulls_last=True, maintain_order=True), table, rules, staged.files))
             rows = rows.filter(~bad)
