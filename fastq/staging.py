@@ -242,7 +242,11 @@ def _without(frame: pl.LazyFrame, who: str, by: str, gone: Forgotten) -> tuple[p
     ids = frame.select(pl.col(who).unique()).collect(engine="streaming").to_series()
     theirs = pl.col(who).is_in(ids.filter(gone.holds(ids)).implode()).fill_null(value=False)
     left = frame.filter(theirs).select(by).collect(engine="streaming").to_series()
-    return frame.filter(~theirs), len(left), [gone.keyed(i) for i in left.drop_nulls()] if by != who else []
+    if left.is_empty():
+        return frame, 0, []
+    # Arrow's texts point into buffers that a filter leaves whole, and that would be written so: copy those that stay
+    texts = [pl.concat_str(pl.col(c), pl.lit("")).alias(c) for c, dtype in frame.collect_schema().items() if dtype == pl.String]
+    return frame.filter(~theirs).with_columns(texts), len(left), [gone.keyed(i) for i in left.drop_nulls()] if by != who else []
 
 
 def _parts(size: int, segments: list[Segment]) -> int:
