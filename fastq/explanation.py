@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastq.errors import RequestError
 from fastq.features import Catalogue, PlayerStates
+from fastq.overlap import doubts
 from fastq.policy import NEIGHBOURS, RARE, Encoded, Policy, Situation, action_dicts
 
 HORIZONS = ("immediate", "long_term")
@@ -147,7 +148,7 @@ def explain(
         policy=policy, action=action, value=value, low=value - doubt, high=value + doubt, parts=parts[:, 0],
         score={name: score[:, 0] for name, score in policy.score(at, stacked[:, :1]).items()}, contrast=contrast,
         what_if=None if weights is None else _what_if(policy, at, weights), attributions=attribute(policy, enc, vectors) if attributions else None,
-        evidence=_evidence(policy, at, stacked, parts[:, 0], contrast),
+        evidence=_evidence(policy, at, stacked, parts[:, 0], contrast, states.policies),
     )  # fmt: skip
 
 
@@ -394,7 +395,9 @@ def _spreads_away(policy: Policy, actions: np.ndarray, expected: np.ndarray, act
     return nearest
 
 
-def _evidence(policy: Policy, at: Situation, actions: np.ndarray, parts: np.ndarray, contrast: Contrast | None) -> Evidence:
+def _evidence(
+    policy: Policy, at: Situation, actions: np.ndarray, parts: np.ndarray, contrast: Contrast | None, acted: Sequence[str | None] | None = None
+) -> Evidence:
     probability, disagreement = policy.policy_probability(at), policy.disagreement(at)
     nearest, distance = _nearest(policy, policy.embedding(at))
     acts = probability >= np.minimum(probability.max(1, keepdims=True), RARE)  # among very many policies none may reach the share
@@ -409,9 +412,11 @@ def _evidence(policy: Policy, at: Situation, actions: np.ndarray, parts: np.ndar
         half = CERTAINTY * policy.doubt(at, actions[:, :1], policy.expert_actions(at)[np.arange(len(at)), likeliest][:, None])[:, 0]
     usual = policy.details.get("own_response", {}).get("usual")  # bundles from before it was measured do not say
     times = half / (CERTAINTY * usual) if usual else np.full(len(at), np.nan)
+    against = contrast.against if contrast is not None else None
+    unshared = doubts(policy.details.get("overlap", ()), against, acted or [None] * len(at))
     verdicts = []
     for i in range(len(at)):
-        why = []
+        why = [unshared[i]] if unshared[i] else []
         if distance.shape[1] == 0 or np.isnan(distance[i]).any():
             why.append("too few logged decisions were kept to say how unusual this state is")
         elif distance[i].mean() > FAR_STATE:

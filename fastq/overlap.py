@@ -8,8 +8,9 @@ states (Bickel et al., 2009), and where it is far from one, one of them was neve
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -146,6 +147,34 @@ def overlaps(platform: Platform, found: Chances | None) -> list[Overlap]:
             said += f"what it would have brought there {'can' if answerable else 'cannot'} be told from these logs"
             pairs.append(Overlap(policy, against, len(here), shared, common, answerable, said))
     return pairs
+
+
+def doubts(pairs: Sequence[Mapping[str, Any]], against: str | None, here: Sequence[str | None]) -> list[str]:
+    """[B] why what the policy `against` would have brought cannot be told of players on whom the policies `here` acted last; empty where it can.
+
+    Where it is not known who acted, or one that the pairs do not name, what all other policies' states refuse is refused. `pairs` as `asdict` gives them.
+    """
+    mine = {pair["policy"]: "" if pair["answerable"] else pair["sentence"] for pair in pairs if pair["against"] == against}
+    nowhere = next(iter(mine.values()), "") if all(mine.values()) else ""
+    return ["" if policy == against else mine.get(policy or "", nowhere) for policy in here]
+
+
+def said_in(document: Mapping[str, Any], pairs: Sequence[Overlap]) -> dict[str, Any]:
+    """An evaluation as a document whose verdicts on what a behaviour policy brings say where it is hardly ever to be found."""
+    worst: dict[str, Overlap] = {}
+    for pair in sorted(pairs, key=lambda pair: -1.0 if pair.shared is None else pair.shared):
+        if not pair.answerable:
+            worst.setdefault(pair.against, pair)
+
+    def with_doubt(row: Mapping[str, Any], policy: str) -> dict[str, Any]:
+        return {**row, "verdict": f"{row['verdict']}; {worst[policy].sentence}"} if policy in worst else dict(row)
+
+    difference = document.get("difference")
+    return {
+        **document,
+        "estimates": [with_doubt(row, row["policy"]) for row in document["estimates"]],
+        "difference": with_doubt(difference, document["against"]) if difference else difference,
+    }
 
 
 def write_overlaps(workspace: Workspace, pairs: Sequence[Overlap]) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from prefect import flow, task
 
-from fastq import densities, features, records, registry, report, windows
+from fastq import densities, features, overlap, records, registry, report, windows
 from fastq.errors import BundleError
 from fastq.platform import Platform
 from fastq.workspace import Workspace, replacing
@@ -59,7 +59,8 @@ def evaluate_trained(workspace: str, turn: str, run_id: str) -> dict[str, Any]:
     before = [evaluation.Attempt(line["at"], line["data_until"], line["promoted"]) for line in registry.attempts(platform, before=turn)]
     data, now = windows_of(workspace, turn), datetime.now(UTC)
     found = evaluation.evaluate(policy, data, champion, attempts=before, now=now)
-    document = plain(found.to_dict()) | {"notes": notes}
+    shared = overlap.read_overlaps(Workspace(platform.root))
+    document = overlap.said_in(plain(found.to_dict()), shared) | {"notes": notes}
     densities.write_calibrations(Workspace(platform.root), found.densities)
     registry.record_attempt(
         platform,
@@ -71,7 +72,7 @@ def evaluate_trained(workspace: str, turn: str, run_id: str) -> dict[str, Any]:
         reasons=found.reasons,
     )
     shutil.rmtree(directory / BUNDLE, ignore_errors=True)
-    replace(policy, details=policy.details | {"evaluation": document}).save(directory / BUNDLE)
+    replace(policy, details=policy.details | {"evaluation": document, "overlap": [asdict(pair) for pair in shared]}).save(directory / BUNDLE)
     with registry.start_run(platform, "", {}, resume=run_id) as run:
         run.log({f"{row['policy']}/{row['objective'] or 'weighted sum'}/{row['estimator']}": row["value"] for row in found.estimates})
         run.document("evaluation.json", document)
@@ -118,7 +119,7 @@ def estimate(workspace: str, model: str, against: str | None) -> dict[str, Any]:
     asked = [] if version == registry.champion(platform) else registry.attempts(platform)  # the champion need not pass again
     before = [evaluation.Attempt(line["at"], line["data_until"], line["promoted"]) for line in asked]
     found = evaluation.evaluate(policy, data, other, attempts=before)
-    document = plain(found.to_dict())
+    document = overlap.said_in(plain(found.to_dict()), overlap.read_overlaps(Workspace(platform.root)))
     densities.write_calibrations(Workspace(platform.root), found.densities)
     tell("evaluating", 2, 2, {})
     kept = keep_report(platform, version, document)

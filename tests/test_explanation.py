@@ -260,6 +260,19 @@ def test_a_logged_state_is_its_own_nearest_decision(arena):
     assert (np.diff(distance, axis=1) >= 0).all()
 
 
+def test_the_evidence_is_thin_where_the_logs_share_too_few_states(arena):
+    policy, states, _ = arena
+    pair = {"policy": "stretch", "against": "retain", "answerable": False, "sentence": "retain acts in 12% of the states in which stretch does"}
+    separate = replace(policy, details=policy.details | {"overlap": [pair, pair | {"policy": "spend", "answerable": True}]})
+    acted = ["stretch", "spend"] * (len(states) // 2)
+    states = replace(states, policies=acted)
+    verdicts = explain(separate, states, against="retain", attributions=False).evidence.verdict
+    assert [pair["sentence"] in verdict for verdict in verdicts] == [name == "stretch" for name in acted]
+    assert all(verdict.startswith("thin: retain acts") for verdict in verdicts[::2])
+    for untouched in (explain(separate, states, against="spend", attributions=False), explain(separate, states, attributions=False)):
+        assert not any(pair["sentence"] in verdict for verdict in untouched.evidence.verdict)
+
+
 def test_the_verdict_follows_the_numbers(arena):
     policy, states, _ = arena
     usual = explain(policy, states, attributions=False).evidence

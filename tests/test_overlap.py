@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -82,3 +84,28 @@ def test_without_two_policies_nothing_is_said(tmp_path: Path) -> None:
     platform = logged(tmp_path, 0.0, players=2)
     assert not any(pair.answerable for pair in of(platform).values())
     assert overlap.read_overlaps(Workspace(tmp_path)) == []
+
+
+def test_what_the_logs_do_not_share_is_said_of_a_player_by_who_acted_last(tmp_path: Path) -> None:
+    pairs = [
+        asdict(pair) for pair in overlap.overlaps(logged(tmp_path, 200.0), overlap.chances(logged(tmp_path, 200.0), read_records(logged(tmp_path, 200.0))))
+    ]
+    where_keen, where_calm, nobody, itself = overlap.doubts(pairs, "calm", ["keen", "calm", None, "calm"])
+    assert re.match("calm acts in [0-4]% of the states in which keen does", where_keen)
+    assert (where_calm, itself) == ("", "")
+    assert nobody, "no policy's states hold calm, so whoever acted last it cannot be told"
+    shared = [pair | {"answerable": True} if pair["policy"] == "keen" else pair for pair in pairs]
+    assert overlap.doubts(shared, "calm", ["keen", None]) == ["", ""]
+    assert overlap.doubts(pairs, None, ["keen"]) == overlap.doubts([], "calm", ["keen"]) == [""]
+
+
+def test_an_evaluation_s_verdicts_on_a_policy_say_where_it_is_not_to_be_found() -> None:
+    pairs = [overlap.Overlap("keen", "calm", 9, 0.3, 0.3, answerable=False, sentence="calm acts in 30%"),
+             overlap.Overlap("rare", "calm", 9, 0.1, 0.1, answerable=False, sentence="calm acts in 10%"),
+             overlap.Overlap("calm", "keen", 9, 0.9, 0.9, answerable=True, sentence="keen acts in 90%")]  # fmt: skip
+    row = {"value": 1.0, "verdict": "trustworthy"}
+    document = {"against": "calm", "difference": row, "estimates": [row | {"policy": name} for name in ("fastq", "keen", "calm")], "reasons": []}
+    told = overlap.said_in(document, pairs)
+    assert [one["verdict"] for one in told["estimates"]] == ["trustworthy", "trustworthy", "trustworthy; calm acts in 10%"]
+    assert told["difference"]["verdict"] == "trustworthy; calm acts in 10%"
+    assert overlap.said_in(document | {"difference": None}, pairs)["difference"] is None
