@@ -79,7 +79,7 @@ def weights_of(
         return np.concatenate([matrix for matrix, _ in layers], 1), np.concatenate([bias for _, bias in layers])
 
     encoder, experts = network.encoder, network.experts
-    beta, scale = array(experts.beta), array(experts.scale)  # [K, inputs, hidden]
+    beta, unit = array(experts.beta), array(experts.scale)  # [K, inputs, hidden] and [P]
     hidden = (np.concatenate(list(beta), 1), array(experts.beta_bias).reshape(-1))
     decay = array((-encoder.log_rate.detach().exp()[:, None] * encoder.age).exp())
     twins = [layer(twin[2]) for twin in values.twins]  # type: ignore[index]
@@ -96,7 +96,7 @@ def weights_of(
         attributes=layer(encoder.attributes),
         encoded=(array(encoder.norm.weight), array(encoder.norm.bias)),
         of_encoded=beside(hidden, layer(network.assignment)),
-        phi=(array(experts.phi) * scale, (array(experts.mean) + scale * array(experts.phi_bias))[:, None]),
+        phi=(array(experts.phi) * unit, (array(experts.mean) + unit * array(experts.phi_bias))[:, None]),
         balance=layer(network.balance[0]),
         balanced=(array(network.balance[2].weight), array(network.balance[2].bias)),  # type: ignore[arg-type]
         of_balanced=beside(*map(layer, of_balanced)),
