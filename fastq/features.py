@@ -822,16 +822,25 @@ class Encoding:
     numeric: dict[str, tuple[float, float]]
     vocabularies: dict[str, list[str]]
 
-    @property
+    @functools.cached_property
+    def _slots(self) -> dict[str, dict[str, int]]:
+        """Per vocabulary the slot of each known value."""
+        return {name: {value: slot for slot, value in enumerate(values, 1)} for name, values in self.vocabularies.items()}
+
+    @functools.cached_property
     def attribute_width(self) -> int:
         return 2 * len(self.numeric) + sum(1 + len(values) for values in self.vocabularies.values())
 
     def rows(self, raw: np.ndarray) -> np.ndarray:
         """[..., F] raw units to [..., 2F] float32: standardised values (0 where unknown), then presence marks."""
-        raw = raw.astype(np.float32)
+        raw = raw.astype(np.float32, copy=False)
+        f = raw.shape[-1]
+        rows = np.empty((*raw.shape[:-1], 2 * f), np.float32)
         known = np.isfinite(raw)
-        standard = np.where(known, np.clip((raw - self.mean) / self.scale, -CLIP, CLIP), np.float32(0))
-        return np.concatenate([standard, known.astype(np.float32)], -1)
+        standard = (raw - self.mean) / self.scale
+        rows[..., :f] = np.where(known, np.minimum(np.maximum(standard, -CLIP), CLIP), np.float32(0))
+        rows[..., f:] = known
+        return rows
 
     def attributes(self, attributes: pl.DataFrame | Columns | np.ndarray | None, n: int) -> np.ndarray:
         """[n, attribute_width] float32: numbers standardised with a presence mark, categories one-hot with an unseen slot."""
@@ -858,7 +867,7 @@ class Encoding:
             encoded[:, at + 1] = known
             at += 2
         for name, known_values in self.vocabularies.items():
-            slots = {value: slot for slot, value in enumerate(known_values, 1)}
+            slots = self._slots[name]
             encoded[np.arange(n), at + np.array([slots.get(str(value), 0) if value is not None else 0 for value in columns[name]], np.int64).reshape(n)] = 1
             at += 1 + len(known_values)
         return encoded
@@ -898,7 +907,7 @@ def raw_windows(platform: Platform, states: PlayerStates, width: int) -> np.ndar
         array = np.asarray(given)
         if array.shape != (n, window, columns):
             raise RequestError(f"{name}: expected the shape [players, window {window}, {columns} {meaning}], got {list(array.shape)}")
-        parts.append(array.astype(np.float32))
+        parts.append(array.astype(np.float32, copy=False))
     return np.concatenate(parts, 2)
 
 

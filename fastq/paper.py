@@ -72,6 +72,13 @@ class PaperPolicy(Policy):
             reach=self.reach(expected, assignment),
         )
 
+    def look(self, enc: Encoded) -> Situation:
+        with torch.no_grad():
+            return self.situation(enc)
+
+    def _search(self, at: Situation, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        return self.best_units(at, self.platform.weights, low, high).numpy()
+
     def expert_features(self, action: Tensor) -> Tensor:
         """[B, K, P] expected action features of each policy, from its expert's action [B, K, D] and its noise, which the evaluation needs."""
         if self.catalogue is not None:

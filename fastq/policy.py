@@ -23,17 +23,18 @@ from scipy.special import ndtr, ndtri
 from scipy.stats import qmc
 from torch import Tensor
 
-from fastq import features
+from fastq import features, forward
 from fastq.equations import action_features, expected_features
 from fastq.errors import BundleError, RequestError
 from fastq.features import Catalogue, Encoding, PlayerStates
 from fastq.networks import Actor, Representation, Represented, Sizes, Values
 from fastq.platform import Platform, platform_from_tree
-from fastq.representation import Units, branch_weights
+from fastq.representation import Units
 
 if TYPE_CHECKING:
     from fastq.explanation import Explanation
 
+BLOCK = 64  # states whose candidates are met at a time when answering: they fit the processor's cache
 ROUNDS = ((64, 1.0), (32, 0.15), (16, 0.04))  # candidates per round, and the share of the evidence's reach over which they are spread
 CHUNKS = (4, 8, 16, 32, 64, 512, 4096)  # states per batch: a row's floats depend on the size of its batch and its place there, so sizes are fixed
 NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
@@ -188,8 +189,15 @@ class Policy:
         names = list(states.policies) if states.policies is not None else [None] * len(raw)
         if len(names) != len(raw):
             raise RequestError(f"policies: expected {len(raw)} names, one per player of history, got {len(names)}")
-        last = torch.tensor([self.policies.index(name) if name in self.policies else -1 for name in names], dtype=torch.int64)
-        return Encoded(torch.from_numpy(self.encoding.rows(raw)), torch.from_numpy(attributes), branch_weights(last, len(self.policies)))
+        places, branches = self._branches
+        branch = branches[[places.get(name, -1) for name in names]]
+        return Encoded(torch.from_numpy(self.encoding.rows(raw)), torch.from_numpy(attributes), torch.from_numpy(branch))
+
+    @functools.cached_property
+    def _branches(self) -> tuple[dict[str | None, int], np.ndarray]:
+        """The policies' places, and the weights [K + 1, K] over the expert branches for each that acted last; the last row for none or another."""
+        k = len(self.policies)
+        return {name: place for place, name in enumerate(self.policies)}, np.concatenate([np.eye(k), np.full((1, k), 1 / k)]).astype(np.float32)
 
     def situation(self, enc: Encoded) -> Situation:
         """What the critic needs of these states; differentiable with respect to `enc.x`."""
@@ -231,17 +239,43 @@ class Policy:
         lowest, highest = (torch.from_numpy(self.units.standard(edge)).to(edges) for edge in self.platform.bounds.T)
         return torch.minimum(torch.maximum(edges, lowest), highest)
 
+    @functools.cached_property
+    def _frozen(self) -> forward.Weights:
+        return forward.weights_of(
+            self.network,
+            self.values,
+            self.actor,
+            effects=self.effects,
+            joint=self._joint.numpy(),
+            scale=self.scale,
+            spread=self.spread,
+            reach=REACH,
+            rare=RARE,
+            bounds=self.units.standard(self.platform.bounds.T) if len(self.platform.bounds) else np.zeros((2, 0)),
+        )
+
+    def look(self, enc: Encoded) -> Situation:
+        """`situation` for answers: without gradients, several times faster for few states, and equal to it but for float32 rounding."""
+        return Situation(*map(torch.from_numpy, forward.look(self._frozen, enc.x.numpy(), enc.v.numpy(), enc.branch.numpy())))
+
+    def _search(self, at: Situation, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """`best_units` for answers, under the platform's own weights."""
+        edges = self.units.standard(low), self.units.standard(high)
+        weights, caution = np.stack([self.platform.weights, self.multipliers]), self.platform.training.caution
+        found = [
+            forward.best(self._frozen, piece, weights, caution, edges, [(_directions(piece.proposal.shape[1], n).T, share) for n, share in ROUNDS], OUTSIDE)
+            for start in range(0, len(at), BLOCK)
+            for piece in (at[start : start + BLOCK] if len(at) > BLOCK else at,)
+        ]
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
     def situations(self, enc: Encoded | Situation) -> Situation:
         """`situation` in padded batches of fixed sizes, without gradients; what was found already is given back, so one look can answer many questions."""
         if isinstance(enc, Situation):
             return enc
         if len(enc) == 0:
             raise RequestError("expected at least one state")
-        parts = []
-        with torch.no_grad():
-            for start, n, size in pieces(len(enc)):
-                whole = self.situation(enc[start : start + n].padded(size))
-                parts.append(Situation(**{name: getattr(whole, name)[:n].cpu() for name in whole.__dataclass_fields__}))
+        parts = [self.look(enc[start : start + n].padded(size))[:n] for start, n, size in pieces(len(enc))]
         return parts[0] if len(parts) == 1 else Situation(**{name: torch.cat([getattr(p, name) for p in parts]) for name in parts[0].__dataclass_fields__})
 
     # ---- actions as features --------------------------------------------------------------------------------------------
@@ -413,7 +447,8 @@ class Policy:
             scores, items = self.item_scores(at, w, None)
             return self.catalogue.embedding[items[np.arange(len(at)), scores.numpy().argmax(1)]].astype(float)
         low, high = self.edges(limits)
-        return self.on_grid(self.units.raw(self.best_units(at, w, low, high).numpy()), low, high)
+        found = self._search(at, low, high) if w is self.platform.weights else self.best_units(at, w, low, high).numpy()
+        return self.on_grid(self.units.raw(found), low, high)
 
     def check(
         self, limits: Mapping[str, Mapping[str, float]] | None = None, eligible: Sequence[str] | None = None, top_k: int = 1, exploration: float | None = None
@@ -423,7 +458,8 @@ class Policy:
         if self.catalogue is None:
             if eligible is not None or top_k != 1:
                 raise RequestError("eligible, top_k: expected only where actions are items of a catalogue")
-            self.edges(limits)
+            if limits:
+                self.edges(limits)
             return
         if limits:
             raise RequestError("limits: expected none, since actions are items of a catalogue; use eligible")
@@ -475,14 +511,19 @@ class Policy:
         sd, left, right = self.law(low, high, self._exploration(exploration))
         if (sd == 0).any() or (low == high).any():
             return np.full(len(action), np.nan)
-        step = self.platform.steps
-        from_, to = np.where(step > 0, action - step / 2, action), np.where(step > 0, action + step / 2, action)
         inside = ((action >= low - 1e-9) & (action <= high + 1e-9)).all(1)
-        mass = ndtr((right - mean) / sd) - ndtr((left - mean) / sd)
-        point = np.exp(-0.5 * ((action - mean) / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
-        cell = (ndtr((to - mean) / sd) - ndtr((from_ - mean) / sd)) / np.where(step > 0, step, 1)
-        density: np.ndarray = np.where(step > 0, cell, point) / mass
-        return np.where(inside, density.prod(1), 0.0)
+        return np.where(inside, self._density(action, mean, sd, ndtr((right - mean) / sd) - ndtr((left - mean) / sd)), 0.0)
+
+    def _density(self, action: np.ndarray, mean: np.ndarray, sd: np.ndarray, mass: np.ndarray) -> np.ndarray:
+        """[B] density of actions inside the edges, of a law whose dimensions have `mass` [B, D] between theirs."""
+        step = self.platform.steps
+        gridded = step > 0
+        density: np.ndarray = np.exp(-0.5 * ((action - mean) / sd) ** 2) / (sd * np.sqrt(2 * np.pi))
+        if gridded.any():
+            cell = ndtr((action + step / 2 - mean) / sd) - ndtr((action - step / 2 - mean) / sd)
+            density = np.where(gridded, cell / np.where(gridded, step, 1), density)
+        product: np.ndarray = np.multiply.reduce(density / mass, 1)
+        return product
 
     def _exploration(self, cap: float | None) -> float:
         if cap is not None and not 0 <= cap <= 1:
@@ -528,7 +569,7 @@ class Policy:
         parts = []
         with torch.inference_mode():
             for start, n, size in pieces(len(enc)):
-                at = self.situation(enc[start : start + n].padded(size))
+                at = self.look(enc[start : start + n].padded(size))
                 own = np.resize(seeds[start : start + n], size)
                 whole = (
                     self._draw_actions(at, explore, own, limits, share)
@@ -550,14 +591,15 @@ class Policy:
 
     def _draw_actions(self, at: Situation, explore: bool, seeds: np.ndarray, limits: Mapping[str, Mapping[str, float]] | None, share: float) -> Recommendation:
         low, high = self.edges(limits)
-        mean = self.on_grid(self.units.raw(self.best_units(at, self.platform.weights, low, high).numpy()), low, high)
+        mean = self.on_grid(self.units.raw(self._search(at, low, high)), low, high)
         action, propensity = mean, np.full(len(at), np.nan)
         if explore and share > 0:
             sd, left, right = self.law(low, high, share)
             below, above = ndtr((left - mean) / sd), ndtr((right - mean) / sd)
             drawn = mean + sd * ndtri(below + uniforms(seeds, mean.shape[1]) * (above - below))
             action = self.on_grid(np.clip(drawn, low, high), low, high)
-            propensity = self.density(action, mean, limits, share)
+            if not (low == high).any():  # of one value alone there is no density
+                propensity = self._density(action, mean, sd, above - below)
         by_objective = self.totals(at, action_features(self._units(action), True)[:, None])[:, 0, :, 0].numpy()
         return Recommendation(action, by_objective @ self.platform.weights, by_objective, propensity, mean, seeds, _slots(len(at)))
 

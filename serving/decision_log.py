@@ -40,6 +40,7 @@ from fastq.platform import Platform
 from fastq.workspace import Workspace
 
 logger = logging.getLogger("fastq.serving")
+CHECKPOINT = 8_000  # pages (32 MB) of the WAL that are brought into the file at a time, which holds up the commit that does it
 SETTLED_NS = 100_000_000  # how old a directory's last change must be before its list is kept
 T = TypeVar("T")
 Action = dict[str, float] | dict[str, str | None]
@@ -201,6 +202,7 @@ class DecisionLog:
         database = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
+        database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT}")
         database.executescript(_SCHEMA)
         if not any(column[1] == "assignment" for column in database.execute("PRAGMA table_info(decisions)")):  # a file of an earlier release
             database.execute("ALTER TABLE decisions ADD COLUMN assignment REAL")

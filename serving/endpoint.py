@@ -66,6 +66,7 @@ logger = logging.getLogger("fastq.serving")
 Body = TypeVar("Body", bound=BaseModel)
 MOST_BYTES = 16 * 2**20  # of a request's body
 BATCH_ROWS = 256  # players that one batch takes on the event loop; larger requests go to a thread
+TOGETHER = 64  # requests that wait for nobody else to come
 MOST_UNDER_WAY = 192  # requests that wait for a batch or for the disk; one more is refused at once, which is kinder than an answer that comes too late
 MOST_KEY = 300  # characters of an Idempotency-Key
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
@@ -167,10 +168,17 @@ class Desk:
             self.waiting.append(entry)
             if not self.flushing:
                 self.flushing = True
-                loop.call_soon(self._flush)
+                loop.call_soon(self._gather, 0)
             return await entry.future
         finally:
             self.under_way -= 1
+
+    def _gather(self, before: int) -> None:
+        """Let those who are just arriving come along: another turn of the loop for as long as each brings somebody; no timer, so one alone does not wait."""
+        if len(self.waiting) > before and len(self.waiting) < TOGETHER:
+            asyncio.get_running_loop().call_soon(self._gather, len(self.waiting))
+        else:
+            self._flush()
 
     def _flush(self) -> None:
         """One batch: as many waiting requests as fit."""
@@ -202,7 +210,7 @@ class Desk:
             self._decided(batch, results)
         self.flushing = len(self.waiting) > len(later)  # those who wait for the disk are taken up when it has written
         if self.flushing:
-            loop.call_soon(self._flush)
+            loop.call_soon(self._gather, 0)
 
     async def _decide_apart(self, entry: Waiting) -> None:
         """A large request, in a thread of its own."""
@@ -520,8 +528,8 @@ def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                ours = dict(HEADERS) | (pages.headers_of(scope["path"]) if pages.is_page(scope["path"]) else {})
-                message["headers"] = [*message.get("headers", []), *ours.items()]
+                ours = (dict(HEADERS) | pages.headers_of(scope["path"])).items() if pages.is_page(scope["path"]) else HEADERS
+                message["headers"] = [*message.get("headers", []), *ours]
             await send(message)
 
         async def receiving() -> Message:
@@ -548,31 +556,32 @@ def guarded(app: ASGIApp, desk: Desk) -> ASGIApp:
             await refusal(error)(scope, receive, sending)
         finally:
             route = getattr(scope.get("route"), "path_format", None) or (scope["path"] if scope["path"] in OPEN or scope["path"] in desk.direct else "other")
-            desk.metrics.requests.labels(route, scope["method"], str(status)).inc()
-            desk.metrics.seconds.labels(route).observe(time.perf_counter() - started)
+            desk.metrics.answered(route, scope["method"], status, time.perf_counter() - started)
 
     return gate
 
 
 async def admit(desk: Desk, scope: Scope) -> Response | None:
     """None if the caller may go on (`scope["state"]["caller"]` says who it is), else the refusal."""
-    path, headers = scope["path"], {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
-    if int(headers["content-length"]) > MOST_BYTES if headers.get("content-length", "").isdigit() else False:
+    path, raw = scope["path"], dict(scope["headers"])
+    length = raw.get(b"content-length", b"")
+    if length.isdigit() and int(length) > MOST_BYTES:
         return problem(413, f"the body is larger than {MOST_BYTES // 2**20} MiB; send fewer rows at a time")
     if path in OPEN or pages.needs_no_key(path, scope["method"]):
         return None
     try:
-        authorization = headers.get("authorization")
+        authorization = raw[b"authorization"].decode("latin-1") if b"authorization" in raw else None
         if desk.keys.remote(authorization):  # the issuer's keys may have to be fetched
             caller = await asyncio.to_thread(desk.keys.verify, authorization)
         else:
-            caller = desk.keys.verify(authorization, None if authorization else session_of(headers))
+            caller = desk.keys.verify(authorization, None if authorization else session_of(raw.get(b"cookie", b"").decode("latin-1")))
         caller.require("recommend" if path in RECOMMEND else "analyst")
         desk.admit_rate(caller.key_id)
     except NotSignedIn as error:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in raw.items()}
         if pages.is_page(path) and scope["method"] in {"GET", "HEAD"} and pages.is_browser(headers):
             query = scope.get("query_string", b"").decode("latin-1")
-            return pages.sign_in(scope["app"].state.paper, f"{path}?{query}" if query else path, str(error) if session_of(headers) else "")
+            return pages.sign_in(scope["app"].state.paper, f"{path}?{query}" if query else path, str(error) if session_of(headers.get("cookie", "")) else "")
         return refusal(error)
     except FastqError as error:
         return refusal(error)
@@ -580,9 +589,9 @@ async def admit(desk: Desk, scope: Scope) -> Response | None:
     return None
 
 
-def session_of(headers: Mapping[str, str]) -> str | None:
-    """The console's session token out of the Cookie header."""
-    for part in headers.get("cookie", "").split(";"):
+def session_of(cookies: str) -> str | None:
+    """The console's session token out of a Cookie header."""
+    for part in cookies.split(";"):
         name, _, value = part.strip().partition("=")
         if name == COOKIE:
             return value
@@ -595,6 +604,17 @@ def caller_of(request: Request) -> Caller:
 
 
 # ---- the app -----------------------------------------------------------------------------------------------------------------
+class Endpoint(FastAPI):
+    """FastAPI, whose middleware and routing are gone past by what is asked most often."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in self.state.desk.direct:
+            scope["app"] = self
+            await self.state.straight(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
+
+
 def create_app(platform: Platform) -> FastAPI:
     """The endpoint of one platform; it opens the workspace when it starts and lets go of it when it stops."""
     issuer = platform.serving.tokens
@@ -605,10 +625,11 @@ def create_app(platform: Platform) -> FastAPI:
         async with opened(desk):
             yield
 
-    app = FastAPI(title=f"fastq: {platform.platform}", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, telemetry={"tracing": False})
+    app = Endpoint(title=f"fastq: {platform.platform}", version="1", docs_url=None, redoc_url=None, lifespan=lifespan, telemetry={"tracing": False})
     app.state.desk = desk
     app.router.route_class = StrictRoute
     app.add_middleware(guarded, desk=desk)
+    app.state.straight = guarded(super(Endpoint, app).__call__, desk)
     for kind in (FastqError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, lambda _, error: refusal(error))
     failures: dict[int | str, dict[str, Any]] = {
@@ -744,6 +765,7 @@ def create_app(platform: Platform) -> FastAPI:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text format."""
+        desk.metrics.settle(platform)
         return Response(generate_latest(desk.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.openapi = lambda: document(app)  # type: ignore[method-assign]

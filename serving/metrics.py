@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter as Counted
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ from serving.decision_log import Decision
 LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 PROPENSITY = tuple(10.0**k for k in range(-6, 3))
 TENTHS = tuple(k / 10 for k in range(1, 11))
+TOGETHER = 512  # decisions that are counted at a time
 
 
 @dataclass(eq=False)  # the registry keeps it by identity
@@ -68,12 +70,38 @@ class Metrics:
     refused_models: Counter
     model: Gauge
 
+    _waiting: list[tuple[Decision, str]] = field(default_factory=list)
+    _answered: dict[tuple[str, str, int], Callable[[float], None]] = field(default_factory=dict)
+
+    def answered(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Show one answer."""
+        show = self._answered.get((route, method, status))
+        if show is None:
+            counted, timed = self.requests.labels(route, method, str(status)), self.seconds.labels(route)
+
+            def show(seconds: float) -> None:
+                counted.inc()
+                timed.observe(seconds)
+
+            self._answered[route, method, status] = show
+        show(seconds)
+
     def count(self, platform: Platform, decisions: Sequence[Decision], dry_run: bool) -> None:
-        """Show decisions."""
+        """Show decisions: as soon as there are `TOGETHER` of them, or somebody asks (`settle`), since many at a time cost little more than one."""
         dry = str(dry_run).lower()
+        self._waiting.extend((decision, dry) for decision in decisions)
+        if len(self._waiting) >= TOGETHER:
+            self.settle(platform)
+
+    def settle(self, platform: Platform) -> None:
+        """Show the decisions that wait to be counted."""
+        waiting = self._waiting[:]
+        del self._waiting[: len(waiting)]
+        for (policy, version, dry), number in Counted((d.policy, d.model_version or "", dry) for d, dry in waiting).items():
+            self.decisions.labels(policy, version, dry).inc(number)
+        decisions = [decision for decision, _ in waiting]
         drawn: list[Decision] = []
         for decision in decisions:
-            self.decisions.labels(decision.policy, decision.model_version or "", dry).inc()
             if reason := decision.detail.get("degraded"):
                 kind = reason.split(":")[0].split(",")[0][:40]
                 self.degraded.labels(kind).inc()

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -18,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import polars as pl
@@ -392,6 +393,30 @@ def warm(service: Service) -> None:
 
 
 # ---- decisions ---------------------------------------------------------------------------------------------------------
+class Drawn(NamedTuple):
+    """What the policy drew for one player, as plain numbers; see `Recommendation`."""
+
+    action: Action
+    value: float
+    by_objective: list[float]
+    propensity: float
+    mean: Action
+    seed: int
+    slot: list[int]
+    ranking: list[str] | None
+
+
+def drawn_rows(platform: Platform, found: Recommendation) -> list[Drawn]:
+    """A recommendation row by row: arrays are taken apart once a batch, not once a number."""
+    columns = (found.value, found.by_objective, found.propensity)
+    ranking: Sequence[list[str] | None] = [None] * len(found) if found.ranking is None else [[str(item) for item in ranked] for ranked in found.ranking]
+    rows = zip(
+        action_dicts(platform, found.action), *(c.tolist() for c in columns), action_dicts(platform, found.mean), found.seeds.tolist(), found.slots.tolist(),
+        ranking, strict=True,
+    )  # fmt: skip
+    return [Drawn(*row) for row in rows]
+
+
 @dataclass
 class Row:
     """One player of one request on the way to a decision. `by` draws unless there is a `default`; `ask` may be narrowed by what is left of a budget."""
@@ -405,8 +430,7 @@ class Row:
     default: Action | None = None
     degraded: str | None = None
     assignment: float | None = None
-    drawn: Recommendation | None = None
-    place: int = 0
+    drawn: Drawn | None = None
     shadow: dict[str, Any] | None = None
 
 
@@ -536,8 +560,8 @@ def _draw_rows(service: Service, states: PlayerStates, rows: Sequence[Row]) -> d
         except FastqError as error:
             failed.update((row.number, error) for row in members)
             continue
-        for place, row in enumerate(members):
-            row.drawn, row.place = drawn, place
+        for row, own in zip(members, drawn_rows(by.policy.platform, drawn), strict=True):
+            row.drawn = own
         if service.platform.serving.challenger.shadow and service.challenger is not None:
             _shadow(service.challenger, states, encoded, members, ask, seeds)
     return failed
@@ -591,11 +615,11 @@ def replay(service: Service, decision: Decision) -> Recommendation:
 
 def _decision(platform: Platform, row: Row, moment: int, state: bytes) -> Decision:
     """A row's decision: the policy's draw, or the default."""
-    ask, drawn, i = row.ask, row.drawn, row.place
-    said = {"degraded": row.degraded, "limits": ask.limits, "eligible": ask.eligible, "top_k": ask.top_k, "shadow": row.shadow}
-    detail: dict[str, Any] = {"explore": ask.explore, **{name: value for name, value in said.items() if value is not None}}
+    ask, drawn = row.ask, row.drawn
+    said = (("degraded", row.degraded), ("limits", ask.limits), ("eligible", ask.eligible), ("top_k", ask.top_k), ("shadow", row.shadow))
+    detail: dict[str, Any] = {"explore": ask.explore, **{name: value for name, value in said if value is not None}}
     if drawn is not None and ask.top_k is not None and drawn.ranking is not None:
-        ranking = [str(item) for item in drawn.ranking[i]]
+        ranking = drawn.ranking
         if row.default is not None:
             first = row.default["item_id"]
             ranking = [str(first), *[item for item in ranking if item != first]][: ask.top_k]
@@ -604,31 +628,25 @@ def _decision(platform: Platform, row: Row, moment: int, state: bytes) -> Decisi
         version = row.by.version if row.policy == OWN_POLICY else None
         return Decision(new_id(moment), row.player_id, moment, row.policy, None, version, row.default, detail, state, row.assignment)
     assert drawn is not None
-    detail["value"] = float(drawn.value[i])
-    detail["by_objective"] = dict(zip(platform.objectives, drawn.by_objective[i].tolist(), strict=True))
-    detail["mean"] = _action(platform, drawn.mean[i])
-    detail["seed"] = f"{int(drawn.seeds[i]):016x}"
-    detail["slot"] = drawn.slots[i].tolist()
-    detail["exploration"] = platform.serving.exploration if ask.exploration is None else min(platform.serving.exploration, ask.exploration)
-    propensity, action = _or_none(float(drawn.propensity[i])), _action(platform, drawn.action[i])
-    return Decision(new_id(moment), row.player_id, moment, row.policy, propensity, row.by.version, action, detail, state, row.assignment)
-
-
-def _action(platform: Platform, action: Any) -> Action:
-    """One action as a mapping."""
-    return dict(zip(platform.dimension_names, action.tolist(), strict=True)) if platform.dimension_names else cast("Action", {"item_id": str(action)})
+    detail["value"] = drawn.value
+    detail["by_objective"] = dict(zip(platform.objectives, drawn.by_objective, strict=True))
+    detail["mean"] = drawn.mean
+    detail["seed"] = f"{drawn.seed:016x}"
+    detail["slot"] = drawn.slot
+    most = platform.serving.exploration
+    detail["exploration"] = most if ask.exploration is None else min(most, ask.exploration)
+    return Decision(new_id(moment), row.player_id, moment, row.policy, _or_none(drawn.propensity), row.by.version, drawn.action, detail, state, row.assignment)
 
 
 def _or_none(number: float) -> float | None:
-    return number if np.isfinite(number) else None
+    return number if math.isfinite(number) else None
 
 
 def new_id(moment: int) -> str:
     """A decision id: a UUID version 7 (RFC 9562), so that ids sort by time and the log's index grows at its end."""
-    noise = int.from_bytes(os.urandom(10), "big")
-    value = (moment // 1000) << 80 | 0x7 << 76 | (noise >> 62 & 0xFFF) << 64 | 0b10 << 62 | noise & (1 << 62) - 1
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    noise = os.urandom(10).hex()
+    text = f"{moment // 1000:012x}"
+    return f"{text[:8]}-{text[8:]}-7{noise[:3]}-{'89ab'[int(noise[3], 16) & 3]}{noise[4:7]}-{noise[7:19]}"
 
 
 # ---- caps and budgets ----------------------------------------------------------------------------------------------------

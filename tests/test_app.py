@@ -27,7 +27,7 @@ from fastq.errors import BundleError, ConfigurationError, WorkspaceError
 from fastq.platform import Cap, Platform, load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
-from serving import app, auth, endpoint
+from serving import app, auth, endpoint, pages
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,25 @@ def test_each_route_needs_its_role(call, client: TestClient, keys: dict[str, str
         status = client.request(method, route, headers={"Authorization": f"Bearer {keys[role]}"}).status_code
         assert (status == 403) == (auth.ROLES.index(role) < auth.ROLES.index(needed)), (role, status)
         assert status != 401
+
+
+def test_every_route_there_is_wants_a_key_that_is_still_good(client: TestClient, keys: dict[str, str], platform: Platform) -> None:
+    workspace = Workspace(platform.root)
+    expired = auth.create_key(workspace, "admin", timedelta(seconds=-1))["key"]
+    revoked = auth.create_key(workspace, "admin")
+    auth.revoke_key(workspace, revoked["id"])
+    time.sleep(auth.FRESH_SECONDS + 0.1)  # what a server may still not know
+    found = {(method, path) for path, methods in client.get("/openapi.json").json()["paths"].items() for method in methods}
+    found |= {(method.lower(), route.path) for route in pages.router(client.app.state.desk, client.app.state.paper).routes for method in route.methods}
+    shut = {(method, path) for method, path in found if path not in endpoint.OPEN and not pages.needs_no_key(path, method.upper())}
+    assert len(shut) > 15
+    for method, path in sorted(shut):
+        where = re.sub(r"{[^}]*}", "x", path)
+        for given in (None, "fq_00000000_wrong", expired, revoked["key"]):
+            answer = client.request(method, where, headers={"Authorization": f"Bearer {given}"} if given else {})
+            assert answer.status_code == 401, (method, where, given)
+        lower = client.request(method, where, headers={"Authorization": f"Bearer {keys['recommend']}"})
+        assert (lower.status_code == 403) == (path not in endpoint.RECOMMEND), (method, where, lower.status_code)
 
 
 def test_health_needs_no_key(client: TestClient) -> None:
