@@ -96,6 +96,7 @@ class Held:
     free: int  # the first columns of `state`, the intercept and the absence, which are not shrunk
     estimated: np.ndarray  # [N] whether the decision's propensity is an estimate
     calibrations: list[Calibration]  # of these estimates
+    sums: dict[bytes, ope.LoggedSums | ope.Refusal] = field(default_factory=dict, compare=False)  # per discounts: what all targets share, once made
 
     @property
     def doubt(self) -> str:
@@ -218,24 +219,30 @@ class Panel:
     model: ope.DoubleReinforcement | None
 
 
+def effects(held: Held, phi: np.ndarray) -> np.ndarray:
+    """[N, …] what the evaluation's value model sees of actions: their features beside the reference's, and what the candidate says that these would change."""
+    difference = phi - held.at.reference.numpy()
+    said = np.einsum("bmtp,bp->bmt", held.at.slope.numpy(), difference).reshape(len(phi), -1)
+    return np.concatenate([difference, said], 1)
+
+
 def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> Panel:
     """Double reinforcement learning; as second opinions its model corrected for `STEPS` decisions only, and alone. discount [N, M] per decision."""
     windows, rows = held.windows, held.rows
     reward, player = windows.reward[rows], windows.player[rows]
     sequence = {"discount": discount, "following": held.following, "truncated": windows.truncated[rows], "player": player}
 
-    def x(phi: np.ndarray) -> np.ndarray:
-        difference = phi - held.at.reference.numpy()
-        effects = np.einsum("bmtp,bp->bmt", held.at.slope.numpy(), difference).reshape(len(rows), -1)
-        return np.concatenate([difference, effects], 1)
-
-    logged, wanted, rng = x(held.phi), x(target.features), np.random.default_rng(seed)
-    found = ope.double_reinforcement(held.state, logged, wanted, reward, target.weights, **sequence, rng=rng, free=held.free)
+    wanted, rng, key = effects(held, target.features), np.random.default_rng(seed), discount.tobytes() + bytes(str(seed), "ascii")
+    if key not in held.sums:
+        held.sums[key] = ope.logged_sums(held.state, effects(held, held.phi), reward, **sequence, rng=rng, free=held.free)
+    shared, found = held.sums[key], None
     terms: list[ope.Terms] = []
-    if isinstance(found, ope.DoubleReinforcement):
+    if isinstance(shared, ope.LoggedSums):
+        found = ope.reinforced(shared, wanted, target.weights)
         terms.append(found.terms)
         q, v = found.q, found.v
     else:
+        logged = effects(held, held.phi)
         fitted = ope.fitted_q(np.hstack([held.state, logged]), np.hstack([held.state, wanted]), reward, **sequence, rng=rng, free=held.free)
         if isinstance(fitted, ope.Refusal):
             return Panel([ope.self_normalised(reward, target.weights, player)] if not discount.any() else [], None)
@@ -246,7 +253,7 @@ def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> P
     if not discount.any():
         terms.append(ope.self_normalised(reward, target.weights, player))
     terms.append(ope.direct_method(v, player))
-    return Panel(terms, found if isinstance(found, ope.DoubleReinforcement) else None)
+    return Panel(terms, found)
 
 
 def evaluate(

@@ -82,7 +82,8 @@ def logged(world: Line, players: int, rng: np.random.Generator) -> dict[str, np.
     log = {name: np.concatenate([each[name] for each in days]) for name in days[0]}
     order = np.lexsort((log["day"], log["player"]))
     log = {name: column[order] for name, column in log.items()}
-    log["truncated"] = (log["day"] == DAYS - 1) & ~log["left"]
+    log["truncated"] = log["day"] == DAYS - 1  # whoever leaves on the last day is not seen to have left, as in a real log: else only leavers would count there
+    log["left"] &= ~log["truncated"]
     last = log["left"] | log["truncated"]
     log["following"] = np.where(last, -1, np.arange(len(last)) + 1)
     log["discount"] = np.where(log["left"][:, None], 0.0, world.discount)
