@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 from fastq import densities, features, ope
 from fastq.densities import Calibration
@@ -416,11 +417,16 @@ def champion_name(targets: list[Target], records: list[dict[str, Any]], has_cham
     return max(behaviours, key=lambda name: values.get(name, -np.inf)) if behaviours else OWN_POLICY
 
 
-def bound(answer: ope.Estimate, alpha: float, asked: float) -> tuple[float, float]:
-    """Bounds at error rate `alpha` per side of an interval drawn at `asked`; a smaller rate stretches it as the normal tail goes on."""
+def bound(answer: ope.Estimate, terms: ope.Terms, alpha: float, asked: float) -> tuple[float, float]:
+    """Bounds at error rate `alpha` per side of the interval of `terms` drawn at `asked`; a smaller rate stretches it as the tail goes on.
+
+    That is the normal tail, or Student's where the spread was learned from a few refits: out there it is many times as heavy.
+    """
     if alpha >= asked:
         return answer.low, answer.high
     stretch = NormalDist().inv_cdf(1 - alpha) / NormalDist().inv_cdf(1 - asked)
+    if terms.refits is not None:
+        stretch = float(np.divide(*stdtrit(len(terms.refits) - 1, [1 - alpha, 1 - asked])))
     return answer.value - stretch * (answer.value - answer.low), answer.value + stretch * (answer.high - answer.value)
 
 
@@ -442,7 +448,7 @@ def gate_on_difference(
     answer = ope.estimate(difference, objective_weights=weights, rng=np.random.default_rng(seed), level=1 - 2 * asked)[-1]
     if isinstance(answer, ope.Refusal):
         return [f"the difference to {against} cannot be estimated: {answer.reason}"], None, None
-    low, high = bound(answer, alpha, asked)
+    low, high = bound(answer, difference, alpha, asked)
     found = {
         "value": answer.value, "low": low, "high": high, "standard_error": answer.standard_error, "ess": answer.ess, "top_share": answer.top_share,
         "overlap": answer.overlap, "estimator": answer.estimator, "verdict": answer.verdict,
@@ -498,7 +504,7 @@ def gate_on_guardrails(held: Held, candidate: Target, platform: Platform, seed: 
         if isinstance(answer, ope.Refusal):
             reasons.append(f"{name}: its guardrail cannot be checked: {answer.reason}")
             continue
-        low, high = bound(answer, alpha, asked)
+        low, high = bound(answer, terms[0], alpha, asked)
         limits = {"ceiling": objective.ceiling, "floor": objective.floor}
         found.append({"objective": name, **limits, "value": answer.value, "low": low, "high": high, "verdict": answer.verdict})
         if objective.ceiling is not None and high > objective.ceiling:
