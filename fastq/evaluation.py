@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import stdtrit
 
 from fastq import densities, features, ope
 from fastq.densities import Calibration
@@ -96,6 +97,7 @@ class Held:
     free: int  # the first columns of `state`, the intercept and the absence, which are not shrunk
     estimated: np.ndarray  # [N] whether the decision's propensity is an estimate
     calibrations: list[Calibration]  # of these estimates
+    sums: dict[bytes, ope.LoggedSums | ope.Refusal] = field(default_factory=dict, compare=False)  # per discounts: what all targets share, once made
 
     @property
     def doubt(self) -> str:
@@ -218,24 +220,30 @@ class Panel:
     model: ope.DoubleReinforcement | None
 
 
+def effects(held: Held, phi: np.ndarray) -> np.ndarray:
+    """[N, …] what the evaluation's value model sees of actions: their features beside the reference's, and what the candidate says that these would change."""
+    difference = phi - held.at.reference.numpy()
+    said = np.einsum("bmtp,bp->bmt", held.at.slope.numpy(), difference).reshape(len(phi), -1)
+    return np.concatenate([difference, said], 1)
+
+
 def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> Panel:
     """Double reinforcement learning; as second opinions its model corrected for `STEPS` decisions only, and alone. discount [N, M] per decision."""
     windows, rows = held.windows, held.rows
     reward, player = windows.reward[rows], windows.player[rows]
     sequence = {"discount": discount, "following": held.following, "truncated": windows.truncated[rows], "player": player}
 
-    def x(phi: np.ndarray) -> np.ndarray:
-        difference = phi - held.at.reference.numpy()
-        effects = np.einsum("bmtp,bp->bmt", held.at.slope.numpy(), difference).reshape(len(rows), -1)
-        return np.concatenate([difference, effects], 1)
-
-    logged, wanted, rng = x(held.phi), x(target.features), np.random.default_rng(seed)
-    found = ope.double_reinforcement(held.state, logged, wanted, reward, target.weights, **sequence, rng=rng, free=held.free)
+    wanted, rng, key = effects(held, target.features), np.random.default_rng(seed), discount.tobytes() + bytes(str(seed), "ascii")
+    if key not in held.sums:
+        held.sums[key] = ope.logged_sums(held.state, effects(held, held.phi), reward, **sequence, rng=rng, free=held.free)
+    shared, found = held.sums[key], None
     terms: list[ope.Terms] = []
-    if isinstance(found, ope.DoubleReinforcement):
+    if isinstance(shared, ope.LoggedSums):
+        found = ope.reinforced(shared, wanted, target.weights)
         terms.append(found.terms)
         q, v = found.q, found.v
     else:
+        logged = effects(held, held.phi)
         fitted = ope.fitted_q(np.hstack([held.state, logged]), np.hstack([held.state, wanted]), reward, **sequence, rng=rng, free=held.free)
         if isinstance(fitted, ope.Refusal):
             return Panel([ope.self_normalised(reward, target.weights, player)] if not discount.any() else [], None)
@@ -246,7 +254,7 @@ def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> P
     if not discount.any():
         terms.append(ope.self_normalised(reward, target.weights, player))
     terms.append(ope.direct_method(v, player))
-    return Panel(terms, found if isinstance(found, ope.DoubleReinforcement) else None)
+    return Panel(terms, found)
 
 
 def evaluate(
@@ -409,11 +417,16 @@ def champion_name(targets: list[Target], records: list[dict[str, Any]], has_cham
     return max(behaviours, key=lambda name: values.get(name, -np.inf)) if behaviours else OWN_POLICY
 
 
-def bound(answer: ope.Estimate, alpha: float, asked: float) -> tuple[float, float]:
-    """Bounds at error rate `alpha` per side of an interval drawn at `asked`; a smaller rate stretches it as the normal tail goes on."""
+def bound(answer: ope.Estimate, terms: ope.Terms, alpha: float, asked: float) -> tuple[float, float]:
+    """Bounds at error rate `alpha` per side of the interval of `terms` drawn at `asked`; a smaller rate stretches it as the tail goes on.
+
+    That is the normal tail, or Student's where the spread was learned from a few refits: out there it is many times as heavy.
+    """
     if alpha >= asked:
         return answer.low, answer.high
     stretch = NormalDist().inv_cdf(1 - alpha) / NormalDist().inv_cdf(1 - asked)
+    if terms.refits is not None:
+        stretch = float(np.divide(*stdtrit(len(terms.refits) - 1, [1 - alpha, 1 - asked])))
     return answer.value - stretch * (answer.value - answer.low), answer.value + stretch * (answer.high - answer.value)
 
 
@@ -435,7 +448,7 @@ def gate_on_difference(
     answer = ope.estimate(difference, objective_weights=weights, rng=np.random.default_rng(seed), level=1 - 2 * asked)[-1]
     if isinstance(answer, ope.Refusal):
         return [f"the difference to {against} cannot be estimated: {answer.reason}"], None, None
-    low, high = bound(answer, alpha, asked)
+    low, high = bound(answer, difference, alpha, asked)
     found = {
         "value": answer.value, "low": low, "high": high, "standard_error": answer.standard_error, "ess": answer.ess, "top_share": answer.top_share,
         "overlap": answer.overlap, "estimator": answer.estimator, "verdict": answer.verdict,
@@ -491,7 +504,7 @@ def gate_on_guardrails(held: Held, candidate: Target, platform: Platform, seed: 
         if isinstance(answer, ope.Refusal):
             reasons.append(f"{name}: its guardrail cannot be checked: {answer.reason}")
             continue
-        low, high = bound(answer, alpha, asked)
+        low, high = bound(answer, terms[0], alpha, asked)
         limits = {"ceiling": objective.ceiling, "floor": objective.floor}
         found.append({"objective": name, **limits, "value": answer.value, "low": low, "high": high, "verdict": answer.verdict})
         if objective.ceiling is not None and high > objective.ceiling:

@@ -52,6 +52,7 @@ from fastq.intervals import (
     LARGEST_UNREACHED,
     LARGEST_UNUSABLE,
     LARGEST_WEIGHT_GAP,
+    LARGEST_WIDTH,
     LEAST_EFFECTIVE_PLAYERS,
     LEAST_MEASURED,
     LEAST_OVERLAP,
@@ -100,6 +101,7 @@ __all__ = [
     "LARGEST_UNREACHED",
     "LARGEST_UNUSABLE",
     "LARGEST_WEIGHT_GAP",
+    "LARGEST_WIDTH",
     "LEAST_EFFECTIVE_PLAYERS",
     "LEAST_MEASURED",
     "LEAST_OVERLAP",
@@ -108,6 +110,7 @@ __all__ = [
     "Estimate",
     "FittedQ",
     "Interval",
+    "LoggedSums",
     "Refusal",
     "Support",
     "Terms",
@@ -128,12 +131,14 @@ __all__ = [
     "inverse_variance_weights",
     "kernel_smoothed",
     "kernel_weights",
+    "logged_sums",
     "magic",
     "marginal",
     "marginal_doubly_robust",
     "naive_weights",
     "paired_difference",
     "per_decision",
+    "reinforced",
     "self_normalised",
     "self_normalised_doubly_robust",
     "sequential_doubly_robust",
@@ -150,6 +155,7 @@ FIT_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # those of q in `double_reinforcement`
 RATIO_RIDGE = 1e-3  # of its ratio: a stronger one leaves the future out, a weaker one is noise; measured in infra/log.md
 THRESHOLDS = (0.999, 0.99, 0.95, 0.9, 0.75, 0.5)  # quantiles of the weights that are not 0, tried by `switch_doubly_robust` after infinity
 SHRINKAGES = (1e3, 1e2, 1e1, 3.0, 1.0, 0.1)  # multiples of the mean square of the weights, tried by `shrunk_doubly_robust` after infinity
+REFITTED_NUMBERS = 500_000  # float64 numbers per batch of refits, which bounds the memory
 BANDWIDTHS = (1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0, 3 / 2)  # multiples of each action's standard deviation, tried by `kernel_smoothed`
 
 
@@ -961,72 +967,174 @@ def double_reinforcement(
     the interval holds the error of the fits too. state [N, S]: features of the state, an intercept first, the first `free` not shrunk; logged [N, A]:
     features of the logged action in its state; target [N, A]: their expectation under the target. Others as in `sequential_doubly_robust`. The ridge of q is
     chosen on held-out folds, as in `fitted_q`; that of u is `RATIO_RIDGE`. Refused with fewer players than groups.
+
+    Several targets on one log share most of the work: `logged_sums` once, then `reinforced` for each, which is all that this does.
     """
-    states, weight = as_finite_table("state", state), as_vector("weights", weights)
+    log = logged_sums(state, logged, rewards, discount, following, truncated, player, rng=rng, free=free, folds=folds, groups=groups)
+    return log if isinstance(log, Refusal) else reinforced(log, target, weights, largest_weight=largest_weight)
+
+
+@dataclass(frozen=True)
+class _Alike:
+    """Objectives known in the same rows, whose discounts differ by a factor alone, summed per group of players over these rows, x being scaled.
+
+    factors: (largest discount, objectives); there [N]: the rows; share [N]: discount over the largest; gram [G, d, d] = sum x x^T; moved [G, d, S] =
+    sum share x s'^T with s' the next decision's state; earned [G, d, M] = sum x r; whole [G, d] = sum x; count [G]; metric [d, d]: the mean gram inverted.
+    """
+
+    factors: tuple[tuple[float, Ints], ...]
+    there: Bools
+    share: Floats
+    gram: Floats
+    moved: Floats
+    earned: Floats
+    whole: Floats
+    count: Ints
+    metric: Floats
+
+
+@dataclass(frozen=True)
+class LoggedSums:
+    """What `reinforced` needs of a log whichever the target, made by `logged_sums`: checked arrays, the players' groups [N], sums over each group."""
+
+    states: Floats
+    logged: Floats
+    reward: Floats
+    episode: _Episode
+    clusters: Clusters
+    group: Ints
+    groups: int
+    folds: int
+    free: int
+    scale: Floats
+    counted: Bools
+    alike: tuple[_Alike, ...]
+
+    @property
+    def after(self) -> Ints:
+        """[N] the row of the next decision, 0 where there is none."""
+        return np.maximum(self.episode.following, 0)
+
+
+def logged_sums(
+    state: ArrayLike,
+    logged: ArrayLike,
+    rewards: ArrayLike,
+    discount: ArrayLike,
+    following: ArrayLike,
+    truncated: ArrayLike,
+    player: ArrayLike,
+    *,
+    rng: np.random.Generator,
+    free: int = 1,
+    folds: int = 5,
+    groups: int = 20,
+) -> LoggedSums | Refusal:
+    """The part of `double_reinforcement` that no target changes; arguments as there."""
+    states, actions, reward = as_finite_table("state", state), as_finite_table("logged", logged), as_table("rewards", rewards)
     if folds < 2 or groups % folds:
         raise RequestError(f"groups: expected a multiple of folds, and at least 2 folds, got {groups} and {folds}")
     if not 1 <= free <= states.shape[1] or np.ptp(states[:, 0]) > 0 or not states[0, 0]:
         raise RequestError(f"state, free: expected an intercept in the first column and 1 to {states.shape[1]} free ones, got {free}")
-    x_logged, x_target = (np.hstack([states, as_finite_table(name, x)]) for name, x in (("logged", logged), ("target", target)))
-    design = _design(x_logged, x_target, rewards, discount, following, truncated, player, rng=rng, folds=groups)
-    if design is None or design.folds < groups:
+    clusters = clusters_of(player, state=states, logged=actions, rewards=reward)
+    episode = _episode(reward, discount, following, truncated, clusters, steps=1)
+    if len(clusters.players) < groups:
         return Refusal("double_reinforcement", None, f"fewer than {groups} players: too few to refit the models without some of them")
-    reward, episode = design.reward, design.episode
-    refuse_other_rows(rewards=reward, weights=weight)
+    group = (rng.permutation(len(clusters.players)) % groups)[clusters.index]
+    scale = np.sqrt(np.concatenate([np.einsum("nd,nd->d", each, each) for each in (states, actions)]) / len(states))
+    scale[scale == 0] = 1.0
+    counted = np.isfinite(reward) & ~(episode.truncated[:, None] & (episode.discount > 0))
+    largest = np.where(episode.discount.any(0), episode.discount.max(0), 1.0)
+    shares = episode.discount / largest
+    patterns: dict[bytes, list[int]] = {}
+    for objective in range(reward.shape[1]):
+        patterns.setdefault(shares[:, objective].tobytes() + counted[:, objective].tobytes(), []).append(objective)
+    after, by_group = np.maximum(episode.following, 0), [np.flatnonzero(group == each) for each in range(groups)]
+    squares: dict[bytes, tuple[Floats, Floats]] = {}
+    found = []
+    for each in patterns.values():
+        objectives = np.array(each)
+        there, share = counted[:, each[0]], shares[:, each[0]]
+        seen = squares.get(there.tobytes())
+        gram = np.zeros((groups, len(scale), len(scale))) if seen is None else seen[0]
+        moved, earned = np.zeros((groups, len(scale), states.shape[1])), np.zeros((groups, len(scale), reward.shape[1]))
+        whole, count = np.zeros((groups, len(scale))), np.zeros(groups, dtype=np.int64)
+        for place, rows in enumerate(by_group):
+            mine = rows[there[rows]]
+            x: Floats = np.hstack([states[mine], actions[mine]]) / scale
+            if seen is None:
+                gram[place] = x.T @ x
+            if share.any():
+                moved[place] = x.T @ (states[after[mine]] / scale[: states.shape[1]] * share[mine, None])
+            earned[place][:, objectives] = x.T @ reward[np.ix_(mine, objectives)]
+            whole[place], count[place] = x.sum(0), len(mine)
+        metric = np.linalg.pinv(gram.sum(0) / max(int(count.sum()), 1), hermitian=True) if seen is None else seen[1]
+        squares[there.tobytes()] = gram, metric
+        factors = tuple((float(rate), objectives[largest[objectives] == rate]) for rate in np.unique(largest[objectives]))
+        found.append(_Alike(factors, there, share, gram, moved, earned, whole, count, metric))
+    return LoggedSums(states, actions, reward, episode, clusters, group, groups, folds, free, scale, counted, tuple(found))
+
+
+def reinforced(log: LoggedSums, target: ArrayLike, weights: ArrayLike, *, largest_weight: float | None = None) -> DoubleReinforcement:
+    """`double_reinforcement` of one target on what `logged_sums` made of the log; target [N, A] and weights [N] as there."""
+    wanted, weight = as_finite_table("target", target), as_vector("weights", weights)
+    refuse_other_rows(rewards=log.reward, target=wanted, weights=weight)
+    if wanted.shape != log.logged.shape:
+        raise RequestError(f"target: expected the shape of logged {log.logged.shape}, got {wanted.shape}")
+    reward, episode, clusters, group, groups, folds = log.reward, log.episode, log.clusters, log.group, log.groups, log.folds
     known, no_law = usable_weights(weight)
-    law, whole_weight = overlap_and_mean(known, clusters_of(player)), float(np.nansum(known))
-    limit = math.sqrt(len(np.unique(player))) if largest_weight is None else largest_weight
+    law, whole_weight = overlap_and_mean(known, clusters), float(np.nansum(known))
+    limit = math.sqrt(len(clusters.players)) if largest_weight is None else largest_weight
     known = np.minimum(known, limit)
     changed = 1 - float(np.nansum(known)) / whole_weight if whole_weight > 0 else 0.0
-    after, led = np.maximum(episode.following, 0), (episode.following >= 0)[:, None]
-    counted = np.isfinite(reward) & ~(episode.truncated[:, None] & (episode.discount > 0))
-    measured = counted & np.isfinite(known)[:, None]
-    fits = _nuisances(design, counted, states.shape[1], free, folds)
-    fold = design.fold % folds
-    by_fold = [np.flatnonzero(fold == held_out) for held_out in range(folds)]
-    features = [(states[mine], x_logged[mine], x_target[mine]) for mine in by_fold]
+    measured = log.counted & np.isfinite(known)[:, None]
+    theta, gamma = _fits(log, wanted)
 
-    def predicted(left_out: int | None) -> tuple[Floats, Floats, Floats]:
-        """q, v, u [N, M], each row by the fit without its fold and without the group left out."""
-        q, v, u = (whole[0].copy(), whole[1].copy(), whole[2].copy()) if left_out is not None else tuple(np.full(reward.shape, np.nan) for _ in range(3))
-        for held_out, (mine, (state_of, logged_of, target_of)) in enumerate(zip(by_fold, features, strict=True)):
-            if left_out is not None and left_out % folds == held_out:
-                continue  # it was never part of this fold's fit
-            for objectives, fit in fits:
-                theta, gamma = fit(held_out, left_out)
-                place = np.ix_(mine, objectives)
-                q[place], v[place], u[place] = logged_of @ theta, target_of @ theta, (state_of @ gamma)[:, None]
-        return q, v, u
+    rows, objectives = reward.shape
+    q, v, u = (np.full(reward.shape, np.nan) for _ in range(3))
+    pulled, valued = np.zeros((groups, objectives)), np.zeros((groups, objectives))  # summed over the rows left in each refit
+    at_once = max(1, REFITTED_NUMBERS // (groups * objectives))
+    for place in range(groups):
+        fold, mine = place % folds, np.flatnonzero(group == place)
+        refitted = np.arange(groups) % folds != fold  # the groups without which this group's model is another one
+        pull, value = np.zeros((1 + np.count_nonzero(refitted), objectives)), np.zeros((1 + np.count_nonzero(refitted), objectives))
+        for some in np.array_split(mine, max(1, math.ceil(len(mine) / at_once))):
+            x_target, next_target = (np.hstack([log.states[each], wanted[each]]) for each in (some, log.after[some]))
+            q_left = _product(np.hstack([log.states[some], log.logged[some]]), theta[fold])
+            follows = np.where((episode.following[some] >= 0)[:, None], episode.discount[some], 0.0)
+            surprise = reward[some][:, None] + follows[:, None] * _product(next_target, theta[fold]) - q_left
+            u_left = _product(log.states[some], gamma[fold])
+            used = np.where(np.isfinite(known[some]), known[some], 0.0)[:, None, None]
+            pull += np.where(measured[some][:, None], np.maximum(u_left, 0) * used * surprise, 0.0).sum(0)
+            value += _product(x_target.sum(0, keepdims=True), theta[fold])[0]
+            q[some], v[some], u[some] = q_left[:, 0], x_target @ theta[fold][:, 0], u_left[:, 0]
+        for total, part in ((pulled, pull), (valued, value)):
+            total[refitted] += part[1:]
+            total[~refitted & (np.arange(groups) != place)] += part[0]
+    begun, used_in = np.bincount(group, minlength=groups), np.stack([np.bincount(group, column, groups) for column in measured.T], 1)
+    refits = valued / (rows - begun)[:, None] + ratio_or_zero(pulled, used_in.sum(0) - used_in)
 
-    q, v, u = whole = predicted(None)
     occupied = np.maximum(u, 0)
 
     def summed(ratio: Floats) -> Terms:
-        sequence = (episode.discount, episode.following, episode.truncated, player)
+        sequence = (episode.discount, episode.following, episode.truncated, clusters.players[clusters.index])
         return _marginal("double_reinforcement", reward, ratio * known[:, None], q, v, *sequence, normalised=False)
 
     # the states of today are those that the log begins with, or that the target came to from yesterday's: what u says there can be checked one step back
-    before = np.full(len(reward), -1)
-    before[episode.following[led[:, 0]]] = np.flatnonzero(led[:, 0])
+    led = np.flatnonzero(episode.following >= 0)
+    before = np.full(rows, -1)
+    before[episode.following[led]] = led
     came = (before >= 0) & np.isfinite(known[before])
     back = np.where(came[:, None], 1 + episode.discount[before] * np.where(came, known[before], 0.0)[:, None] * occupied[before], 1.0)
     back = np.where(((before >= 0) & ~came)[:, None], occupied, back)
     terms = summed(occupied)
     gap = paired_difference(summed(back), terms)
     apart = np.where(episode.discount.any(0), np.abs(ratio_or_zero(np.nan_to_num(gap.values()), gap.standard_errors())), 0.0)
-    refits = np.full((groups, reward.shape[1]), np.nan)
-    fitted = np.isfinite(v).all(0)
-    for group in range(groups if fitted.any() else 0):
-        q_left, v_left, u_left = predicted(group)
-        rest = design.fold != group
-        surprise = np.where(measured, reward + np.where(led, episode.discount * v_left[after], 0.0) - q_left, 0.0)
-        pull = np.maximum(u_left, 0) * np.where(np.isfinite(known), known, 0.0)[:, None] * surprise
-        refits[group] = v_left[rest].mean(0) + ratio_or_zero(pull[rest].sum(0), measured[rest].sum(0).astype(np.float64))
     below = ratio_or_zero(np.maximum(-u, 0).sum(0), np.abs(u).sum(0))
     terms = replace(
         terms,
         refits=refits,
-        group=design.fold[np.unique(clusters_of(player).index, return_index=True)[1]],
+        group=group[np.unique(clusters.index, return_index=True)[1]],
         support=tuple(
             replace(support, overlap=law[0], mean_weight=law[1], changed=changed, setting=limit if changed else None, negative=float(share), apart=float(z))
             for support, share, z in zip(terms.support, below, apart, strict=True)
@@ -1036,96 +1144,88 @@ def double_reinforcement(
     return DoubleReinforcement(terms, q, v, u)
 
 
-def _nuisances(design: _Design, counted: Bools, states: int, free: int, folds: int) -> list[tuple[Ints, Callable[[int, int | None], tuple[Floats, Floats]]]]:
-    """Per set of objectives with one discount and the same rows: the fit without a fold and a group: coefficients of q [d, objectives] and of u [states].
+def _product(x: Floats, coefficients: Floats) -> Floats:
+    """x [n, d] @ coefficients [d, L, M] as one product of two matrices, [n, L, M]."""
+    found: Floats = x @ coefficients.reshape(len(coefficients), -1)
+    return found.reshape(len(x), *coefficients.shape[1:])
 
-    Everything is a function of sums over groups of players, so leaving one out costs a small system of equations and no pass over the rows.
+
+def _fits(log: LoggedSums, target: Floats) -> tuple[list[Floats], list[Floats]]:
+    """Per fold that is held out: coefficients of q [d, L, M] and of u [S, L, M], fitted on all others, then without one more group, for each not in the fold.
+
+    Everything is a function of sums over groups of players, so leaving one out costs small systems of equations and no pass over the rows.
     """
-    width = design.logged.shape[1]
-    scale, groups = design.scale, design.folds
-    after = np.maximum(design.episode.following, 0)
-    starts = np.stack([design.target[design.fold == group].sum(0) / scale for group in range(groups)])
-    begun = np.bincount(design.fold, minlength=groups)
-    penalty = np.r_[np.zeros(free), np.ones(width - free)]
-    alike: dict[bytes, list[int]] = {}
-    for objective in range(design.reward.shape[1]):
-        alike.setdefault(np.append(design.episode.discount[:, objective], counted[:, objective]).tobytes(), []).append(objective)
-    found = []
-    squares: dict[bytes, Floats] = {}  # most of the work; objectives whose discounts differ by a factor alone share it
-    for objectives in (np.array(each) for each in alike.values()):
-        rate, there = design.episode.discount[:, objectives[0]], counted[:, objectives[0]]
-        largest = float(rate.max()) or 1.0
-        share = rate / largest
-        gram, shifted = there.tobytes(), share.tobytes() + there.tobytes()
-        parts: list[tuple[Floats, ...]] = []
-        for group in range(groups):
-            mine = np.flatnonzero(there & (design.fold == group))
-            x: Floats = design.logged[mine] / scale
-            square = squares[gram][group] if gram in squares else x.T @ x
-            moved = squares[shifted][group] if shifted in squares else x.T @ (design.target[after[mine]] / scale * share[mine, None])
-            parts.append((square, moved, x.T @ design.reward[np.ix_(mine, objectives)], x.sum(0), np.array(len(mine))))
-        sums = [np.stack(each) for each in zip(*parts, strict=True)]
-        squares[gram], squares[shifted] = sums[:2]
-        sums[1] = largest * sums[1]
-        found.append((objectives, _fit_of(sums, starts, begun, penalty, scale, states, folds, still=not rate.any())))
-    return found
+    groups, folds, scale, after = log.groups, log.folds, log.scale, log.after
+    states, width, objectives = log.states.shape[1], len(scale), log.reward.shape[1]
+    left = 1 + groups - groups // folds
+    theta, gamma = ([np.full((size, left, objectives), np.nan) for _ in range(folds)] for size in (width, states))
+    by_group = [np.flatnonzero(log.group == each) for each in range(groups)]
+    starts = np.stack([np.concatenate([log.states[mine].sum(0), target[mine].sum(0)]) for mine in by_group]) / scale
+    begun = np.array([len(mine) for mine in by_group])
+    for each in log.alike:
+        moved = np.zeros_like(each.gram)
+        if each.share.any():
+            for place, mine in enumerate(rows_of[each.there[rows_of]] for rows_of in by_group):
+                x = np.hstack([log.states[mine], log.logged[mine]]) / scale
+                moved[place, :, :states] = each.moved[place]
+                moved[place, :, states:] = x.T @ (target[after[mine]] / scale[states:] * each.share[mine, None])
+        _fit_alike(each, moved, starts, begun, log, theta, gamma)
+    return theta, gamma
 
 
-def _fit_of(
-    sums: list[Floats], starts: Floats, begun: Ints, penalty: Floats, scale: Floats, states: int, folds: int, *, still: bool
-) -> Callable[[int, int | None], tuple[Floats, Floats]]:
-    groups, width = len(begun), len(penalty)
-    whole = [each.sum(0) for each in sums]
-    empty = whole[4] == 0
-    fold = np.arange(groups) % folds
-    one = np.r_[1.0 / scale[0], np.zeros(states - 1)]
+def _fit_alike(each: _Alike, moved: Floats, starts: Floats, begun: Ints, log: LoggedSums, theta: list[Floats], gamma: list[Floats]) -> None:
+    """Fill in `theta`, `gamma` for the objectives of `each`; scaled: moved [G, d, d] = sum share x x'^T, starts [G, d] = sum x_target over begun [G] rows."""
+    states, width, folds, scale = log.states.shape[1], len(log.scale), log.folds, log.scale
+    fold = np.arange(log.groups) % folds
+    penalty = np.diag(np.r_[np.zeros(log.free), np.ones(width - log.free)])
     least = 1e-9 * np.eye(width)  # columns that are sums of others must not divide by 0
+    smooth = 1e-3 * np.diag(np.r_[0.0, np.ones(states - 1)])
+    sums: list[Floats] = [each.gram, moved, each.earned, each.whole, each.count.astype(np.float64), starts, begun.astype(np.float64)]
+    total = [one.sum(0) for one in sums]
+    if not total[4]:
+        return
 
-    def without(out: Bools) -> tuple[Floats, ...]:
-        """gram, shifted, earned, mean, count, start: averages over the rows of the groups that are not out."""
-        gram, shifted, earned, total, count = (all_of_it - each[out].sum(0) for all_of_it, each in zip(whole, sums, strict=True))
-        n = max(float(count), 1.0)
-        return gram / n, shifted / n, earned / n, total / n, (starts.sum(0) - starts[out].sum(0)) / (begun.sum() - begun[out].sum())
+    def averages(summed: Sequence[Floats]) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+        """gram, moved, earned, mean, start."""
+        gram, passed, earned, mean, start = (one / max(float(summed[rows]), 1.0) for one, rows in zip((*summed[:4], summed[5]), (4, 4, 4, 4, 6), strict=True))
+        return gram, passed, earned, mean, start
 
-    def model(averages: tuple[Floats, ...], ridge: float) -> Floats:
-        gram, shifted, earned, _, _ = averages
-        return np.linalg.solve(gram + ridge * np.diag(penalty) + least - shifted, earned).astype(np.float64)
+    def model(gram: Floats, passed: Floats, earned: Floats, rate: float, ridge: float) -> Floats:
+        return np.linalg.solve(gram + ridge * penalty + least - rate * passed, earned).astype(np.float64)
 
-    def occupancy(averages: tuple[Floats, ...]) -> Floats:
-        """alpha of `density_ratio`."""
-        gram, shifted, _, mean, start = averages
-        moments = gram - shifted
-        inverse = np.linalg.solve(gram + least, np.column_stack([moments.T, start]))
-        square = moments @ inverse[:, :-1] + RATIO_RIDGE * (gram - np.outer(mean, mean)) + least
-        return np.linalg.solve(square, moments @ inverse[:, -1]).astype(np.float64)
-
-    metric = np.linalg.pinv(without(np.zeros(groups, bool))[0], hermitian=True)
-    held = [(without(fold == each), without(fold != each), float(sums[4][fold == each].sum())) for each in range(folds)]
-    errors = np.zeros((len(FIT_RIDGES), sums[2].shape[2]))
-    for place, ridge in enumerate(FIT_RIDGES if not empty else ()):
-        for rest, part, count in held:
-            surprise = part[2] - (part[0] - part[1]) @ model(rest, ridge)
-            errors[place] += count * np.einsum("dm,de,em->m", surprise, metric, surprise)
-    of_q = errors.argmin(0)
-
-    def fit(held_out: int, left_out: int | None) -> tuple[Floats, Floats]:
-        out = fold == held_out
-        if left_out is not None:
-            out[left_out] = True
-        if empty or not sums[4][~out].sum():
-            return np.full((width, sums[2].shape[2]), np.nan), np.full(states, np.nan)
-        averages = without(out)
-        theta = np.empty((width, sums[2].shape[2]))
-        for place in np.unique(of_q):
-            theta[:, of_q == place] = model(averages, FIT_RIDGES[place])[:, of_q == place]
-        gamma = one
-        if not still:
-            gram = averages[0]
-            smooth = gram[:states, :states] + 1e-3 * np.diag(np.r_[0.0, np.ones(states - 1)])
-            gamma = np.linalg.solve(smooth, gram[:states] @ occupancy(averages)) / scale[:states]
-        return theta / scale[:, None], gamma
-
-    return fit
+    parts = [[one[fold == held_out].sum(0) for one in sums] for held_out in range(folds)]
+    rests = [[one - other for one, other in zip(total, part, strict=True)] for part in parts]
+    chosen: list[tuple[float, float, Ints]] = []  # factor, ridge of q, objectives
+    for rate, objectives in each.factors:
+        errors = np.zeros((len(FIT_RIDGES), len(objectives)))
+        for part, rest in zip(parts, rests, strict=True):
+            gram, passed, earned, _, _ = averages(part)
+            gram_of, passed_of, earned_of, _, _ = averages(rest)
+            for place, ridge in enumerate(FIT_RIDGES):
+                surprise = earned[:, objectives] - (gram - rate * passed) @ model(gram_of, passed_of, earned_of[:, objectives], rate, ridge)
+                errors[place] += float(part[4]) * np.einsum("dm,de,em->m", surprise, each.metric, surprise)
+        best = errors.argmin(0)
+        chosen += [(rate, FIT_RIDGES[place], objectives[best == place]) for place in np.unique(best)]
+    still = not each.share.any()
+    for held_out, rest in enumerate(rests):
+        for place, without in enumerate([None, *np.flatnonzero(fold != held_out)]):
+            left = rest if without is None else [one - other[without] for one, other in zip(rest, sums, strict=True)]
+            if not left[4]:
+                continue
+            gram, passed, earned, mean, start = averages(left)
+            for rate, ridge, objectives in chosen:
+                theta[held_out][:, place, objectives] = model(gram, passed, earned[:, objectives], rate, ridge) / scale[:, None]
+            if still:
+                for _, objectives in each.factors:
+                    gamma[held_out][:, place, objectives] = np.r_[1.0 / scale[0], np.zeros(states - 1)][:, None]
+                continue
+            # alpha of `density_ratio` with A = gram - rate moved: what does not depend on the rate is worked out once
+            solved = passed @ np.linalg.solve(gram + least, np.column_stack([passed.T, start]))
+            fixed, both = gram + RATIO_RIDGE * (gram - np.outer(mean, mean)) + least, passed + passed.T
+            alpha = [np.linalg.solve(fixed - rate * both + rate**2 * solved[:, :-1], start - rate * solved[:, -1]) for rate, _ in each.factors]
+            ratios = np.linalg.solve(gram[:states, :states] + smooth, gram[:states] @ np.stack(alpha, 1)) / scale[:states, None]
+            for (_, objectives), ratio in zip(each.factors, ratios.T, strict=True):
+                gamma[held_out][:, place, objectives] = ratio[:, None]
 
 
 # --- the model -------------------------------------------------------------------------------------------------------------------------------

@@ -253,12 +253,12 @@ def test_an_action_on_a_bound_weighs_nothing_and_an_unknown_propensity_is_no_num
 
 
 def terms_of(value, players=400, spread=1.0, seed=0):
-    """Self-normalised terms of two objectives whose mean is `value` in the first and 0 in the second, ten rows a player."""
+    """Self-normalised terms of two objectives whose mean is 1 + `value` in the first and 1 in the second, ten rows a player."""
     rng = np.random.default_rng(seed)
     player = np.repeat(np.arange(players), 10)
     reward = rng.normal(0, spread, (len(player), 2))
     reward -= reward.mean(0)
-    return ope.self_normalised(reward + np.array([value, 0.0]), np.ones(len(player)), player)
+    return ope.self_normalised(reward + np.array([1.0 + value, 1.0]), np.ones(len(player)), player)
 
 
 def gate(panel, against, weights, alpha):
@@ -298,6 +298,18 @@ def test_a_rate_too_small_for_the_resamples_stretches_the_interval_as_the_normal
     _, at_least = gate(panel, "old", weights, 1e-5)
     assert at_one["value"] - at_one["low"] == pytest.approx(2.326 * error, rel=0.15)
     assert (at_least["value"] - at_least["low"]) / (at_one["value"] - at_one["low"]) == pytest.approx(4.265 / 2.326, rel=1e-3)
+
+
+def test_a_spread_known_from_twenty_refits_stretches_as_students_tail_goes():
+    values = np.array([1.0, 0.0])
+    refitted = {
+        name: replace(terms, refits=terms.values() + np.where(np.arange(20) % 2, 0.02, -0.02)[:, None] * values * (name == OWN_POLICY))
+        for name, terms in {OWN_POLICY: terms_of(1.0, seed=1), "old": terms_of(0.0, seed=2)}.items()
+    }
+    _, at_one = gate(refitted, "old", values, 0.01)
+    _, at_least = gate(refitted, "old", values, 1e-5)
+    # 19 degrees of freedom: 5.626 and 2.539 where the normal law has 4.265 and 2.326
+    assert (at_least["value"] - at_least["low"]) / (at_one["value"] - at_one["low"]) == pytest.approx(5.6257 / 2.5395, rel=1e-3)
 
 
 def test_evidence_of_too_few_players_is_refused_however_good_it_looks():

@@ -1155,6 +1155,25 @@ def test_verdict_thresholds(change, words):
     assert ope.verdict(replace(FINE, **change)) == words
 
 
+def test_an_interval_much_wider_than_its_value_is_not_trusted():
+    weights = np.ones(1_000)
+    (rare,) = ope.estimate(ope.inverse_propensity(0.2 + 5 * rng(1).normal(size=1_000), weights, np.arange(1_000)), rng=rng(), resamples=400)
+    assert isinstance(rare, ope.Estimate)
+    width = (rare.high - rare.low) / abs(rare.value)
+    assert width > ope.LARGEST_WIDTH
+    assert rare.verdict == f"do not trust: the interval is {width:.1f} times as wide as what it measures: too few outcomes to say more"
+    often = np.where(np.arange(1_000) % 20 == 0, 1.0, 0.0)
+    (enough,) = ope.estimate(ope.inverse_propensity(often, weights, np.arange(1_000)), rng=rng(), resamples=400)
+    assert isinstance(enough, ope.Estimate)
+    assert enough.verdict == "trust"
+    # a difference near zero and a sum that cancels are measured by what they are made of
+    same = ope.inverse_propensity(1 + often, np.where(np.arange(1_000) % 2, 1.1, 0.9), np.arange(1_000))
+    (difference,) = ope.estimate(ope.paired_difference(same, ope.inverse_propensity(1 + often, weights, np.arange(1_000))), rng=rng(), resamples=400)
+    assert isinstance(difference, ope.Estimate)
+    assert difference.high - difference.low > ope.LARGEST_WIDTH * abs(difference.value)
+    assert difference.verdict == "trust"
+
+
 def test_verdict_joins_every_reason():
     assert ope.verdict(FINE, unusable=0.01) == "trust"
     said = ope.verdict(replace(FINE, overlap=0.01, top_share=0.5), unusable=0.02, standard_error=0.0)
@@ -1571,12 +1590,37 @@ def test_double_reinforcement_leaves_out_group_by_group_models_and_all():
     assert found.terms.refit_errors(np.eye(1))[0] == pytest.approx(error, rel=1e-12)
 
 
+def test_targets_that_share_a_log_are_answered_as_each_alone():
+    log = walk()
+    log["rewards"] = np.column_stack([log["rewards"], np.where(np.arange(960) % 7, -log["rewards"], np.nan), 3 * log["rewards"], log["rewards"]])
+    log["discount"] = np.tile([0.8, 0.8, 0.4, 0.0], (960, 1))
+    shared = ope.logged_sums(**{name: log[name] for name in log if name not in {"target", "weights"}}, rng=np.random.default_rng(0))
+    assert isinstance(shared, ope.LoggedSums)
+    for target, weights in ((log["target"], log["weights"]), (np.zeros((960, 1)), np.where(log["weights"] == 0, 1.5, 0.0))):
+        alone = ope.double_reinforcement(**(log | {"target": target, "weights": weights}), rng=np.random.default_rng(0))
+        together = ope.reinforced(shared, target, weights)
+        assert isinstance(alone, ope.DoubleReinforcement)
+        np.testing.assert_array_equal(together.terms.values(), alone.terms.values())
+        np.testing.assert_array_equal(together.terms.refits, alone.terms.refits)
+        # an objective answered beside others is answered as by itself: discounts, missing outcomes and refits are not mixed up
+        for objective in range(4):
+            one = {name: log[name][:, [objective]] for name in ("rewards", "discount")}
+            single = ope.double_reinforcement(**(log | one | {"target": target, "weights": weights}), rng=np.random.default_rng(0))
+            np.testing.assert_allclose(single.terms.values()[0], together.terms.values()[objective], rtol=1e-9)
+            np.testing.assert_allclose(single.terms.refits[:, 0], together.terms.refits[:, objective], rtol=1e-9)
+    with pytest.raises(RequestError, match="target: expected the shape of logged"):
+        ope.reinforced(shared, np.zeros((960, 2)), log["weights"])
+
+
 def test_an_interval_is_never_narrower_than_its_refits_say():
     terms = ope.direct_method(np.random.default_rng(0).normal(size=400), np.arange(400))
     answer = ope.estimate(terms, rng=np.random.default_rng(1))[0]
-    wide = ope.estimate(replace(terms, refits=answer.value + np.array([[0.3], [-0.3]])), rng=np.random.default_rng(1))[0]
-    assert wide.standard_error == pytest.approx(0.3)
-    assert (wide.high - wide.low) / (answer.high - answer.low) == pytest.approx(0.3 / answer.standard_error)
+    refits = answer.value + np.array([[0.3], [-0.3], [0.0]])
+    wide = ope.estimate(replace(terms, refits=refits), rng=np.random.default_rng(1))[0]
+    error = math.sqrt(2 / 3 * (0.3**2 + 0.3**2))
+    assert wide.standard_error == pytest.approx(error)
+    # three groups tell a spread as two degrees of freedom do: Student's 4.3027 in place of the normal law's 1.95996
+    assert (wide.high - wide.low) / (answer.high - answer.low) == pytest.approx(error / answer.standard_error * 4.30265 / 1.95996, rel=1e-5)
     calm = ope.estimate(replace(terms, refits=np.full((20, 1), answer.value)), rng=np.random.default_rng(1))[0]
     assert (calm.low, calm.high) == (answer.low, answer.high)
 

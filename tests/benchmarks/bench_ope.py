@@ -69,6 +69,14 @@ def test_the_panel_on_a_million_decisions():
     assert isinstance(ratio, ope.DensityRatio)
     q, v = fit.q, fit.v
     arrays = sum(array.nbytes for array in log.values()) + q.nbytes + v.nbytes + ratio.ratio.nbytes
+
+    def reinforced() -> ope.Terms:
+        """The platform's default; its models are fitted in it."""
+        state, logged, target = log["x_logged"][:, :-ACTIONS], log["x_logged"][:, -ACTIONS:], log["x_target"][:, -ACTIONS:]
+        found = ope.double_reinforcement(state, logged, target, rewards, weights, **sequence, rng=np.random.default_rng(4))
+        assert isinstance(found, ope.DoubleReinforcement)
+        return found.terms
+
     kernel = [log[name] for name in ("actions", "target_actions", "logger_density")] + [np.array([[-6.0, 6.0]] * ACTIONS), player]
     panel = (
         lambda: ope.inverse_propensity(rewards, weights, player),
@@ -86,6 +94,7 @@ def test_the_panel_on_a_million_decisions():
         lambda: ope.magic(rewards, weights, q, v, **sequence, steps=4, rng=np.random.default_rng(2)),
         lambda: ope.marginal(rewards, ratio.ratio, **sequence),
         lambda: ope.marginal_doubly_robust(rewards, ratio.ratio, q, v, **sequence),
+        reinforced,
     )
     print(f"\n{'fitted_q':45} {fitted:6.1f} s\n{'density_ratio':45} {time.perf_counter() - begun - fitted:6.1f} s")
     for estimator in panel:
