@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-ope bench-obp bench-analyst bench-train mutants
+.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-ope bench-obp bench-analyst bench-train bench-learning mutants
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -67,6 +67,9 @@ bench-analyst: $(VENV)/.installed  ## what an analyst waits for: pages, sliders,
 
 bench-train: $(VENV)/.installed  ## both stages of training against a bare PyTorch loop, and the slope over rows; DECISIONS=3000000 for the largest log
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_train.py $(ARGS)
+
+bench-learning: $(VENV)/.installed  ## each part of the learner switched off in turn, against the truth; CELLS=folder to go on in
+	@$(VENV)/bin/python -m pytest -s -o python_files='bench_learning.py' tests/benchmarks/bench_learning.py $(ARGS)
 
 mutants: $(VENV)/.installed  ## what the tests of fastq/equations.py would not notice, line by line; mutmut lies in build/, outside the environment
 	@test -d build/mutmut || $(VENV)/bin/python -m pip install --quiet -c requirements.lock --target build/mutmut mutmut==3.8.1

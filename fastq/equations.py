@@ -182,7 +182,7 @@ def difficulty_weights(named: Tensor) -> Tensor:
     """Eq. 14: [K] how often rows of each policy are drawn next, from how often the adversary named each branch, [K] counts: `1 + n_k` over their sum.
 
     The published form has `n_k` alone, with which a policy that was never named would never be drawn again, and an adversary that names none of
-    a batch's could not be trained at all; the 1 is the repair.
+    a batch's could not be trained at all; the 1 is the repair (departure 9).
     """
     share: Tensor = (1.0 + named) / (1.0 + named).sum()
     return share

@@ -116,7 +116,7 @@ WORLDS = {
         # bonuses are dear: one that is seldom worth its price, and a ceiling that binds
         Arena(name="costly", weights=(1.0, 1.0, 1.0, 1.0, -3.0), ceiling=0.06, bonus_half=20.0),
         # one of the policies does already what the search in the truth finds, with little noise: there is nothing to gain
-        Arena(name="settled", policies=("settled", "retain", "spend"), first=BEST_ON_ARENA, noise=(0.6, 2.0, 0.35)),
+        Arena(name="settled", policies=("settled", "retain", "spend"), first=BEST_ON_ARENA, noise=(0.25, 1.0, 0.15)),
         # challenges come ready-made: 135 items, each a level, a bonus and a number of nudges
         Arena(name="catalogue", levels=((2, 3, 4, 5, 6, 8, 10, 13, 17), (0, 5, 10, 20, 35), (0, 1, 3))),
     )

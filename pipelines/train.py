@@ -92,6 +92,8 @@ def start_of(platform: Platform, data: Windows, said: str | None = None) -> tupl
         if list(policy.policies) != list(data.policies)
         else f"{', '.join(new)} took values that champion {version} does not know"
         if new
+        else "the preset paper always learns from the start"
+        if platform.training.preset == "paper"
         else "items of a catalogue are encoded anew"
         if policy.catalogue is not None
         else f"the logs have not grown: champion {version} learned from {before:,} decisions"

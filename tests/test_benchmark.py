@@ -151,6 +151,40 @@ def test_on_a_platforms_own_logs_all_are_estimated_on_players_that_none_saw(tmp_
     json.dumps(document, allow_nan=False)
 
 
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A small log of the catalogue: platform and windows."""
+    directory = tmp_path_factory.mktemp("catalogue")
+    platform = load_platform(worlds.write_logs(worlds.world("catalogue"), directory, players=60, days=12, seed=7))
+    tables = records.read_records(platform)
+    return platform, windows.build(platform, tables, features.build_rows(platform, tables))
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_boosting_ranks_the_items_of_a_catalogue(shop, monkeypatch, large):
+    platform, data = shop
+    if large:  # only items near what the policies would propose are ranked, as in a catalogue of thousands
+        monkeypatch.setattr(benchmark, "NEAREST_ITEMS", 40)
+    reward, bonus = np.zeros_like(data.reward), np.array([float(name.split("bonus")[1].split("-")[0]) for name in data.catalogue.ids])
+    reward[:, 0] = (bonus[data.item] == 10) * 1.0  # ten rupees are best for everybody
+    lesson = benchmark.lessons(platform, dataclasses.replace(data, reward=reward))
+    chosen = benchmark.boosting(lesson, "boosting-now", seed=0)(data.states(np.arange(40)))
+    assert set(chosen) <= set(data.catalogue.ids)
+    assert (bonus[data.catalogue.positions(list(chosen))] == 10).mean() > 0.9
+
+
+def test_the_published_form_takes_as_many_steps_as_the_rivals(log):
+    platform, data = log
+    learning = int(0.85 * len(benchmark.lessons(platform, data).row))
+    batches = max(learning // 1024, 1)
+    assert benchmark.published_epochs(platform, data, 20 * 7 * batches) == 7
+    assert benchmark.published_epochs(platform, data, 10**9) == 100, "never more than were published"
+    choose = benchmark.learn("paper", platform, data, 0, 20 * batches)
+    action = choose(data.states(np.arange(10)))
+    low, high = platform.bounds.T
+    assert ((action >= low) & (action <= high)).all()
+
+
 class TestFigures:
     def test_students_interval_by_hand(self):
         mean, low, high = benchmark.t_interval(np.array([1.0, 2.0, 3.0]))
@@ -192,7 +226,7 @@ class TestAsking:
     def test_what_is_not_installed_is_left_out_and_said(self, monkeypatch):
         monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
         methods, notes = benchmark.checked_methods(benchmark.METHODS)
-        assert methods == ("fastq", *benchmark.BOOSTING)
+        assert methods == ("fastq", "paper", *benchmark.BOOSTING)
         assert "pip install 'fastq[rivals]'" in notes[0]
 
     def test_an_unknown_world_ends_with_2(self, fastq, tmp_path):

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 import yaml
 
-from fastq import features, worlds
+from fastq import features, records, worlds
 from fastq.errors import ConfigurationError, RequestError
 from fastq.platform import load_platform
 
@@ -284,3 +284,56 @@ def test_a_wheel_that_is_none_is_refused_with_a_sentence(tmp_path):
         worlds.open_bandit(tmp_path, wrong)
     with pytest.raises(ConfigurationError, match="sha256"):
         worlds.open_bandit(tmp_path, cache=tmp_path)
+
+
+# ---- worlds where actions are items, and where nothing is to be gained --------------------------------------------------------
+CATALOGUE = worlds.world("catalogue")
+
+
+def test_every_action_of_a_catalogue_is_an_item_and_its_logged_chance_is_how_often_it_comes():
+    simulation = worlds.Simulation(CATALOGUE, 4_000, 11)
+    names, what = worlds.items(CATALOGUE)
+    assert len(set(names)) == len(names) == 135
+    behaviour = simulation.behaviour()
+    found = worlds.item_ids(CATALOGUE, behaviour.action)
+    assert set(found) <= set(names)
+    np.testing.assert_array_equal(worlds.nearest_items(CATALOGUE, behaviour.proposals), behaviour.proposals)
+    means = simulation.proposals()
+    law = worlds.action_density(CATALOGUE, what[None, :, None], means[:50, None])  # [players, items, policies]
+    np.testing.assert_allclose(law.sum(1), 1, rtol=1e-9)
+    drawn = np.stack([simulation.behaviour(np.random.default_rng(i)).proposals[:50] for i in range(400)])
+    for k in range(3):
+        often = (drawn[:, :, k, None] == what).all(-1).mean(0)  # [players, items]
+        error = np.sqrt(law[:, :, k] * (1 - law[:, :, k]) / 400)
+        assert (np.abs(often - law[:, :, k]) <= 5 * error + 0.005).all()
+    position = [names.index(item) for item in found[:50]]
+    acted = behaviour.policy[:50]
+    np.testing.assert_allclose(behaviour.propensity[np.arange(50), acted], law[np.arange(50), position, acted], rtol=1e-12)
+
+
+def test_a_catalogue_is_logged_with_its_items_and_read_back(tmp_path):
+    platform = load_platform(worlds.write_logs(CATALOGUE, tmp_path, players=30, days=5, seed=1, end=END))
+    tables = records.read_records(platform)
+    assert tables.counts["decisions"].quarantined == 0
+    assert len(tables.items) == 135
+    assert set(tables.decisions["item_id"]) <= set(worlds.items(CATALOGUE)[0])
+    assert tables.decisions["propensity"].is_between(0, 1, closed="right").all()
+
+
+def test_what_lies_between_two_levels_is_the_nearest_item():
+    np.testing.assert_array_equal(worlds.nearest_items(CATALOGUE, np.array([[6.9, 12.0, 2.4]])), [[6, 10, 3]])
+    assert worlds.item_ids(CATALOGUE, np.array([[6.9, 12.0, 2.4], [np.nan, 1, 1]])).tolist() == ["games6-bonus10-nudges3", None]
+
+
+def test_where_a_policy_is_settled_it_is_as_good_as_what_the_search_finds_on_the_arena():
+    settled = worlds.world("settled")
+    values = {name: worlds.true_values(settled, name, players=400, days=20, seed=100, burn_in=7).total for name in (*settled.policies, worlds.MIXTURE)}
+
+    def linear(states):
+        weights = np.array(settled.first)
+        summary = worlds.summarise(states["history"], states["actions"])
+        return weights[:, 0] + summary @ weights[:, 1:].T
+
+    without = worlds.true_values(settled, linear, players=400, days=20, seed=100, burn_in=7).total
+    assert max(values, key=values.get) == "settled"
+    assert without - values["settled"] < 0.05 * (values["settled"] - values[worlds.MIXTURE]), "its noise costs little"
