@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +40,7 @@ INTERACTIONS = (0.0, 0.1, 0.3, 1.0)  # prior scales tried for effects that depen
 DOUBT_RIDGE = 1.0  # weak, pooled: the doubt must not shrink with the mean
 LARGEST_PRICE = 64.0  # of a guardrail, in largest objective weights
 GUARDRAIL_SAMPLE = 1_024  # states on which the guardrails' prices are found
+LOOKED_AT = 8_192  # decisions whose situations are in memory together
 REFERENCE_ROWS = 20_000  # logged decisions kept in the bundle as evidence
 TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
@@ -210,7 +211,15 @@ class ValueAndActor(lightning.LightningModule):
 
     def advantage(self, phi: Tensor, index: Tensor) -> Tensor:
         """[B, M, 2] effect of action features, of the value and of the immediate value, against the reference; networks' units."""
-        return torch.einsum("bmtp,bp->bmt", self.data["slope"][index], phi - self.data["reference"][index])
+        return torch.einsum("bs,mtsp,bp->bmt", self.data["psi"][index], self.data["effects"], phi - self.data["reference"][index])
+
+    def bound(self, u: Tensor, index: Tensor) -> Tensor:
+        """[B] Eq. 9 of actions in standard units, against the reference."""
+        data = self.data
+        difference = equations.action_features(u, self.polynomial) - data["reference"][index]
+        design = (data["psi"][index][:, :, None] * difference[:, None]).flatten(1)
+        variance = ((design @ data["doubt"]) * design).sum(-1)
+        return equations.lower_bound((data["priced"][index] * difference).sum(-1), variance, self.caution)
 
     def training_step(self, index: Tensor) -> None:
         data = self.data
@@ -237,10 +246,7 @@ class ValueAndActor(lightning.LightningModule):
         state = torch.where(explore[:, None], data["counterfactual"][index, other], data["b"][index])
         cloned = torch.where(explore[:, None], data["expert"][index, other], data["action"][index])
         u = self.actor(state, data["reach"][index])
-        difference = equations.action_features(u, self.polynomial) - data["reference"][index]
-        value = (data["priced"][index] * difference).sum(-1)
-        variance = torch.einsum("bp,bpq,bq->b", difference, data["doubt"][index], difference)
-        bound = equations.lower_bound(value, variance, self.caution)
+        bound = self.bound(u, index)
         cloning = equations.masked_squared_error(u, cloned)
         actor_loss = -equations.behaviour_weight(bound, 2.5) * bound.mean() + cloning * 0.1
         self.optimizers_[1].zero_grad()
@@ -257,9 +263,7 @@ class ValueAndActor(lightning.LightningModule):
         )
         level = self.values(data["b"][index]).mean(0)[..., 0] + self.advantage(data["phi"][index], index)[..., 0]
         error = torch.where(data["usable"][index], data["reward"][index] + data["discount"][index] * next_q - level, 0.0)
-        difference = equations.action_features(self.actor(data["b"][index], data["reach"][index]), self.polynomial) - data["reference"][index]
-        variance = torch.einsum("bp,bpq,bq->b", difference, data["doubt"][index], difference)
-        bound = equations.lower_bound((data["priced"][index] * difference).sum(-1), variance, self.caution).mean()
+        bound = self.bound(self.actor(data["b"][index], data["reach"][index]), index).mean()
         self.epochs_done += 1
         self.history.append({"td_error": float(error.square().mean()), "bound": float(bound), "level": float(level.mean())})
         if not all(map(math.isfinite, self.history[-1].values())):
@@ -365,7 +369,7 @@ def train(
 
     if start is None:
         units = Units.of(windows.action[learning], windows.catalogue is not None)
-        encoding = fit_encoding(platform, windows.matrix[np.unique(windows.rows_of(np.flatnonzero(learning)))], windows.attributes.filter(learning))
+        encoding = fit_encoding(platform, windows.matrix, windows.attributes.filter(learning), windows.rows_seen(np.flatnonzero(learning)))
     else:
         units, encoding = start.units, start.encoding
     learned = np.flatnonzero(learning)
@@ -404,8 +408,7 @@ def published(lesson: Lesson) -> tuple[Policy, Represented, dict[str, Any]]:
     seen = represent(policy.network, states)
     policy = replace(policy, reference=reference_rows(windows, seen, lesson.learned, platform.training.seed))
     sample = np.random.default_rng(platform.training.seed).permutation(lesson.learned)[:GUARDRAIL_SAMPLE]
-    some = represent(policy.network, states, sample)
-    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, some))}, "history": history}
+    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, some(seen, sample)))}, "history": history}
 
 
 def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represented, dict[str, Any]]:
@@ -451,17 +454,16 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     )
     if start is not None:
         policy.actor.load_state_dict(start.actor.state_dict())
-    at = situation_of(policy, seen)
     sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
-        linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, at, windows, features, scale), learned)
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
-    targets = level_targets(policy, at, windows, features, scale)
+        linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, seen, windows, features, scale), learned)
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, some(seen, sample))))
+    targets = level_targets(policy, seen, windows, features, scale)
     linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, targets, learned)
 
     module = ValueAndActor(
         policy,
-        stage_two_data(policy, at, network, states, windows, features, scale),
+        stage_two_data(policy, seen, network, states, windows, features, scale),
         torch.from_numpy(lesson.checked),
         seed=training.seed,
         epochs=min(training.epochs, LEVEL_EPOCHS if start is None else WARM_EPOCHS),
@@ -478,13 +480,13 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     for part in (policy.values, policy.actor):
         part.eval().requires_grad_(False)
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, some(seen, sample))))
     policy = replace(policy, details={"own_response": critic.own_response})
     return (
         policy,
         seen,
         {
-            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen)[sample])},
+            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, some(seen, sample)))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
             "confirmed": {
                 name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
@@ -497,8 +499,13 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
 
 @torch.no_grad()
 def situation_of(policy: Policy, seen: Represented) -> Situation:
-    """The critic's view of every decision, without gradients."""
+    """The critic's view of these decisions, without gradients."""
     return policy.situation_of(seen)
+
+
+def some(seen: Represented, index: np.ndarray) -> Represented:
+    """What stage 1 says of some of the decisions."""
+    return Represented(*(part[torch.from_numpy(index)] for part in (seen.b, seen.psi, seen.expected, seen.assignment)))
 
 
 def best_features(policy: Policy, at: Situation) -> Tensor:
@@ -515,54 +522,64 @@ def best_features(policy: Policy, at: Situation) -> Tensor:
     return torch.cat(parts)
 
 
-def level_targets(policy: Policy, at: Situation, windows: Windows, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
+@torch.no_grad()
+def looked_at(policy: Policy, seen: Represented) -> Iterator[tuple[slice, Situation]]:
+    """The critic's view of every decision, a piece at a time: of all at once it would be many times what they were learned from."""
+    for start in range(0, len(seen.b), LOOKED_AT):
+        rows = slice(start, start + LOOKED_AT)
+        yield rows, policy.situation_of(Represented(seen.b[rows], seen.psi[rows], seen.expected[rows], seen.assignment[rows]))
+
+
+def level_targets(policy: Policy, seen: Represented, windows: Windows, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """[N, M] reward less the effect of the logged action plus the discounted effect of the policy's next one, in networks' units."""
-    there = best_features(policy, at)
-    effect = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], there - at.reference).numpy()
-    logged = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], torch.from_numpy(np.nan_to_num(features)) - at.reference).numpy()
+    effect, logged = np.empty_like(windows.reward), np.empty_like(windows.reward)
+    for rows, at in looked_at(policy, seen):
+        effect[rows] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], best_features(policy, at) - at.reference).numpy()
+        logged[rows] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], torch.from_numpy(np.nan_to_num(features[rows])) - at.reference).numpy()
     following = np.maximum(windows.following, 0)
     open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
     return np.where(open_ended, np.nan, (windows.reward - logged + windows.discount * effect[following]) / scale)
 
 
-def stage_two_data(policy: Policy, at: Situation, network: Any, states: Any, windows: Windows, features: np.ndarray, scale: np.ndarray) -> dict[str, Tensor]:
-    """Everything a stage-2 step gathers from, computed once: states, counterfactual states, effects, doubts, rewards."""
+@torch.no_grad()
+def stage_two_data(
+    policy: Policy, seen: Represented, network: Any, states: Any, windows: Windows, features: np.ndarray, scale: np.ndarray
+) -> dict[str, Tensor]:
+    """What a stage-2 step gathers from, worked out once: states, counterfactual states, rewards; and, for all decisions the same, effects and their doubt."""
     open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
     usable = np.isfinite(windows.reward) & ~open_ended & np.isfinite(features).all(1)[:, None]
-    weights = policy.platform.weights
-    priced = torch.einsum("m,bmp->bp", torch.from_numpy(weights), at.slope[:, :, 0]) - torch.einsum(
-        "m,bmp->bp", torch.from_numpy(policy.multipliers), at.slope[:, :, 1]
-    )
-    unit = max(float((at.slope[:, :, 0].transpose(1, 2) @ torch.from_numpy(weights)).abs().mean()), 1e-9)
-    counterfactual = torch.stack([network.balance(network.experts(e)[0][:, k]) for e in [encoded(network, states)] for k in range(len(windows.policies))], 1)
+    weights = torch.from_numpy(policy.platform.weights)
+    prices = torch.stack([weights, -torch.from_numpy(policy.multipliers)], 1)  # [M, 2] of the value and of the immediate value
+    pieces: dict[str, list[Tensor]] = {name: [] for name in ("counterfactual", "expert", "reference", "reach", "priced")}
+    size, k = 0.0, len(windows.policies)
+    for rows, at in looked_at(policy, seen):
+        hidden = network.experts(network.encoder(*states.gather(torch.arange(len(seen.b))[rows])[:2]))[0]
+        pieces["counterfactual"].append(torch.stack([network.balance(hidden[:, branch]) for branch in range(k)], 1))
+        pieces["expert"].append(at.expected[..., : windows.action.shape[1]].float())
+        pieces["reference"].append(at.reference.float())
+        pieces["reach"].append(at.reach.float())
+        pieces["priced"].append(torch.einsum("mt,bmtp->bp", prices, at.slope))
+        size += float(torch.einsum("m,bmp->bp", weights, at.slope[:, :, 0]).abs().sum())
+    unit = max(size / max(features.size, 1), 1e-9)
 
     def tensor(array: Any) -> Tensor:
         return torch.as_tensor(array).float()
 
     return {
-        "b": at.b,
-        "counterfactual": counterfactual,
+        "b": seen.b,
+        "psi": seen.psi,
+        "effects": tensor(policy.effects / scale[:, None, None, None]),
+        "doubt": tensor(policy.joint / unit**2),
         "phi": tensor(np.nan_to_num(features)),
         "action": tensor(policy.units.standard(windows.action)),
-        "expert": tensor(at.expected[..., : windows.action.shape[1]]),
-        "reference": tensor(at.reference),
-        "reach": tensor(at.reach),
-        "slope": tensor(at.slope) / tensor(scale)[:, None, None],
-        "priced": tensor(priced / unit),
-        "doubt": tensor(policy.shape_of_doubt(at, weights) / unit**2),
+        **{name: torch.cat(parts) for name, parts in pieces.items() if name != "priced"},
+        "priced": torch.cat([(part / unit).float() for part in pieces["priced"]]),
         "reward": torch.nan_to_num(tensor(windows.reward / scale)),
         "discount": tensor(windows.discount),
         "usable": torch.from_numpy(usable),
         "after": torch.from_numpy(np.maximum(windows.following, 0)),
-        "weight": tensor(weights * scale),
+        "weight": tensor(policy.platform.weights * scale),
     }
-
-
-@torch.no_grad()
-def encoded(network: Any, states: Any, chunk: int = 4096) -> Tensor:
-    """[N, E] the encoder's output for every decision, from which every policy's branch follows."""
-    pieces = torch.arange(len(states.windows)).split(chunk)
-    return torch.cat([network.encoder(*states.gather(piece)[:2]) for piece in pieces])
 
 
 def level_variance(policy: Policy, seen: Represented, windows: Windows, targets: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from torch.nn import functional
 
 from fastq import equations
 from fastq.errors import TrainingError
-from fastq.features import Encoding
+from fastq.features import CLIP, Encoding
 from fastq.networks import PublishedRepresentation, Representation, Represented, Sizes
 from fastq.windows import Windows
 from fastq.workspace import replacing
@@ -83,10 +83,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class StateTensors:
-    """The windows of all decisions as tensors: standardised rows once, gathered by index on the device."""
+    """The windows of all decisions as tensors. The matrix stays where it lies, in memory or in a mapped file: a batch is gathered, then standardised."""
 
     windows: Windows
-    rows: Tensor  # [rows, 2F]
+    raw: Tensor  # [rows, F] shares the matrix's memory
+    mean: Tensor  # [F]
+    scale: Tensor  # [F]
     attributes: Tensor  # [N, G]
     lagged: Tensor  # [2F] bool: columns that hold lagged actions and outcomes
     k: int
@@ -95,19 +97,22 @@ class StateTensors:
     def of(cls, windows: Windows, encoding: Encoding, device: torch.device) -> StateTensors:
         f, n_measures = windows.matrix.shape[1], len(windows.platform.state.measures)
         lagged = torch.arange(2 * f) % f >= n_measures
-        attributes = torch.from_numpy(encoding.attributes(windows.attributes, len(windows)))
-        return cls(windows, torch.from_numpy(encoding.rows(windows.matrix)).to(device), attributes.to(device), lagged.to(device), len(windows.policies))
+        attributes = encoding.attributes(windows.attributes, len(windows))
+        mean, scale, v = (torch.from_numpy(array).to(device) for array in (encoding.mean, encoding.scale, attributes))
+        return cls(windows, torch.from_numpy(windows.matrix), mean, scale, v, lagged.to(device), len(windows.policies))
 
     def gather(self, index: Tensor, hide: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, W, 2F], v [B, G], branch [B, K] of these decisions; `hide` [B] bool leaves out what a caller may not have."""
         at = index.cpu().numpy()
         rows = self.windows.rows_of(at)
-        x = self.rows[torch.from_numpy(rows).to(self.rows.device)]
-        m, f = len(self.windows.platform.objectives), self.rows.shape[1] // 2
-        known = torch.from_numpy(self.windows.known(at, rows)).to(x)
-        x[:, :, f - m : f] *= known
-        x[:, :, 2 * f - m :] *= known
-        last = torch.from_numpy(self.windows.last_policy[at]).to(x.device)
+        m, device = len(self.windows.platform.objectives), self.mean.device
+        raw = self.raw.index_select(0, torch.from_numpy(rows.reshape(-1))).view(*rows.shape, -1).to(device)
+        known = torch.isfinite(raw)
+        known[:, :, -m:] &= torch.from_numpy(self.windows.known(at, rows)).to(device)
+        # as `Encoding.rows`, which makes the rows that are served
+        standard = raw.sub_(self.mean).div_(self.scale).clamp_(-CLIP, CLIP).masked_fill_(~known, 0.0)
+        x = torch.cat([standard, known], -1)
+        last = torch.from_numpy(self.windows.last_policy[at]).to(device)
         if hide is not None:
             x = torch.where(hide[:, None, None] & self.lagged, 0.0, x)
             last = torch.where(hide, -1, last)
@@ -361,5 +366,5 @@ def train_representation(
 def represent(network: Representation | PublishedRepresentation, states: StateTensors, index: np.ndarray | None = None, chunk: int = 4096) -> Represented:
     """The frozen representation of decisions, computed once and kept."""
     rows = torch.arange(len(states.windows)) if index is None else torch.from_numpy(index)
-    parts = [network(*states.gather(piece.to(states.rows.device))) for piece in rows.split(chunk)]
+    parts = [network(*states.gather(piece.to(states.mean.device))) for piece in rows.split(chunk)]
     return Represented(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("b", "psi", "expected", "assignment")))
