@@ -352,7 +352,7 @@ def export_onnx(policy: Policy, directory: Path) -> dict[str, Any]:
 def write_graph(graph: Graph, example: dict[str, np.ndarray], described: dict[str, dict[str, Any]], outputs: list[str], path: Path) -> None:
     """Trace a graph on an example of five states; batch, periods and candidates stay open."""
     policy = graph.policy
-    _ = policy.joint  # worked out before it is traced: it is a constant
+    _ = policy._joint  # noqa: SLF001 - worked out before it is traced: it is a constant
     sizes = {
         "batch": torch.export.Dim("batch", min=1, max=LARGEST_BATCH),
         "periods": torch.export.Dim("periods", min=1, max=max(policy.platform.state.window, 2)),

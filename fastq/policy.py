@@ -277,7 +277,7 @@ class Policy:
         return torch.from_numpy(np.tensordot(np.multiply.outer(w, w), self.covariance, 2))
 
     @functools.cached_property
-    def joint(self) -> Tensor:
+    def _joint(self) -> Tensor:
         """Of the platform's own weights, which nearly every call asks for."""
         return self._joint_covariance(self.platform.weights)
 
@@ -288,7 +288,7 @@ class Policy:
         if kept is not None and kept[0] is self:
             return kept[1]
         s = at.psi.shape[1]
-        joint = (self.joint if usual else self._joint_covariance(w)).view(s, -1, s, self.covariance.shape[2] // s)
+        joint = (self._joint if usual else self._joint_covariance(w)).view(s, -1, s, self.covariance.shape[2] // s)
         left = torch.einsum("bs,sptq->bptq", at.psi, joint)
         shape = torch.einsum("bptq,bt->bpq", left, at.psi)
         if usual:
