@@ -149,6 +149,28 @@ def init(
         answer({"written": str(target), "guesses": guesses}, _written)
 
 
+@app.command("import")
+def import_dataset(
+    dataset: Annotated[list[str], typer.Argument(metavar="DATASET", help="A Minari data set's directory, or the id of one that was downloaded.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The workspace to be; fastq.yaml and logs/ are written there.")],
+    window: Annotated[int, typer.Option(help="Steps that a state looks back.", min=1, max=1_000)] = 4,
+    discount: Annotated[float, typer.Option(help="Of the reward, per step.", min=0, max=0.9999)] = 0.99,
+    force: Annotated[bool, typer.Option("--force", help="Replace a fastq.yaml that is there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write DIR/fastq.yaml and logs from a Minari data set.
+
+    An episode becomes a player, a step a day. Each data set is one behaviour policy; one alone is enough. Then: fastq retrain --workspace DIR
+    """
+    with answering(as_json) as answer:
+        from fastq.environment import prepare
+
+        prepare()
+        from fastq.episodes import import_minari
+
+        answer(import_minari(dataset, out, window=window, discount=discount, force=force), _imported)
+
+
 @app.command()
 def validate(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> None:
     """Judge the logs: verdict, report, quarantine of bad rows."""

@@ -148,7 +148,8 @@ class Recommend(Graph):
         total = torch.where(allowed, self.policy._scores(at, candidates, self.weights, doubt)["total"], -torch.inf)  # noqa: SLF001 - as in `parts`
         spread = torch.from_numpy(self.policy.catalogue.embedding.std(0)).double()
         temperature = torch.einsum("p,bpq,q->b", spread, doubt, spread).clamp(min=1e-12).sqrt()
-        floor = UNIFORM_SHARE if self.policy.platform.serving.exploration > 0 else 0.0
+        # as tensors: the exporter would write a Python number as float32
+        floor = torch.tensor(UNIFORM_SHARE if self.policy.platform.serving.exploration > 0 else 0.0, dtype=torch.float64)
         law = (1 - floor) * torch.softmax(total / temperature[:, None], 1) + floor * allowed.double() / allowed.sum(1, keepdim=True)
         order = total.topk(near).indices
         ranking = torch.where(allowed.gather(1, order), items.gather(1, order), -1)
@@ -289,10 +290,13 @@ LEFT_OUT = [
 def export_onnx(policy: Policy, directory: Path) -> dict[str, Any]:
     """Write the two graphs, their description and an example into `directory`; returns what was written and how near onnxruntime came to us.
 
-    Raises `ConfigurationError` where the packages of `fastq[onnx]` are missing, `BundleError` where onnxruntime does not answer as we do.
+    Raises `ConfigurationError` where the packages of `fastq[onnx]` are missing or the model is of the preset `paper`, `BundleError` where onnxruntime does
+    not answer as we do.
     """
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise ConfigurationError(f"export: {', '.join(missing)} is not installed; pip install 'fastq[onnx]'")
+    if type(policy) is not Policy:
+        raise ConfigurationError("export: the published form (training.preset: paper) stays here; expected a model of the preset default")
     directory.mkdir(parents=True, exist_ok=True)
     policy.network.eval()
     state, asked, answers = inputs_of(policy), asked_of(policy), outputs_of(policy)

@@ -14,7 +14,7 @@ import json
 import math
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -30,6 +30,7 @@ from fastq.records import Records, parts_of
 
 EMBEDDING_RANK = 16  # directions kept of a catalogue's one-hot and numeric item features
 CLIP = 8.0  # standard deviations; beyond them a heavy-tailed measure would drown the rest of the state
+PIECE = 65_536  # rows that are looked at together
 UNSEEN = ""  # slot 0 of every vocabulary: values that training never saw, and nulls
 
 
@@ -873,12 +874,19 @@ class Encoding:
         return encoded
 
 
-def fit_encoding(platform: Platform, matrix: np.ndarray, attributes: pl.DataFrame) -> Encoding:
-    """Standardisation from the rows [rows, F] and attributes of training players."""
-    present = np.isfinite(matrix)
-    count = np.maximum(present.sum(0), 1)
-    mean = np.where(present, matrix, 0).sum(0, dtype=float) / count
-    scale = np.sqrt(np.where(present, (matrix - mean) ** 2, 0).sum(0, dtype=float) / count)
+def fit_encoding(platform: Platform, matrix: np.ndarray, attributes: pl.DataFrame, rows: np.ndarray | None = None) -> Encoding:
+    """Standardisation from the rows [rows, F] (only those that `rows` names) and attributes of training players.
+
+    Piece by piece, so that a matrix that lies in a mapped file is read and never copied.
+    """
+    pieces = [slice(start, start + PIECE) for start in range(0, len(matrix) if rows is None else len(rows), PIECE)]
+
+    def summed(what: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        return np.sum([what(matrix[piece if rows is None else rows[piece]]) for piece in pieces], 0) if pieces else np.zeros(matrix.shape[1])
+
+    count = np.maximum(summed(lambda part: np.isfinite(part).sum(0)), 1)
+    mean = summed(lambda part: np.where(np.isfinite(part), part, 0).sum(0, dtype=float)) / count
+    scale = np.sqrt(summed(lambda part: np.where(np.isfinite(part), (part - mean) ** 2, 0).sum(0, dtype=float)) / count)
     numeric, vocabularies = {}, {}
     for name, attribute in platform.state.attributes.items():
         if attribute.kind == "numeric":

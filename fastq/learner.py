@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,20 @@ from fastq.features import fit_encoding
 from fastq.networks import Actor, Represented, Values
 from fastq.platform import Platform
 from fastq.policy import Policy, Reference, Situation
-from fastq.representation import WARM_EPOCHS, WARM_PATIENCE, EachEpoch, Lesson, Progress, Units, fit, outcome_targets, represent, train_representation
+from fastq.representation import (
+    ALONE,
+    WARM_EPOCHS,
+    WARM_PATIENCE,
+    EachEpoch,
+    Lesson,
+    Part,
+    Progress,
+    Units,
+    fit,
+    outcome_targets,
+    represent,
+    train_representation,
+)
 from fastq.windows import Windows, held_out_players
 
 FOLDS = 4  # of players, for nuisances and for what unseen players confirm
@@ -40,6 +53,9 @@ INTERACTIONS = (0.0, 0.1, 0.3, 1.0)  # prior scales tried for effects that depen
 DOUBT_RIDGE = 1.0  # weak, pooled: the doubt must not shrink with the mean
 LARGEST_PRICE = 64.0  # of a guardrail, in largest objective weights
 GUARDRAIL_SAMPLE = 1_024  # states on which the guardrails' prices are found
+AT_EDGE = 0.01  # of a range: nearer than that is at its end
+TAIL = 0.05  # of the discounted sum, left to the value itself where returns are compared with it
+LOOKED_AT = 8_192  # decisions whose situations are in memory together
 REFERENCE_ROWS = 20_000  # logged decisions kept in the bundle as evidence
 TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
@@ -185,8 +201,11 @@ class ValueAndActor(lightning.LightningModule):
     Everything a step does is in `training_step`; `state_dict` holds networks and targets, the record adds optimisers and the epoch.
     """
 
-    def __init__(self, policy: Policy, data: dict[str, Tensor], validation: Tensor, *, seed: int, epochs: int, learning_rate: float) -> None:
+    def __init__(
+        self, policy: Policy, data: dict[str, Tensor], validation: Tensor, *, seed: int, epochs: int, learning_rate: float, part: Part = ALONE
+    ) -> None:
         super().__init__()
+        self.part = part
         sizes = policy.network.sizes
         self.values, self.actor, self.target = policy.values, policy.actor, Values(sizes)
         self.target.load_state_dict(self.values.state_dict())
@@ -210,10 +229,19 @@ class ValueAndActor(lightning.LightningModule):
 
     def advantage(self, phi: Tensor, index: Tensor) -> Tensor:
         """[B, M, 2] effect of action features, of the value and of the immediate value, against the reference; networks' units."""
-        return torch.einsum("bmtp,bp->bmt", self.data["slope"][index], phi - self.data["reference"][index])
+        return torch.einsum("bs,mtsp,bp->bmt", self.data["psi"][index], self.data["effects"], phi - self.data["reference"][index])
 
-    def training_step(self, index: Tensor) -> None:
+    def bound(self, u: Tensor, index: Tensor) -> Tensor:
+        """[B] Eq. 9 of actions in standard units, against the reference."""
         data = self.data
+        difference = equations.action_features(u, self.polynomial) - data["reference"][index]
+        design = (data["psi"][index][:, :, None] * difference[:, None]).flatten(1)
+        variance = ((design @ data["doubt"]) * design).sum(-1)
+        return equations.lower_bound((data["priced"][index] * difference).sum(-1), variance, self.caution)
+
+    def training_step(self, whole: Tensor) -> None:
+        data, part = self.data, self.part
+        index = part.mine(whole)
         # level: r + discount * (level + effect of the policy's action) there, less the effect of the logged action here
         after = data["after"][index]
         with torch.no_grad():
@@ -224,27 +252,28 @@ class ValueAndActor(lightning.LightningModule):
             targets = torch.stack([target - here[..., 0], data["reward"][index] - here[..., 1]], -1)
             targets = torch.where(data["usable"][index][:, :, None], targets, torch.nan)
         level = self.values(data["b"][index])
-        loss = sum(equations.masked_squared_error(twin, targets) for twin in level)
+        loss = equations.masked_squared_error(level[0], targets) + equations.masked_squared_error(level[1], targets)
         self.optimizers_[0].zero_grad()
-        loss.backward()  # type: ignore[union-attr]  # sum() of tensors is a tensor
+        (loss if part.of == 1 else loss * part.share(data["usable"][whole])).backward()
+        part.average_gradients(self.values)
         self.optimizers_[0].step()
         equations.soft_update([*self.target.parameters()], [*self.values.parameters()], TAU)
 
         # actor: exploit in the logged state, explore in the state another policy's branch gives it, never past the bound
         share = equations.exploration_share(self.epochs_done / self.epochs)
-        explore = torch.rand(len(index), device=self.device) < share
-        other = torch.randint(data["counterfactual"].shape[1], (len(index),), device=self.device)
+        explore = part.mine(torch.rand(len(whole), device=self.device) < share)
+        other = part.mine(torch.randint(data["counterfactual"].shape[1], (len(whole),), device=self.device))
         state = torch.where(explore[:, None], data["counterfactual"][index, other], data["b"][index])
         cloned = torch.where(explore[:, None], data["expert"][index, other], data["action"][index])
         u = self.actor(state, data["reach"][index])
-        difference = equations.action_features(u, self.polynomial) - data["reference"][index]
-        value = (data["priced"][index] * difference).sum(-1)
-        variance = torch.einsum("bp,bpq,bq->b", difference, data["doubt"][index], difference)
-        bound = equations.lower_bound(value, variance, self.caution)
+        bound = self.bound(u, index)
+        size = bound.detach().abs().mean()
+        part.average([size])
         cloning = equations.masked_squared_error(u, cloned)
-        actor_loss = -equations.behaviour_weight(bound, 2.5) * bound.mean() + cloning * 0.1
+        actor_loss = -equations.behaviour_weight(size, 2.5) * bound.mean() + cloning * 0.1
         self.optimizers_[1].zero_grad()
         actor_loss.backward()
+        part.average_gradients(self.actor)
         self.optimizers_[1].step()
 
     @torch.no_grad()
@@ -255,13 +284,20 @@ class ValueAndActor(lightning.LightningModule):
             self.values(data["b"][after])[..., 0].mean(0)
             + self.advantage(equations.action_features(self.actor(data["b"][after], data["reach"][after]), self.polynomial), after)[..., 0]
         )
-        level = self.values(data["b"][index]).mean(0)[..., 0] + self.advantage(data["phi"][index], index)[..., 0]
+        twins = self.values(data["b"][index])[..., 0]
+        level = twins.mean(0) + self.advantage(data["phi"][index], index)[..., 0]
         error = torch.where(data["usable"][index], data["reward"][index] + data["discount"][index] * next_q - level, 0.0)
-        difference = equations.action_features(self.actor(data["b"][index], data["reach"][index]), self.polynomial) - data["reference"][index]
-        variance = torch.einsum("bp,bpq,bq->b", difference, data["doubt"][index], difference)
-        bound = equations.lower_bound((data["priced"][index] * difference).sum(-1), variance, self.caution).mean()
+        u, (low, high) = self.actor(data["b"][index], data["reach"][index]), data["reach"][index].unbind(1)
+        at_edge = torch.minimum(u - low, high - u) < AT_EDGE * (high - low)
         self.epochs_done += 1
-        self.history.append({"td_error": float(error.square().mean()), "bound": float(bound), "level": float(level.mean())})
+        found = {
+            "td_error": error.square(),
+            "bound": self.bound(u, index),
+            "level": level,
+            "twin_disagreement": (twins[0] - twins[1]).abs(),
+            "at_edge": at_edge.float(),  # share of proposals at the end of what the evidence reaches
+        }
+        self.history.append({name: float(values.mean()) for name, values in found.items()})
         if not all(map(math.isfinite, self.history[-1].values())):
             raise TrainingError(f"stage 2 diverged in epoch {self.epochs_done}: {self.history[-1]}; lower training.learning_rate")
         self.best_weights = {name: value.clone() for name, value in self.state_dict().items()}  # last step, not best: no choice by luck
@@ -341,11 +377,13 @@ def train(
     resume: bool = False,
     on_progress: Progress | None = None,
     start: Policy | None = None,
+    part: Part = ALONE,
 ) -> Policy:
     """Learn a policy from the players who are not held out for evaluation.
 
     `start` is a policy of the same definition that saw fewer decisions: its encoding and units stay, its networks learn on. `directory` keeps the record
     after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
+    `part` is this process's, where several learn together: each is given the same logs and returns the same policy.
     Raises `TrainingError` where the logs hold nothing to learn from or a loss diverges. The preset `paper` learns afresh, whatever `start`.
     """
     training = platform.training
@@ -365,11 +403,11 @@ def train(
 
     if start is None:
         units = Units.of(windows.action[learning], windows.catalogue is not None)
-        encoding = fit_encoding(platform, windows.matrix[np.unique(windows.rows_of(np.flatnonzero(learning)))], windows.attributes.filter(learning))
+        encoding = fit_encoding(platform, windows.matrix, windows.attributes.filter(learning), windows.rows_seen(np.flatnonzero(learning)))
     else:
         units, encoding = start.units, start.encoding
     learned = np.flatnonzero(learning)
-    lesson = Lesson(windows, encoding, units, rows, checked, learned, records, resume, on_progress)
+    lesson = Lesson(windows, encoding, units, rows, checked, learned, records, resume, on_progress, part)
     policy, seen, details = published(lesson) if training.preset == "paper" else orthogonal(lesson, start)
     whole = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -404,8 +442,7 @@ def published(lesson: Lesson) -> tuple[Policy, Represented, dict[str, Any]]:
     seen = represent(policy.network, states)
     policy = replace(policy, reference=reference_rows(windows, seen, lesson.learned, platform.training.seed))
     sample = np.random.default_rng(platform.training.seed).permutation(lesson.learned)[:GUARDRAIL_SAMPLE]
-    some = represent(policy.network, states, sample)
-    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, some))}, "history": history}
+    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, some(seen, sample)))}, "history": history}
 
 
 def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represented, dict[str, Any]]:
@@ -423,6 +460,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
         resume=lesson.resume,
         on_progress=lesson.on_progress,
         start=start.network if start else None,
+        part=lesson.part,
     )
     seen = represent(network, states)
 
@@ -451,41 +489,42 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     )
     if start is not None:
         policy.actor.load_state_dict(start.actor.state_dict())
-    at = situation_of(policy, seen)
     sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
-        linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, at, windows, features, scale), learned)
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
-    targets = level_targets(policy, at, windows, features, scale)
+        linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, seen, windows, features, scale), learned)
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, some(seen, sample))))
+    targets = level_targets(policy, seen, windows, features, scale)
     linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, targets, learned)
 
     module = ValueAndActor(
         policy,
-        stage_two_data(policy, at, network, states, windows, features, scale),
+        stage_two_data(policy, seen, network, states, windows, features, scale),
         torch.from_numpy(lesson.checked),
         seed=training.seed,
         epochs=min(training.epochs, LEVEL_EPOCHS if start is None else WARM_EPOCHS),
         learning_rate=training.learning_rate,
+        part=lesson.part,
     )
     fit(
         module,
         torch.from_numpy(lesson.rows),
         training.batch_size,
-        EachEpoch("value and actor", lesson.records[1], PATIENCE if start is None else WARM_PATIENCE, lesson.on_progress),
+        EachEpoch("value and actor", lesson.records[1], PATIENCE if start is None else WARM_PATIENCE, lesson.on_progress, lesson.part),
         resume=lesson.resume,
     )
     module.load_state_dict(module.best_weights)
     for part in (policy.values, policy.actor):
         part.eval().requires_grad_(False)
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen)[sample]))
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, some(seen, sample))))
     policy = replace(policy, details={"own_response": critic.own_response})
     return (
         policy,
         seen,
         {
-            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen)[sample])},
+            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, some(seen, sample)))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
+            "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked),
             "confirmed": {
                 name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
                 for j, name in enumerate(platform.objectives)
@@ -496,9 +535,52 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
 
 
 @torch.no_grad()
+def diagnostics(policy: Policy, seen: Represented, windows: Windows, features: np.ndarray, rows: np.ndarray) -> dict[str, float]:
+    """What a training is judged by when it is done, on players it did not learn from (`rows`): plain names and numbers, for a chart of many runs.
+
+    value/OBJECTIVE is the mean value of the logged action; returned/OBJECTIVE that of what followed in the log, discounted, over so many decisions that at
+    most `TAIL` of the sum is left to the value of the state reached (fewer where the log is shorter); correlation/OBJECTIVE says whether they agree player by
+    player. The value is that of fastq acting from the next decision on, so it should lie above what the behaviour policies returned, not beside it.
+    at_bounds/DIMENSION: share of the best actions that lie on a bound of the platform; twin_disagreement: between the twins, weighted.
+    """
+    platform = policy.platform
+    level = (policy.values(seen.b).mean(0)[..., 0].double() * torch.from_numpy(policy.scale)).numpy()
+    largest = float(platform.discounts.max())
+    needed = 1 if largest == 0 else math.ceil(math.log(TAIL) / math.log(largest))
+    longest = int(np.bincount(windows.player[rows]).max()) if len(rows) else 1
+    open_ended = windows.truncated[:, None] & (platform.discounts > 0)
+    steps = max(min(needed, longest // 2), 1)
+    returned = equations.horizon_return(windows.reward, windows.discount, windows.following, open_ended, level, steps)[rows]
+    told = rows[np.isfinite(returned).all(1) & np.isfinite(features[rows]).all(1)]
+    told = told[np.linspace(0, len(told) - 1, min(len(told), LOOKED_AT)).round().astype(int)] if len(told) else told
+    answer: dict[str, float] = {"compared_decisions": len(told), "compared_horizon": steps}
+    if len(told):
+        at = policy.situation_of(some(seen, told))
+        value = policy.totals(at, torch.from_numpy(features[told])[:, None].double())[:, 0, :, 0].numpy()
+        followed = returned[np.isin(rows, told)]
+        for j, name in enumerate(platform.objectives):
+            answer |= {f"value/{name}": float(value[:, j].mean()), f"returned/{name}": float(followed[:, j].mean())}
+            if value[:, j].std() > 0 and followed[:, j].std() > 0:
+                answer[f"correlation/{name}"] = float(np.corrcoef(value[:, j], followed[:, j])[0, 1])
+        answer["twin_disagreement"] = float((at.disagreement @ torch.from_numpy(np.abs(platform.weights))).mean())
+    some_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), GUARDRAIL_SAMPLE)).round().astype(int)]
+    if policy.catalogue is None and len(some_rows):
+        low, high = platform.bounds.T
+        best = policy.best(policy.situation_of(some(seen, some_rows)))
+        on_bound = np.minimum(best - low, high - best) < AT_EDGE * (high - low)
+        answer |= {f"at_bounds/{name}": float(share) for name, share in zip(platform.dimension_names, on_bound.mean(0), strict=True)}
+    return answer
+
+
+@torch.no_grad()
 def situation_of(policy: Policy, seen: Represented) -> Situation:
-    """The critic's view of every decision, without gradients."""
+    """The critic's view of these decisions, without gradients."""
     return policy.situation_of(seen)
+
+
+def some(seen: Represented, index: np.ndarray) -> Represented:
+    """What stage 1 says of some of the decisions."""
+    return Represented(*(part[torch.from_numpy(index)] for part in (seen.b, seen.psi, seen.expected, seen.assignment)))
 
 
 def best_features(policy: Policy, at: Situation) -> Tensor:
@@ -515,54 +597,64 @@ def best_features(policy: Policy, at: Situation) -> Tensor:
     return torch.cat(parts)
 
 
-def level_targets(policy: Policy, at: Situation, windows: Windows, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
+@torch.no_grad()
+def looked_at(policy: Policy, seen: Represented) -> Iterator[tuple[slice, Situation]]:
+    """The critic's view of every decision, a piece at a time: of all at once it would be many times what they were learned from."""
+    for start in range(0, len(seen.b), LOOKED_AT):
+        rows = slice(start, start + LOOKED_AT)
+        yield rows, policy.situation_of(Represented(seen.b[rows], seen.psi[rows], seen.expected[rows], seen.assignment[rows]))
+
+
+def level_targets(policy: Policy, seen: Represented, windows: Windows, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """[N, M] reward less the effect of the logged action plus the discounted effect of the policy's next one, in networks' units."""
-    there = best_features(policy, at)
-    effect = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], there - at.reference).numpy()
-    logged = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], torch.from_numpy(np.nan_to_num(features)) - at.reference).numpy()
+    effect, logged = np.empty_like(windows.reward), np.empty_like(windows.reward)
+    for rows, at in looked_at(policy, seen):
+        effect[rows] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], best_features(policy, at) - at.reference).numpy()
+        logged[rows] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], torch.from_numpy(np.nan_to_num(features[rows])) - at.reference).numpy()
     following = np.maximum(windows.following, 0)
     open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
     return np.where(open_ended, np.nan, (windows.reward - logged + windows.discount * effect[following]) / scale)
 
 
-def stage_two_data(policy: Policy, at: Situation, network: Any, states: Any, windows: Windows, features: np.ndarray, scale: np.ndarray) -> dict[str, Tensor]:
-    """Everything a stage-2 step gathers from, computed once: states, counterfactual states, effects, doubts, rewards."""
+@torch.no_grad()
+def stage_two_data(
+    policy: Policy, seen: Represented, network: Any, states: Any, windows: Windows, features: np.ndarray, scale: np.ndarray
+) -> dict[str, Tensor]:
+    """What a stage-2 step gathers from, worked out once: states, counterfactual states, rewards; and, for all decisions the same, effects and their doubt."""
     open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
     usable = np.isfinite(windows.reward) & ~open_ended & np.isfinite(features).all(1)[:, None]
-    weights = policy.platform.weights
-    priced = torch.einsum("m,bmp->bp", torch.from_numpy(weights), at.slope[:, :, 0]) - torch.einsum(
-        "m,bmp->bp", torch.from_numpy(policy.multipliers), at.slope[:, :, 1]
-    )
-    unit = max(float((at.slope[:, :, 0].transpose(1, 2) @ torch.from_numpy(weights)).abs().mean()), 1e-9)
-    counterfactual = torch.stack([network.balance(network.experts(e)[0][:, k]) for e in [encoded(network, states)] for k in range(len(windows.policies))], 1)
+    weights = torch.from_numpy(policy.platform.weights)
+    prices = torch.stack([weights, -torch.from_numpy(policy.multipliers)], 1)  # [M, 2] of the value and of the immediate value
+    pieces: dict[str, list[Tensor]] = {name: [] for name in ("counterfactual", "expert", "reference", "reach", "priced")}
+    size, k = 0.0, len(windows.policies)
+    for rows, at in looked_at(policy, seen):
+        hidden = network.experts(network.encoder(*states.gather(torch.arange(len(seen.b))[rows])[:2]))[0]
+        pieces["counterfactual"].append(torch.stack([network.balance(hidden[:, branch]) for branch in range(k)], 1))
+        pieces["expert"].append(at.expected[..., : windows.action.shape[1]].float())
+        pieces["reference"].append(at.reference.float())
+        pieces["reach"].append(at.reach.float())
+        pieces["priced"].append(torch.einsum("mt,bmtp->bp", prices, at.slope))
+        size += float(torch.einsum("m,bmp->bp", weights, at.slope[:, :, 0]).abs().sum())
+    unit = max(size / max(features.size, 1), 1e-9)
 
     def tensor(array: Any) -> Tensor:
         return torch.as_tensor(array).float()
 
     return {
-        "b": at.b,
-        "counterfactual": counterfactual,
+        "b": seen.b,
+        "psi": seen.psi,
+        "effects": tensor(policy.effects / scale[:, None, None, None]),
+        "doubt": tensor(policy._joint / unit**2),  # noqa: SLF001 - of the weights that it is trained for
         "phi": tensor(np.nan_to_num(features)),
         "action": tensor(policy.units.standard(windows.action)),
-        "expert": tensor(at.expected[..., : windows.action.shape[1]]),
-        "reference": tensor(at.reference),
-        "reach": tensor(at.reach),
-        "slope": tensor(at.slope) / tensor(scale)[:, None, None],
-        "priced": tensor(priced / unit),
-        "doubt": tensor(policy.shape_of_doubt(at, weights) / unit**2),
+        **{name: torch.cat(parts) for name, parts in pieces.items() if name != "priced"},
+        "priced": torch.cat([(part / unit).float() for part in pieces["priced"]]),
         "reward": torch.nan_to_num(tensor(windows.reward / scale)),
         "discount": tensor(windows.discount),
         "usable": torch.from_numpy(usable),
         "after": torch.from_numpy(np.maximum(windows.following, 0)),
-        "weight": tensor(weights * scale),
+        "weight": tensor(policy.platform.weights * scale),
     }
-
-
-@torch.no_grad()
-def encoded(network: Any, states: Any, chunk: int = 4096) -> Tensor:
-    """[N, E] the encoder's output for every decision, from which every policy's branch follows."""
-    pieces = torch.arange(len(states.windows)).split(chunk)
-    return torch.cat([network.encoder(*states.gather(piece)[:2]) for piece in pieces])
 
 
 def level_variance(policy: Policy, seen: Represented, windows: Windows, targets: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> float:

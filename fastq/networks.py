@@ -49,7 +49,7 @@ class DecayEncoder(nn.Module):
 
     def __init__(self, sizes: Sizes, dropout: float = 0.1) -> None:
         super().__init__()
-        self.row, self.dropout = sizes.row, dropout
+        self.row, self.dropout, self.part = sizes.row, dropout, (0, 1)  # which rows of a batch that several processes share are here: rank, of
         lives = torch.logspace(math.log10(0.5), math.log10(max(sizes.window, 2) / 2), sizes.scales)
         self.log_rate = nn.Parameter((math.log(2) / lives).log())
         self.register_buffer("age", torch.arange(sizes.window - 1, -1, -1.0), persistent=False)
@@ -60,7 +60,8 @@ class DecayEncoder(nn.Module):
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
         """x [B, W, 2F] standardised values then presence marks, v [B, G] -> [B, embedding * 4/3]."""
         if self.training and self.dropout:  # variational: one mask per sequence, the same at all its periods (arXiv 1512.05287)
-            keep = torch.rand(x.shape[0], 1, self.row, device=x.device) >= self.dropout
+            rank, of = self.part
+            keep = torch.rand(x.shape[0] * of, 1, self.row, device=x.device)[rank::of] >= self.dropout
             x = x * torch.cat([keep, keep], -1)
         weight = torch.exp(-self.log_rate.exp()[:, None] * self.age)  # [scales, W]
         pooled = torch.einsum("sw,bwf->bsf", weight, x)

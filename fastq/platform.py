@@ -177,12 +177,23 @@ class Training(_Branch):
     balance: float = Field(0.1, ge=0)  # final strength of the gradient reversal (paper: 0.1)
     horizon: int = Field(4, ge=1)  # logged periods summed before the critic bootstraps
     caution: float = Field(2.0, ge=0)  # standard deviations of doubt subtracted before ranking
+    workers: int = Field(1, ge=1)  # processes that learn together, on the cluster that `services.ray` names
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.025  # error rate of the promotion gate
 
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
         return {**PAPER, **given} if isinstance(given, dict) and given.get("preset") == "paper" else given
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> Training:
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"batch_size: expected a multiple of workers ({self.workers}), so that each has an equal part of every batch, got {self.batch_size}"
+            )
+        if self.workers > 1 and self.preset == "paper":
+            raise ValueError("workers: the published form is learned by one process; expected 1")
+        return self
 
 
 class Holdout(_Branch):

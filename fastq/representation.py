@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as lightning
 import torch
+import torch.distributed
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch.nn import functional
 
 from fastq import equations
 from fastq.errors import TrainingError
-from fastq.features import Encoding
+from fastq.features import CLIP, Encoding
 from fastq.networks import PublishedRepresentation, Representation, Represented, Sizes
 from fastq.windows import Windows
 from fastq.workspace import replacing
@@ -83,10 +84,12 @@ class Batches:
 
 @dataclass(frozen=True)
 class StateTensors:
-    """The windows of all decisions as tensors: standardised rows once, gathered by index on the device."""
+    """The windows of all decisions as tensors. The matrix stays where it lies, in memory or in a mapped file: a batch is gathered, then standardised."""
 
     windows: Windows
-    rows: Tensor  # [rows, 2F]
+    raw: Tensor  # [rows, F] shares the matrix's memory
+    mean: Tensor  # [F]
+    scale: Tensor  # [F]
     attributes: Tensor  # [N, G]
     lagged: Tensor  # [2F] bool: columns that hold lagged actions and outcomes
     k: int
@@ -95,19 +98,22 @@ class StateTensors:
     def of(cls, windows: Windows, encoding: Encoding, device: torch.device) -> StateTensors:
         f, n_measures = windows.matrix.shape[1], len(windows.platform.state.measures)
         lagged = torch.arange(2 * f) % f >= n_measures
-        attributes = torch.from_numpy(encoding.attributes(windows.attributes, len(windows)))
-        return cls(windows, torch.from_numpy(encoding.rows(windows.matrix)).to(device), attributes.to(device), lagged.to(device), len(windows.policies))
+        attributes = encoding.attributes(windows.attributes, len(windows))
+        mean, scale, v = (torch.from_numpy(array).to(device) for array in (encoding.mean, encoding.scale, attributes))
+        return cls(windows, torch.from_numpy(windows.matrix), mean, scale, v, lagged.to(device), len(windows.policies))
 
     def gather(self, index: Tensor, hide: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, W, 2F], v [B, G], branch [B, K] of these decisions; `hide` [B] bool leaves out what a caller may not have."""
         at = index.cpu().numpy()
         rows = self.windows.rows_of(at)
-        x = self.rows[torch.from_numpy(rows).to(self.rows.device)]
-        m, f = len(self.windows.platform.objectives), self.rows.shape[1] // 2
-        known = torch.from_numpy(self.windows.known(at, rows)).to(x)
-        x[:, :, f - m : f] *= known
-        x[:, :, 2 * f - m :] *= known
-        last = torch.from_numpy(self.windows.last_policy[at]).to(x.device)
+        m, device = len(self.windows.platform.objectives), self.mean.device
+        raw = self.raw.index_select(0, torch.from_numpy(rows.reshape(-1))).view(*rows.shape, -1).to(device)
+        known = torch.isfinite(raw)
+        known[:, :, -m:] &= torch.from_numpy(self.windows.known(at, rows)).to(device)
+        # as `Encoding.rows`, which makes the rows that are served
+        standard = raw.sub_(self.mean).div_(self.scale).clamp_(-CLIP, CLIP).masked_fill_(~known, 0.0)
+        x = torch.cat([standard, known], -1)
+        last = torch.from_numpy(self.windows.last_policy[at]).to(device)
         if hide is not None:
             x = torch.where(hide[:, None, None] & self.lagged, 0.0, x)
             last = torch.where(hide, -1, last)
@@ -117,6 +123,38 @@ class StateTensors:
 def branch_weights(last: Tensor, k: int) -> Tensor:
     """[B, K] one-hot for the policy that acted last; the mean of the branches where none did."""
     return torch.where((last >= 0)[:, None], functional.one_hot(last.clamp(min=0), k).float(), 1.0 / k)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which part of every batch this process has, where several learn together (torch.distributed); one alone has all of it.
+
+    Everything random is drawn for the whole batch and every mean is over the whole batch, so that together they do what one would do alone, to rounding.
+    """
+
+    rank: int = 0
+    of: int = 1
+
+    def mine(self, batch: Tensor) -> Tensor:
+        return batch[self.rank :: self.of]
+
+    def share(self, known: Tensor) -> Tensor:
+        """What the mean over this part's known entries weighs, so that the mean of all parts' losses is the one over all known entries."""
+        return self.mine(known).sum() * self.of / known.sum().clamp(min=1)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Their mean over all processes, in place and in one message."""
+        if self.of > 1:
+            flat = torch.cat([tensor.reshape(-1) for tensor in tensors]) / self.of
+            torch.distributed.all_reduce(flat)
+            for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+                tensor.copy_(piece.view_as(tensor))
+
+    def average_gradients(self, network: torch.nn.Module) -> None:
+        self.average([p.grad for p in network.parameters() if p.grad is not None])
+
+
+ALONE = Part()
 
 
 @dataclass(frozen=True)
@@ -135,6 +173,7 @@ class Lesson:
     records: tuple[Path | None, Path | None]
     resume: bool
     on_progress: Progress | None
+    part: Part = ALONE
 
 
 class RepresentationModule(lightning.LightningModule):
@@ -151,8 +190,10 @@ class RepresentationModule(lightning.LightningModule):
         epochs: int,
         learning_rate: float,
         balance: float,
+        part: Part = ALONE,
     ) -> None:
         super().__init__()
+        self.part = part
         self.network, self.states, self.targets, self.validation = network, states, targets, validation
         self.seed, self.epochs, self.lr, self.final_balance = seed, epochs, learning_rate, balance
         self.epochs_done, self.best, self.stale = 0, math.inf, 0
@@ -180,10 +221,16 @@ class RepresentationModule(lightning.LightningModule):
         }
 
     def training_step(self, index: Tensor) -> Tensor:
-        hide = torch.rand(len(index), device=self.device) < HIDDEN_LAGS
+        hide, part = torch.rand(len(index), device=self.device) < HIDDEN_LAGS, self.part
         # the reversal's strength is in the gradient, so the adversary itself always learns at full speed
-        _, losses = self.losses(index, hide, equations.reversal_strength(self.epochs_done / self.epochs, self.final_balance))
+        _, losses = self.losses(part.mine(index), part.mine(hide), equations.reversal_strength(self.epochs_done / self.epochs, self.final_balance))
+        if part.of > 1:
+            for name, target in (("experts", "proposed"), ("outcomes", "outcomes")):
+                losses[name] = losses[name] * part.share(torch.isfinite(self.targets[target][index]))
         return losses["experts"] + losses["outcomes"] + 0.2 * losses["assignment"] + losses["adversary"]
+
+    def on_after_backward(self) -> None:
+        self.part.average_gradients(self.network)
 
     @torch.no_grad()
     def on_train_epoch_end(self) -> None:
@@ -214,13 +261,13 @@ class EachEpoch:
     Called by the module itself at the end of its hook; Lightning would run a callback's hook before it.
     """
 
-    def __init__(self, stage: str, record: Path | None, patience: int, on_progress: Progress | None) -> None:
-        self.stage, self.record, self.patience, self.on_progress = stage, record, patience, on_progress
+    def __init__(self, stage: str, record: Path | None, patience: int, on_progress: Progress | None, part: Part = ALONE) -> None:
+        self.stage, self.record, self.patience, self.on_progress, self.part = stage, record, patience, on_progress, part
 
     def __call__(self, module: Any) -> None:
-        if self.record is not None:
+        if self.record is not None and self.part.rank == 0:
             save_record(self.record, module)
-        if self.on_progress is not None:
+        if self.on_progress is not None and self.part.rank == 0:
             self.on_progress(self.stage, module.epochs_done, module.epochs, module.history[-1])
         module.trainer.should_stop = module.trainer.should_stop or module.stale >= self.patience
 
@@ -256,7 +303,7 @@ def load_record(path: Path, module: Any) -> None:
 
 
 def fit(module: Any, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, resume: bool) -> None:
-    """Run a Lightning module to its last epoch, from its record if there is one to resume."""
+    """Run a Lightning module to its last epoch, from its record if there is one to resume. Where several learn together, the first one keeps the record."""
     module.each_epoch = each_epoch
     module.configure_optimizers()
     if resume and each_epoch.record is not None and each_epoch.record.exists():
@@ -296,6 +343,7 @@ def train_representation(
     resume: bool = False,
     on_progress: Progress | None = None,
     start: Representation | None = None,
+    part: Part = ALONE,
 ) -> tuple[Representation, StateTensors, list[dict[str, float]]]:
     """Stage 1 on these decisions; early stopping on the validation players. Returns the frozen network, the tensors and the history.
 
@@ -344,12 +392,14 @@ def train_representation(
         epochs=training.epochs if start is None else min(training.epochs, WARM_EPOCHS),
         learning_rate=training.learning_rate,
         balance=training.balance,
+        part=part,
     )
+    network.encoder.part = (part.rank, part.of)
     fit(
         module,
         torch.from_numpy(training_rows).to(device),
         training.batch_size,
-        EachEpoch("representation", record, 5 if start is None else WARM_PATIENCE, on_progress),
+        EachEpoch("representation", record, 5 if start is None else WARM_PATIENCE, on_progress, part),
         resume=resume,
     )
     network = network.to(device)
@@ -361,5 +411,5 @@ def train_representation(
 def represent(network: Representation | PublishedRepresentation, states: StateTensors, index: np.ndarray | None = None, chunk: int = 4096) -> Represented:
     """The frozen representation of decisions, computed once and kept."""
     rows = torch.arange(len(states.windows)) if index is None else torch.from_numpy(index)
-    parts = [network(*states.gather(piece.to(states.rows.device))) for piece in rows.split(chunk)]
+    parts = [network(*states.gather(piece.to(states.mean.device))) for piece in rows.split(chunk)]
     return Represented(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("b", "psi", "expected", "assignment")))

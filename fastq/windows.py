@@ -12,6 +12,7 @@ import os
 import tempfile
 import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -42,7 +43,7 @@ class Windows:
 
     matrix [rows, F] float32 raw units and decided [rows] int64 (see `features.PlayerRows`), with appended versions.
     end, first [N]: last grid row of the window, and the player's first row (older ones are the empty row 0).
-    partial [N]: row of the period under way, -1 where nothing of it was known; late [L, 3]: (decision, window slot, row) of late versions.
+    partial [N]: row of the period under way, -1 where nothing of it was known; late [L, 3]: (decision, window slot, row) of late versions, by decision.
     moment [N] int64, microseconds since 1970. player [N] index into player_ids. policy, last_policy [N] index into policies, -1 for none.
     action [N, D] (raw units, or item embeddings), item [N] position in the catalogue or -1, proposals [N, K, D] NaN where unknown.
     propensity, assignment [N] NaN where unknown; law, chance [N, K]: density of the executed action under each policy, and the probability
@@ -100,14 +101,27 @@ class Windows:
         rows = self.end[index, None] + np.arange(-window + 1, 1) + shift[:, None]
         rows = np.where(rows < self.first[index, None], 0, rows)
         rows[:, -1] = np.where(partial >= 0, partial, rows[:, -1])
-        if len(self.late):
-            place = np.full(len(self), -1)
-            place[index] = np.arange(len(index))
-            mine = self.late[place[self.late[:, 0]] >= 0]
-            slot = mine[:, 1] - shift[place[mine[:, 0]]]
-            rows[place[mine[:, 0]][slot >= 0], slot[slot >= 0]] = mine[slot >= 0, 2]
-            rows = rows[place[index]]  # a decision that is asked for twice gets the same window twice
+        if len(self.late):  # those of one decision stand together, so that a batch costs what it holds and not what the log does
+            begin = np.searchsorted(self._late_of, index)
+            count = np.searchsorted(self._late_of, index, "right") - begin
+            whose = np.repeat(np.arange(len(index)), count)
+            which = np.arange(len(whose)) + np.repeat(begin - count.cumsum() + count, count)
+            slot = self.late[which, 1] - shift[whose]
+            inside = slot >= 0
+            rows[whose[inside], slot[inside]] = self.late[which[inside], 2]
         return rows
+
+    @cached_property
+    def _late_of(self) -> np.ndarray:
+        """[L] the decision of each late version, ascending."""
+        return np.ascontiguousarray(self.late[:, 0])
+
+    def rows_seen(self, index: np.ndarray, chunk: int = 16_384) -> np.ndarray:
+        """Matrix rows, ascending, that lie in the window of any of these decisions."""
+        seen = np.zeros(len(self.matrix), bool)
+        for start in range(0, len(index), chunk):
+            seen[self.rows_of(index[start : start + chunk])] = True
+        return np.flatnonzero(seen)
 
     def known(self, index: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """[B, window, M] which objective values in these windows were known strictly before their decisions."""
@@ -134,7 +148,7 @@ class Windows:
         """sha256 over what was learned from: decisions, actions, outcomes and rows."""
         digest = hashlib.sha256()
         for array in (self.matrix, self.action, self.reward, self.moment):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)  # no copy of what lies in order, in memory or in a file
         return digest.hexdigest()
 
 

@@ -6,9 +6,14 @@ workspace's file system; each part's cells are written there whole, and what is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import logging
 import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -19,7 +24,7 @@ from fastq.errors import WorkspaceError
 from fastq.features import PlayerRows
 from fastq.platform import Platform
 from fastq.workspace import Workspace, replacing
-from pipelines.turn import platform_of
+from pipelines.turn import Progress, platform_of
 
 
 def work_out(item: dict[str, Any]) -> dict[str, Any]:
@@ -36,6 +41,58 @@ def work_out(item: dict[str, Any]) -> dict[str, Any]:
     return {"part": item["part"], "cells": cells.height, "node": ray.get_runtime_context().get_node_id()}
 
 
+@contextlib.contextmanager
+def connected(platform: Platform, doing: str, processors: int | None = None) -> Iterator[None]:
+    """Ray, joined for as long as the block lasts; a cluster that this process is connected to already is used as it is.
+
+    A local one has as many processors as there are, or `processors`. Raises `WorkspaceError` where the cluster can't be reached, or could not do it.
+    """
+    prepare(Workspace(platform.root))
+    import ray
+
+    joined = not ray.is_initialized()
+    address = None if platform.services.ray == "local" else platform.services.ray
+    try:
+        if joined:
+            own = {"include_dashboard": False, "num_cpus": processors} if address is None else {}
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **own)
+        yield
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        raise WorkspaceError(f"services.ray: {platform.services.ray}: the cluster could not {doing} ({str(error).splitlines()[-1][:300]})") from error
+    finally:
+        if joined:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def followed(path: Path, tell: Progress) -> Iterator[None]:
+    """What workers append to a file, one JSON list of the arguments of `tell` a line, is told here while the block lasts; all of it, once."""
+    path.unlink(missing_ok=True)
+    ended = threading.Event()
+
+    def follow() -> None:
+        place = 0
+        while True:
+            last = ended.wait(0.5)
+            if path.exists():
+                with path.open(encoding="utf-8") as file:
+                    file.seek(place)
+                    for line in iter(file.readline, ""):
+                        if line.endswith("\n"):  # else it is still being written
+                            tell(*json.loads(line))
+                            place = file.tell()
+            if last:
+                return
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def with_cells(platform: Platform, rows: PlayerRows, told: list[dict[str, Any]] | None = None) -> PlayerRows:
     """`rows`, built from the workspace's accepted tables, with the cells of each part worked out on the cluster that `services.ray` names.
 
@@ -45,28 +102,15 @@ def with_cells(platform: Platform, rows: PlayerRows, told: list[dict[str, Any]] 
     if not rows.events:
         return rows
     workspace = Workspace(platform.root)
-    prepare(workspace)
-    import ray
-    import ray.data
+    with connected(platform, "work out the features"):
+        import ray.data
 
-    joined = not ray.is_initialized()
-    try:
-        if joined:
-            address = None if platform.services.ray == "local" else platform.services.ray
-            ray.init(address=address, include_dashboard=None if address else False, logging_level=logging.ERROR, log_to_driver=False)
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         shutil.rmtree(workspace.features / "cells", ignore_errors=True)
         workspace.make(workspace.features / "cells")
         items = [{"workspace": str(platform.root), "part": part} for part in range(len(rows.events))]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map(work_out).take_all()
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise WorkspaceError(
-            f"services.ray: {platform.services.ray}: the cluster could not work out the features ({str(error).splitlines()[-1][:300]})"
-        ) from error
-    finally:
-        if joined:
-            ray.shutdown()
     if told is not None:
         told += done
     return dataclasses.replace(rows, ready=tuple(pl.scan_parquet(workspace.features / "cells" / f"{item['part']}.parquet") for item in items))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from prefect import flow, task
 
 from fastq import registry
-from fastq.errors import BundleError
+from fastq.errors import BundleError, TrainingError
 from fastq.platform import Platform
 from fastq.windows import Windows, held_out_players
 from fastq.workspace import Workspace, replacing
+from pipelines.distribute import connected, followed
 from pipelines.materialize import build_features, windows_of
 from pipelines.turn import ONCE_A_TURN, Progress, begin, forget, platform_of, progress, running
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fastq.policy import Policy
 
 AFRESH = "afresh"
+TOGETHER, PROGRESS_FILE, REFUSED = "together", "progress.jsonl", "refused.txt"  # in the turn's directory: what workers learned, how far they are, why not
 TRAINED = "trained"  # in the turn's directory: the policy as it was learned, before its evaluation is known
 
 
@@ -48,7 +50,10 @@ def train_policy(workspace: str, turn: str) -> dict[str, Any]:
             run.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=done)
 
         try:
-            policy = learner.train(platform, data, directory, resume=True, on_progress=on_progress, start=begun)
+            if platform.training.workers > 1:
+                policy = learn_together(platform, turn, begun.version if begun else None, on_progress)
+            else:
+                policy = learner.train(platform, data, directory, resume=True, on_progress=on_progress, start=begun)
         except SystemExit as stopped:  # Lightning's answer to Ctrl-C and SIGTERM; its code would say "refused" or even "done"
             raise KeyboardInterrupt from stopped
         stages: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(dict)
@@ -57,6 +62,8 @@ def train_policy(workspace: str, turn: str) -> dict[str, Any]:
             stages[stage][metric] = points
         for stage, found in stages.items():
             run.picture(stage.replace(" ", "_"), _curves(stage, found))
+        told = policy.details.get("diagnostics", {}) | {f"balance/{name}": value for name, value in policy.details["balance"].items()}
+        run.log({f"diagnostics/{name}": value for name, value in told.items()})
     made = directory / TRAINED
     shutil.rmtree(made, ignore_errors=True)  # left by a process that was killed while it saved
     policy.save(made)
@@ -78,7 +85,7 @@ def start_of(platform: Platform, data: Windows, said: str | None = None) -> tupl
     except BundleError as error:
         return None, f"afresh: {error}"
     ours, its = platform.training.model_dump(), policy.platform.training.model_dump()
-    changed = [name for name in ours if name not in ("epochs", "seed", "alpha") and ours[name] != its[name]]
+    changed = [name for name in ours if name not in ("epochs", "seed", "alpha", "workers") and ours[name] != its[name]]
     before = int(policy.details.get("decisions", 0))
     learning = ~held_out_players(data.player_ids, platform.training.holdout, platform.training.seed)[data.player]
     known = fit_encoding(platform, data.matrix[:1], data.attributes.filter(learning)).vocabularies
@@ -107,9 +114,13 @@ def start_of(platform: Platform, data: Windows, said: str | None = None) -> tupl
 
 def trained_policy(directory: Path) -> Policy:
     """What `train_policy` learned in this turn."""
+    return policy_of(directory / TRAINED)
+
+
+def policy_of(bundle: Path) -> Policy:
     from fastq.policy import Policy
 
-    return Policy.load(directory / TRAINED)
+    return Policy.load(bundle)
 
 
 def _parameters(platform: Platform, data: Windows) -> dict[str, Any]:
@@ -130,6 +141,65 @@ def _curves(stage: str, found: dict[str, list[tuple[int, float]]]) -> Figure:
     axes[-1].set_xlabel("epoch")
     axes[0].set_title(stage)
     return figure
+
+
+def learn_together(platform: Platform, turn: str, start: str | None, on_progress: Progress) -> Policy:
+    """The same training by `training.workers` processes of Ray Train, each with Lightning and its part of every batch; the first one keeps record and policy.
+
+    Raises `WorkspaceError` where the cluster cannot be reached or a worker fails twice; what a worker refuses is raised as it was.
+    """
+    directory = Workspace(platform.root).runs / turn
+    config = {"workspace": str(platform.root.resolve()), "turn": turn, "start": start}
+    for left in (TOGETHER, "ray"):
+        shutil.rmtree(directory / left, ignore_errors=True)
+    (directory / REFUSED).unlink(missing_ok=True)
+    with connected(platform, "train", platform.training.workers), followed(directory / PROGRESS_FILE, on_progress):
+        import ray.train
+        from ray.train.torch import TorchTrainer
+
+        trainer = TorchTrainer(
+            learn_part,
+            train_loop_config=config,
+            scaling_config=ray.train.ScalingConfig(num_workers=platform.training.workers, resources_per_worker={"CPU": 1}),
+            run_config=ray.train.RunConfig(name="ray", storage_path=str(directory.resolve()), failure_config=ray.train.FailureConfig(max_failures=1)),
+        )
+        try:
+            trainer.fit()
+        except ray.train.TrainingFailedError as error:  # no error of Ray's own tree
+            raise RuntimeError(str(error)) from error
+    if (directory / REFUSED).exists():
+        raise TrainingError((directory / REFUSED).read_text(encoding="utf-8"))
+    return policy_of(directory / TOGETHER)
+
+
+def learn_part(config: dict[str, Any]) -> None:
+    """One worker's training, on whichever node: the record makes it go on where a killed group was."""
+    import ray.train
+    import torch
+
+    from fastq import learner
+    from fastq.representation import Part
+
+    torch.set_num_threads(1)
+    platform, turn = platform_of(config["workspace"]), config["turn"]
+    directory = Workspace(platform.root).runs / turn
+    context = ray.train.get_context()
+    part = Part(context.get_world_rank(), context.get_world_size())
+    start = None if config["start"] is None else registry.load_policy(f"models:/{platform.platform}/{config['start']}", platform.root)
+
+    def tell(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
+        with (directory / PROGRESS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps([stage, done, total, metrics]) + "\n")
+
+    try:
+        policy = learner.train(platform, windows_of(config["workspace"], turn), directory, resume=True, on_progress=tell, start=start, part=part)
+    except TrainingError as refusal:  # all of them come to it alike; to try again would not heal it
+        if part.rank == 0:
+            (directory / REFUSED).write_text(str(refusal), encoding="utf-8")
+        return
+    if part.rank == 0:
+        shutil.rmtree(directory / TOGETHER, ignore_errors=True)
+        policy.save(directory / TOGETHER)
 
 
 @flow(name="train", persist_result=False, validate_parameters=False)

@@ -1,6 +1,8 @@
 """Minari data sets become logs: written by the real library, read, trained on, recommended from; one policy is enough."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -106,31 +108,33 @@ def test_discrete_actions_are_items_and_several_data_sets_are_several_policies(p
     assert (data.item >= 0).all()
 
 
-def test_one_policy_goes_the_whole_way(place, fastq):
-    """import, retrain (train, evaluate, gate), recommend, explain, by the real commands; and what is learned is better than what was logged."""
+def test_one_policy_goes_the_whole_way_as_the_readme_has_it(place, fastq):
+    """import, retrain (train, evaluate, gate), recommend, explain, by the README's commands; and what is learned is better than what was logged."""
     write(place, count=300)
-    root = place / "shop"
-    told = json.loads(fastq("import", place / "datasets/corridor/noisy-v0", "--out", root, "--window", 2, "--discount", 0, "--json", cwd=place, code=0).stdout)
-    assert told["policies"] == ["noisy"]
-    made = json.loads(fastq("retrain", "--json", cwd=root, code=(0, 1)).stdout)
-    assert made["version"] == "1", made
-    if not made["promoted"]:
-        fastq("promote", "1", "--force", "--reason", "test", cwd=root, code=0)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"## One policy is enough\n.*?```console\n(.*?)```", readme, re.DOTALL)[1]
+    told = {}
+    for line in block.strip().splitlines():
+        program, command, *arguments = line.split()
+        assert program == ".venv/bin/fastq"
+        more = ["--window", "2", "--discount", "0"] if command == "import" else []  # the reward of this corridor depends on nothing before
+        told[command] = json.loads(fastq(command, *arguments, *more, "--json", cwd=place, code=0).stdout)
+    root, made = place / "corridor", told["retrain"]
+    assert told["import"]["policies"] == ["noisy"]
+    assert made["promoted"], made["reasons"]
+    found = told["recommend"]["recommendations"]
+    assert [r["policy"] for r in found] == ["fastq"] * 2
+    why = told["explain"]
+    assert sum(part["value"] for part in why["parts"]) == pytest.approx(why["value"], rel=1e-5)
+    assert why["contrast"]["against"] == "noisy"
     estimates = json.loads(fastq("evaluate", "1", "--json", cwd=root, code=(0, 1)).stdout)["estimates"]
     assert {row["policy"] for row in estimates} == {"fastq", "noisy"}
     assert all(None not in (row["value"], row["low"], row["high"]) for row in estimates)
-    some = [f"noisy/{k}" for k in (1, 3, 5)]
-    found = json.loads(fastq("recommend", *some, "--json", cwd=root, code=0).stdout)["recommendations"]
-    assert [r["policy"] for r in found] == ["fastq"] * 3
-    why = json.loads(fastq("explain", some[0], "--against", "noisy", "--json", cwd=root, code=0).stdout)
-    assert sum(part["value"] for part in why["parts"]) == pytest.approx(why["value"], rel=1e-5)
-    assert why["contrast"]["against"] == "noisy"
 
     from fastq import load_policy
 
     platform, data = built(root)
     policy = load_policy("models:/" + platform.platform + "@champion", root)
-    assert made["promoted"], made["reasons"]
     index = np.arange(0, len(data), 5)
     states = data.states(index)
     best = policy.recommend(states, explore=False).action[:, 0]

@@ -1,6 +1,7 @@
 """Learning: gradients reach what is trained and nothing else, a stopped run ends where it would have, a known best action is found."""
 
 import copy
+import dataclasses
 from datetime import UTC, datetime, timedelta
 
 import numpy as np
@@ -13,7 +14,7 @@ from fastq.errors import TrainingError
 from fastq.networks import Actor, Representation, Values
 from fastq.platform import platform_from_tree
 from fastq.records import Counts, Records
-from fastq.representation import RepresentationModule, Units, train_representation
+from fastq.representation import RepresentationModule, StateTensors, Units, train_representation
 
 
 def bandit(players=400, days=12, seed=0, policies=("low", "high"), epochs=3):
@@ -96,6 +97,40 @@ def test_values_are_those_of_the_immediate_objective_where_nothing_follows(learn
     parts = policy.parts(enc, data.action[:500, None])[:, 0]
     assert np.corrcoef(parts.sum(-1)[:, 0], data.reward[:500, 0])[0, 1] > 0.8
     assert np.abs(parts[:, :, 1]).mean() < 0.1 * np.abs(parts[:, :, 0]).mean(), "no long term without a discount"
+
+
+def test_what_a_training_is_judged_by_is_told_with_it(learned):
+    data, policy = learned
+    told = policy.details["diagnostics"]
+    assert told["compared_horizon"] == 1, "without a discount nothing is left after one decision"
+    held_out = windows.held_out_players(data.player_ids, 0.3, 0)[data.player]
+    checked = windows.held_out_players(data.player_ids, 0.15, 1)[data.player] & ~held_out
+    assert told["compared_decisions"] == checked.sum()
+    for j, name in enumerate(("gain", "cost")):
+        assert told[f"returned/{name}"] == pytest.approx(data.reward[checked, j].mean())
+        assert told[f"value/{name}"] == pytest.approx(told[f"returned/{name}"], abs=0.1)
+        assert told[f"correlation/{name}"] > 0.8
+    assert told["at_bounds/size"] < 0.05, "the optimum, 6 or 9, is far from 0 and 15"
+    assert 0 <= told["twin_disagreement"] < 0.5
+    assert {"td_error", "bound", "level", "twin_disagreement", "at_edge"} == set(policy.details["history"]["value_and_actor"][-1])
+
+
+def test_a_matrix_in_a_mapped_file_is_learned_from_where_it_lies_and_teaches_the_same(tmp_path):
+    torch.set_num_threads(1)
+    platform, data = bandit(players=60, days=6, epochs=1)
+    mapped = np.memmap(tmp_path / "matrix", np.float32, "w+", shape=data.matrix.shape)
+    mapped[:] = data.matrix
+    there = dataclasses.replace(data, matrix=mapped)
+    encoding = features.fit_encoding(platform, data.matrix, data.attributes)
+    states = StateTensors.of(there, encoding, torch.device("cpu"))
+    assert states.raw.data_ptr() == mapped.ctypes.data, "not a copy"
+    x, _, _ = states.gather(torch.arange(100))
+    np.testing.assert_array_equal(x.numpy(), encoding.rows(data.raw(np.arange(100))))  # what serving would make of the same windows
+    in_memory, in_file = learner.train(platform, data), learner.train(platform, there)
+    np.testing.assert_array_equal(in_memory.effects, in_file.effects)
+    for expected, found in zip(in_memory.actor.state_dict().values(), in_file.actor.state_dict().values(), strict=True):
+        assert torch.equal(expected, found)
+    np.testing.assert_array_equal(mapped, data.matrix)  # read, never written
 
 
 def test_gradients_reach_every_trained_parameter_of_stage_1_and_its_update_changes_it():
