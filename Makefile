@@ -51,7 +51,7 @@ bench-operations: $(VENV)/.installed  ## false alarms, power, coverage and rollb
 	@$(VENV)/bin/python -m pytest -s -o python_files=bench_operations.py tests/benchmarks/bench_operations.py $(ARGS)
 
 bench-faults: $(VENV)/.installed  ## kill -9 and SIGTERM at every step of a retraining, then resumed; an hour; FAULTS=folder to go on in
-	@$(VENV)/bin/python tests/benchmarks/bench_faults.py
+	@$(VENV)/bin/python tests/benchmarks/bench_faults.py $(ARGS)
 
 bench-data: $(VENV)/.installed  ## logs to windows at size: 10 million events and decisions, and the slope from 100 thousand to 30 million
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_data.py' tests/benchmarks/bench_data.py $(ARGS)
@@ -70,6 +70,10 @@ bench-analyst: $(VENV)/.installed  ## what an analyst waits for: pages, sliders,
 
 bench-train: $(VENV)/.installed  ## both stages of training against a bare PyTorch loop, and the slope over rows; DECISIONS=3000000 for the largest log
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_train.py $(ARGS)
+
+docs: $(VENV)/.installed  ## the documentation, in build/docs/site: quickstarts, guide, and the reference from docstrings, --help and OpenAPI
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	echo "Open $(CURDIR)/build/docs/site/index.html"
 
 mutants: $(VENV)/.installed  ## what the tests of fastq/equations.py would not notice, line by line; mutmut lies in build/, outside the environment
 	@test -d build/mutmut || $(VENV)/bin/python -m pip install --quiet -c requirements.lock --target build/mutmut mutmut==3.8.1
