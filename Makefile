@@ -19,7 +19,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export OMP_WAIT_POLICY := PASSIVE
 export TZ := UTC
 
-.PHONY: help demo test check bench bench-serve bench-operations bench-data bench-online bench-ope bench-obp bench-analyst bench-train bench-learning mutants
+.PHONY: help demo test check bench bench-serve bench-operations bench-faults bench-data bench-online bench-ope bench-obp bench-analyst bench-train bench-learning docs mutants
 
 help:  ## what can be made (this list)
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ bench-serve: $(VENV)/.installed  ## the endpoint against a bare one behind the s
 bench-operations: $(VENV)/.installed  ## false alarms, power, coverage and rollback of what runs by itself
 	@$(VENV)/bin/python -m pytest -s -o python_files=bench_operations.py tests/benchmarks/bench_operations.py $(ARGS)
 
+bench-faults: $(VENV)/.installed  ## kill -9 and SIGTERM at every step of a retraining, then resumed; an hour; FAULTS=folder to go on in
+	@$(VENV)/bin/python tests/benchmarks/bench_faults.py $(ARGS)
+
 bench-data: $(VENV)/.installed  ## logs to windows at size: 10 million events and decisions, and the slope from 100 thousand to 30 million
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_data.py' tests/benchmarks/bench_data.py $(ARGS)
 
@@ -70,6 +73,10 @@ bench-train: $(VENV)/.installed  ## both stages of training against a bare PyTor
 
 bench-learning: $(VENV)/.installed  ## each part of the learner switched off in turn, against the truth; CELLS=folder to go on in
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_learning.py' tests/benchmarks/bench_learning.py $(ARGS)
+
+docs: $(VENV)/.installed  ## the documentation, in build/docs/site: quickstarts, guide, and the reference from docstrings, --help and OpenAPI
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict --config-file docs/mkdocs.yml
+	echo "Open $(CURDIR)/build/docs/site/index.html"
 
 mutants: $(VENV)/.installed  ## what the tests of fastq/equations.py would not notice, line by line; mutmut lies in build/, outside the environment
 	@test -d build/mutmut || $(VENV)/bin/python -m pip install --quiet -c requirements.lock --target build/mutmut mutmut==3.8.1

@@ -7,6 +7,7 @@ This is the only module that may open the entry points.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -1251,11 +1252,22 @@ def main() -> NoReturn:
     """The console script."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' advice to their own callers is not for ours
+    ended: list[int] = []
+    atexit.register(_leave, ended)  # before any library's, so it runs after theirs
     code = run(sys.argv[1:])
+    ended.append(code)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     os.dup2(2, 1)  # what libraries still say while the process ends is no part of the answer
     sys.exit(code)
+
+
+def _leave(ended: list[int]) -> None:
+    """The end, when everybody has cleaned up: what Python would do now is to take some thousand modules apart, for seconds in which nobody gets anything."""
+    if ended:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+        os._exit(ended[0])
 
 
 def _failure(error: Exception) -> int:

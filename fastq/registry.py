@@ -204,19 +204,19 @@ def register(platform: Platform, run_id: str, bundle: Path, tags: Mapping[str, s
     from mlflow.exceptions import MlflowException
 
     with Workspace(platform.root).lock("registry", wait_seconds=120), _translated("registering a model"):
-        for known in _versions(platform, client):
-            if known.run_id == run_id:
-                return str(known.version)
-        client.log_artifacts(run_id, str(bundle), "bundle")
-        try:
-            client.create_registered_model(platform.platform)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        # register_model("runs:/…") would look for a pickled model; a version may point at any directory of its run
-        labels = dict(tags or {}) | {_DIGEST_TAG: _sha256(bundle / "bundle.json")}
-        version = str(client.create_model_version(platform.platform, source=f"runs:/{run_id}/bundle", run_id=run_id, tags=labels).version)
-        client.set_registered_model_alias(platform.platform, CHALLENGER, version)
+        version = next((str(known.version) for known in _versions(platform, client) if known.run_id == run_id), None)
+        if version is None:
+            client.log_artifacts(run_id, str(bundle), "bundle")
+            try:
+                client.create_registered_model(platform.platform)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            # register_model("runs:/…") would look for a pickled model; a version may point at any directory of its run
+            labels = dict(tags or {}) | {_DIGEST_TAG: _sha256(bundle / "bundle.json")}
+            version = str(client.create_model_version(platform.platform, source=f"runs:/{run_id}/bundle", run_id=run_id, tags=labels).version)
+        if version not in _aliases(platform, client).values():  # also where a crash came between the version and its name
+            client.set_registered_model_alias(platform.platform, CHALLENGER, version)
     return version
 
 
@@ -308,14 +308,13 @@ def promote(platform: Platform, version: str, *, reason: str = "", forced: bool 
         with _translated("promoting"):
             aliases = _aliases(platform, client)
             before = aliases.get(CHAMPION)
-            if before == chosen:
-                return chosen
-            workspace.record(who, "promote", version=chosen, previous=before, reason=reason, forced=forced)
-            if forced and verdict != "promoted":
-                client.set_model_version_tag(platform.platform, chosen, "forced", reason)
-            if before is not None:
-                client.set_registered_model_alias(platform.platform, PREVIOUS, before)
-            client.set_registered_model_alias(platform.platform, CHAMPION, chosen)
+            if before != chosen:
+                workspace.record(who, "promote", version=chosen, previous=before, reason=reason, forced=forced)
+                if forced and verdict != "promoted":
+                    client.set_model_version_tag(platform.platform, chosen, "forced", reason)
+                if before is not None:
+                    client.set_registered_model_alias(platform.platform, PREVIOUS, before)
+                client.set_registered_model_alias(platform.platform, CHAMPION, chosen)
             if aliases.get(CHALLENGER) == chosen:
                 client.delete_registered_model_alias(platform.platform, CHALLENGER)
     return chosen

@@ -1,6 +1,7 @@
 """`make bench-faults`: a retraining ended by kill -9 or SIGTERM at each of its steps in turn, then `fastq retrain --resume`; counted and timed.
 
-    FAULTS=folder python tests/benchmarks/bench_faults.py    goes on where it was stopped, one JSON line per fault in folder/faults.jsonl
+    FAULTS=folder python tests/benchmarks/bench_faults.py            goes on where it was stopped, one JSON line per fault in folder/faults.jsonl
+    FAULTS=folder python tests/benchmarks/bench_faults.py in-turn    one turn that dies at each step in turn, resumed each time: half the time
 
 The command is the front door's own, in a process of its own; only where it dies is put in from outside. The gate is made to pass, so that each turn
 promotes: version 2 over version 1, which stands there before. What an undisturbed turn leaves is what each disturbed one has to leave.
@@ -233,6 +234,40 @@ def fault(base, root, point, number):
     return found
 
 
+def differences(seen, wanted):
+    seen = json.loads(json.dumps(seen))
+    return {name: [seen[name], value] for name, value in wanted.items() if seen[name] != value}
+
+
+def in_turn(base, root, points):
+    """One turn that dies at each point, one after the other, each time resumed: yields what was seen at each, and at last of the end."""
+    shutil.copytree(base, root)
+    for number, point in enumerate(points):
+        ended = retrain(root, *["--resume"][: min(number, 1)], point=point)
+        names = point.startswith(("MLflow", "audit", "promote", "register"))
+        yield {
+            "point": point,
+            "code": ended["code"],
+            "seconds": round(ended["seconds"], 1),
+            "left over": ended["left over"],
+            "champion whole": champion_is_whole(root) if names else None,
+        }
+        if ended["code"] != -signal.SIGKILL:
+            yield {"stderr": ended["stderr"][-1500:]}
+            return
+    again = retrain(root, "--resume")
+    lines = [json.loads(line) for line in (root / ".fastq" / "audit.jsonl").read_text().splitlines()]
+    said = sum(line["action"] == "promote" and line["version"] == "2" for line in lines)
+    yield {
+        "point": "none",
+        "code": again["code"],
+        "seconds": round(again["seconds"], 1),
+        "open runs": open_runs(root),
+        "audit lines": said,
+        "stands": stands(root),
+    }
+
+
 def main():
     folder = Path(os.environ.get("FAULTS") or tempfile.mkdtemp(prefix="fastq-faults-"))
     base, log = folder / "base", folder / "faults.jsonl"
@@ -254,14 +289,19 @@ def main():
     every = [point for point in dict.fromkeys(points.read_text().splitlines()) if "result kept" not in point]  # there the next step begins
     done = {(line["point"], line["signal"]) for line in map(json.loads, log.read_text().splitlines())} if log.exists() else set()
     print(f"an undisturbed turn takes {undisturbed['seconds']:.1f} s and passes {len(every)} points")
+    if "in-turn" in sys.argv:
+        for found in in_turn(base, place, every):
+            if "stands" in found:
+                found["differs"] = differences(found.pop("stands"), undisturbed["stands"])
+            print(json.dumps(found), flush=True)
+        return
     for number in (signal.SIGKILL, signal.SIGTERM):
         for point in every:
             if (point, number.name) in done or (number == signal.SIGTERM and not ("begins" in point or "epoch 1" in point)):
                 continue
             shutil.rmtree(place, ignore_errors=True)
             found = fault(base, place, point, number)
-            seen = json.loads(json.dumps(found.pop("stands")))
-            found["differs"] = {name: [seen[name], value] for name, value in undisturbed["stands"].items() if seen[name] != value}
+            found["differs"] = differences(found.pop("stands"), undisturbed["stands"])
             with log.open("a") as out:
                 out.write(json.dumps(found) + "\n")
             print(json.dumps(found), flush=True)
