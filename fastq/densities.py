@@ -18,12 +18,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import polars as pl
 from scipy.optimize import minimize
 from scipy.special import log_ndtr, ndtr
 
 from fastq.platform import OWN_POLICY
-from fastq.windows import Windows
+from fastq.windows import Windows, described
 from fastq.workspace import Workspace, replacing
 
 FOLDS = 3
@@ -31,8 +30,6 @@ FEWEST = 50  # decisions of a policy below which its law is not estimated
 DECISIONS = 60_000  # that a law is learned from, at most, of whole players; all are estimated
 RIDGES = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # that an index chooses among, per row, on features of mean square 1
 FITTED = 8_000  # decisions that a law's centre and spread are fitted on, at most
-RECENT = (1, 7)  # periods at the window's end whose means the laws may follow, beside the whole window's
-FARTHEST = 8.0  # standard deviations of a described state
 LEAST_LOG = -700.0  # of an estimated density, so that it stays a positive number
 LEAST_SPREAD = 1e-3  # of a dimension's range: a law is never taken to be narrower
 SLIPS = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)  # shares of actions drawn from anywhere in the bounds: far out no law may be as thin as the normal one, for it divides
@@ -133,42 +130,6 @@ def atoms(windows: Windows) -> Array:
     if windows.catalogue is not None:
         return np.zeros(len(windows), bool)
     return ((windows.action == windows.platform.bounds[:, 0]) | (windows.action == windows.platform.bounds[:, 1])).any(1)
-
-
-def described(windows: Windows, chunk: int = 16_384) -> Array:
-    """[N, X] float32, standardised: what a law may follow of each state, 0 where unknown.
-
-    Means of the last periods and of the window, also as logarithms where positive, the newest known values, how much was seen and how long ago, attributes.
-    """
-    platform, parts = windows.platform, []
-    for start in range(0, len(windows), chunk):
-        raw = windows.raw(np.arange(start, min(start + chunk, len(windows))))
-        known = np.isfinite(raw)
-        total = np.where(known, raw, np.float32(0))
-        seen = known[:, :, : len(platform.state.measures) or None].any(2)
-        away = np.where(seen.any(1), seen[:, ::-1].argmax(1), seen.shape[1]).astype(np.float32)
-        columns = [np.stack([away, np.minimum(away, 4), np.log1p(away)], 1)]
-        for last in dict.fromkeys(min(each, raw.shape[1]) for each in (*RECENT, raw.shape[1])):
-            count = known[:, -last:].sum(1)
-            mean = np.divide(total[:, -last:].sum(1), count, out=np.full(count.shape, np.nan, np.float32), where=count > 0)
-            columns += [mean, np.sign(mean) * np.log1p(np.abs(mean)), seen[:, -last:].mean(1, keepdims=True)]
-        newest = raw.shape[1] - 1 - known[:, ::-1].argmax(1)
-        columns.append(np.take_along_axis(raw, newest[:, None], 1)[:, 0])
-        parts.append(np.concatenate(columns, 1, dtype=np.float32))
-    parts = [np.concatenate(parts), *(_attribute(windows, name) for name in platform.state.attributes)]
-    x = np.concatenate(parts, 1, dtype=np.float32)
-    known = np.isfinite(x)
-    count = np.maximum(known.sum(0), 1)
-    x = np.where(known, x - np.where(known, x, 0).sum(0, dtype=float) / count, 0.0).astype(np.float32)
-    spread = np.sqrt(np.square(x).sum(0, dtype=float) / count)
-    return np.clip(x[:, spread > 1e-6] / spread[spread > 1e-6].astype(np.float32), -FARTHEST, FARTHEST)
-
-
-def _attribute(windows: Windows, name: str) -> Array:
-    column = windows.attributes[name]
-    if windows.platform.state.attributes[name].kind == "numeric":
-        return column.cast(pl.Float64).fill_null(np.nan).to_numpy()[:, None]
-    return column.cast(pl.String).to_dummies(drop_first=True).to_numpy().astype(float)
 
 
 def _folds(windows: Windows, seed: int) -> tuple[Array, Array]:

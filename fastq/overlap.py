@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from fastq.features import PlayerStates, build_rows
+from fastq.features import build_rows
 from fastq.platform import Platform
 from fastq.records import Logs, Records
-from fastq.windows import Windows, build
+from fastq.windows import build, described
 from fastq.workspace import Workspace, replacing
 
 DECISIONS = 6_000  # at most, of whole players
@@ -67,7 +67,7 @@ def chances(platform: Platform, records: Logs) -> Chances | None:
     place = np.full(len(data.policies), -1)
     place[kept] = np.arange(len(kept))
     label = place[data.policy[rows]]
-    chance = _cross_fitted(_described(data, rows), label, data.player[rows], platform.training.seed)
+    chance = _cross_fitted(described(data)[rows], label, data.player[rows], platform.training.seed)
     balanced = chance / np.bincount(label)
     return Chances([data.policies[k] for k in kept], balanced / balanced.sum(1, keepdims=True), label)
 
@@ -93,20 +93,6 @@ def _sample(platform: Platform, records: Logs) -> Records:
     return Records(decisions, activity, players_log, None, items, pl.DataFrame(), {}, {}, [])
 
 
-def _described(data: Windows, rows: np.ndarray) -> np.ndarray:
-    """[N, X] what a classifier sees of each state: the newest period, the window's means and how much of it is known, the attributes; NaN where unknown."""
-    states: PlayerStates = data.states(rows)
-    assert states.actions is not None
-    assert states.objectives is not None
-    window = np.concatenate([states.history, states.actions, states.objectives], 2)
-    known = np.isfinite(window)
-    total, number = np.where(known, window, 0).sum(1), known.sum(1)
-    means = np.divide(total, number, out=np.full(total.shape, np.nan, total.dtype), where=number > 0)
-    attributes = [pl.DataFrame(data.attributes)[rows][name] for name in data.attributes.columns]
-    numbers = [a.to_numpy().astype(float) if a.dtype.is_numeric() else a.rank("dense").to_numpy().astype(float) for a in attributes]
-    return np.concatenate([window[:, -1], means, number / window.shape[1], *(column[:, None] for column in numbers)], 1)
-
-
 def _cross_fitted(x: np.ndarray, label: np.ndarray, player: np.ndarray, seed: int) -> np.ndarray:
     """[N, K] chance of each label from a classifier that saw none of the same player."""
     from sklearn.ensemble import HistGradientBoostingClassifier
@@ -117,12 +103,10 @@ def _cross_fitted(x: np.ndarray, label: np.ndarray, player: np.ndarray, seed: in
     for fitted, held in StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(x, label, player):
         model = HistGradientBoostingClassifier(max_iter=40, learning_rate=0.1, max_leaf_nodes=7, min_samples_leaf=40, early_stopping=False, random_state=seed)
         present = np.unique(label[fitted])
-        high, low = (edge.reduce(np.where(np.isnan(x[fitted]), far, x[fitted])) for edge, far in ((np.maximum, -np.inf), (np.minimum, np.inf)))
-        telling = high > low  # scikit-learn refuses columns that are empty
-        if len(present) > 1 and telling.any():
+        if len(present) > 1 and x.shape[1]:
             chance[held] = 0.0
             with threadpool_limits(1):  # so small a fit waits for its threads longer than it works
-                chance[np.ix_(held, present)] = model.fit(x[np.ix_(fitted, telling)], label[fitted]).predict_proba(x[np.ix_(held, telling)])
+                chance[np.ix_(held, present)] = model.fit(x[fitted], label[fitted]).predict_proba(x[held])
     return np.maximum(chance, 1e-6)
 
 

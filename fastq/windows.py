@@ -36,6 +36,9 @@ from fastq.platform import OWN_POLICY, Platform
 from fastq.records import Records
 from fastq.workspace import Workspace
 
+RECENT = (1, 7)  # periods at a window's end that are described by means of their own, beside the whole window
+FARTHEST = 8.0  # standard deviations of a described state
+
 
 @dataclass(frozen=True)
 class Windows:
@@ -150,6 +153,42 @@ class Windows:
         for array in (self.matrix, self.action, self.reward, self.moment):
             digest.update(np.ascontiguousarray(array).data)  # no copy of what lies in order, in memory or in a file
         return digest.hexdigest()
+
+
+def described(windows: Windows, chunk: int = 16_384) -> np.ndarray:
+    """[N, X] float32, standardised: what a classifier or a law may follow of each state, 0 where unknown.
+
+    Means of the last periods and of the window, also as logarithms where positive, the newest known values, how much was seen and how long ago, attributes.
+    """
+    platform, parts = windows.platform, []
+    for start in range(0, len(windows), chunk):
+        raw = windows.raw(np.arange(start, min(start + chunk, len(windows))))
+        known = np.isfinite(raw)
+        total = np.where(known, raw, np.float32(0))
+        seen = known[:, :, : len(platform.state.measures) or None].any(2)
+        away = np.where(seen.any(1), seen[:, ::-1].argmax(1), seen.shape[1]).astype(np.float32)
+        columns = [np.stack([away, np.minimum(away, 4), np.log1p(away)], 1)]
+        for last in dict.fromkeys(min(each, raw.shape[1]) for each in (*RECENT, raw.shape[1])):
+            count = known[:, -last:].sum(1)
+            mean = np.divide(total[:, -last:].sum(1), count, out=np.full(count.shape, np.nan, np.float32), where=count > 0)
+            columns += [mean, np.sign(mean) * np.log1p(np.abs(mean)), seen[:, -last:].mean(1, keepdims=True)]
+        newest = raw.shape[1] - 1 - known[:, ::-1].argmax(1)
+        columns.append(np.take_along_axis(raw, newest[:, None], 1)[:, 0])
+        parts.append(np.concatenate(columns, 1, dtype=np.float32))
+    parts = [np.concatenate(parts), *(_attribute(windows, name) for name in platform.state.attributes)]
+    x = np.concatenate(parts, 1, dtype=np.float32)
+    known = np.isfinite(x)
+    count = np.maximum(known.sum(0), 1)
+    x = np.where(known, x - np.where(known, x, 0).sum(0, dtype=float) / count, 0.0).astype(np.float32)
+    spread = np.sqrt(np.square(x).sum(0, dtype=float) / count)
+    return np.clip(x[:, spread > 1e-6] / spread[spread > 1e-6].astype(np.float32), -FARTHEST, FARTHEST)
+
+
+def _attribute(windows: Windows, name: str) -> np.ndarray:
+    column = windows.attributes[name]
+    if windows.platform.state.attributes[name].kind == "numeric":
+        return column.cast(pl.Float64).fill_null(np.nan).to_numpy()[:, None]
+    return column.cast(pl.String).to_dummies(drop_first=True).to_numpy().astype(float)
 
 
 def held_out_players(player_ids: list[str], share: float, seed: int) -> np.ndarray:

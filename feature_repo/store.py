@@ -8,6 +8,7 @@ beside this file says the same for people who use the `feast` command. Processes
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import urllib.parse
 import warnings
@@ -144,17 +145,23 @@ def apply(platform: Platform) -> PlayerStore:
     return _opened(platform, feast, file)
 
 
-def _applied(platform: Platform) -> tuple[FeatureStore, Path | None]:
+def _applied(platform: Platform, *, offline: bool = False) -> tuple[FeatureStore, Path | None]:
+    """The store with everything registered. For reading `offline` alone nothing is done again that was done already: it takes longer than the reading."""
     workspace = Workspace(platform.root)
     workspace.make(workspace.feast, workspace.features)
     file = workspace.feast / "online.db" if platform.services.online_store == "sqlite" else None
-    with workspace.lock("feast", wait_seconds=120):
-        store = _feature_store(platform)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Feast's notices of its own next release
-            store.apply(definitions(platform).objects())
+    with workspace.lock("feast", wait_seconds=120), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Feast's notices of its own next release
+        store, wanted, noted = _feature_store(platform), definitions(platform).objects(), workspace.feast / "applied"
+        meaning = [store.config.model_dump_json().encode(), *(one.to_proto().spec.SerializeToString(deterministic=True) for one in wanted)]
+        digest = hashlib.sha256(b"|".join(meaning)).hexdigest()
+        if offline and noted.exists() and noted.read_text(encoding="utf-8") == digest and (workspace.feast / "registry.db").exists():
+            return store, file
+        store.apply(wanted)
         with _translated(platform, file):
             online.prepare(store, file)
+        with replacing(noted) as partial:
+            partial.write_text(digest, encoding="utf-8")
     return store, file
 
 
@@ -204,7 +211,7 @@ def historical_pointers(platform: Platform, decisions: pl.DataFrame) -> pl.DataF
     """
     if not (feature_directory(platform) / ROWS_FILE).exists():
         raise WorkspaceError(f"{feature_directory(platform) / ROWS_FILE}: no feature rows yet; run `fastq retrain`")
-    store, _ = _applied(platform)
+    store, _ = _applied(platform, offline=True)
     asked = decisions.select("decision_id", "player_id", pl.col("decided_at").alias("event_timestamp"))
     if asked.is_empty():
         return pl.DataFrame(schema={"decision_id": pl.String, "row": pl.Int64})
