@@ -17,7 +17,7 @@ import polars as pl
 
 from fastq.features import build_rows
 from fastq.platform import Platform
-from fastq.records import Logs, Records
+from fastq.records import AnyRecords, Records
 from fastq.windows import build, described
 from fastq.workspace import Workspace, replacing
 
@@ -55,7 +55,7 @@ class Chances:
     acted: np.ndarray
 
 
-def chances(platform: Platform, records: Logs) -> Chances | None:
+def chances(platform: Platform, records: AnyRecords) -> Chances | None:
     """Cross-fitted chances of the policies in a sample of states; None where there are too few decisions, players or policies to tell."""
     sample = _sample(platform, records)
     data = build(platform, sample, build_rows(platform, sample))
@@ -72,7 +72,7 @@ def chances(platform: Platform, records: Logs) -> Chances | None:
     return Chances([data.policies[k] for k in kept], balanced / balanced.sum(1, keepdims=True), label)
 
 
-def _sample(platform: Platform, records: Logs) -> Records:
+def _sample(platform: Platform, records: AnyRecords) -> Records:
     """All that the logs hold of some players, drawn by their ids, with `DECISIONS` decisions between them at most."""
     draw, share = pl.col("player_id").hash(platform.training.seed), 1.0
     rows = records.counts["decisions"].accepted if records.counts else 0

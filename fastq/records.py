@@ -83,7 +83,7 @@ class Parts:
         return self.lazy().collect().sort("player_id", "occurred_at", maintain_order=True)
 
 
-class Logs(Protocol):
+class AnyRecords(Protocol):
     """What is known of logs that were judged, whether their rows are in memory (`Records`) or not (`Judged`)."""
 
     @property

@@ -16,7 +16,7 @@ import polars as pl
 
 from fastq.overlap import Chances, Overlap
 from fastq.platform import Platform
-from fastq.records import TABLES, Logs
+from fastq.records import TABLES, AnyRecords
 from fastq.validation import Verdict
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ _VALIDATION_PAGE = """\
 """
 
 
-def validation_page(platform: Platform, records: Logs, verdict: Verdict, overlaps: Sequence[Overlap] = (), chances: Chances | None = None) -> str:
+def validation_page(platform: Platform, records: AnyRecords, verdict: Verdict, overlaps: Sequence[Overlap] = (), chances: Chances | None = None) -> str:
     """The validation report as one HTML page: verdict, rows, rules, warnings, where policies meet, and the first quarantined rows with their reasons."""
     decisions = records.counts["decisions"]
     sentence = f"{decisions.accepted:,} decisions are good, {decisions.quarantined:,} are quarantined and {decisions.repeated:,} are repeats."

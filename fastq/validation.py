@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 
 from fastq.platform import Platform
-from fastq.records import TABLES, Counts, Logs, Parts, Severity, row_rules, table_rules
+from fastq.records import TABLES, AnyRecords, Counts, Parts, Severity, row_rules, table_rules
 from fastq.workspace import Workspace, replacing
 
 SAMPLE = 100_000  # rows at most that a distribution is told from
@@ -79,7 +79,7 @@ def _against_earlier(platform: Platform) -> list[str]:
     return [*tables, "decisions.rate.volume", *measures, *(f"decisions.{policy}.shift" for policy in platform.policies)]
 
 
-def profile(platform: Platform, records: Logs) -> Profile:
+def profile(platform: Platform, records: AnyRecords) -> Profile:
     """What these logs look like, for the next ones to be held against."""
     values = _values(platform, records)
     edges = {name: np.unique(np.quantile(found, np.linspace(0, 1, BINS + 1)[1:-1])).tolist() for name, found in values.items() if len(found) >= FEWEST}
@@ -103,7 +103,7 @@ def write_profile(workspace: Workspace, reference: Profile) -> None:
         partial.write_text(json.dumps(asdict(reference)), encoding="utf-8")
 
 
-def _values(platform: Platform, records: Logs, after: datetime | None = None) -> dict[str, np.ndarray]:
+def _values(platform: Platform, records: AnyRecords, after: datetime | None = None) -> dict[str, np.ndarray]:
     """By the name of each quantity that is watched, its known values (of a sample of rows): each measure, and what each policy did."""
     decisions, events = records.held("decisions"), records.held("activity")
     if after is not None:
@@ -145,7 +145,7 @@ def shift(now: np.ndarray, then: np.ndarray) -> float:
     return float(((now - then) * np.log(now / then)).sum())
 
 
-def _moved(platform: Platform, records: Logs, reference: Profile | None) -> tuple[dict[str, int], list[str]]:
+def _moved(platform: Platform, records: AnyRecords, reference: Profile | None) -> tuple[dict[str, int], list[str]]:
     """How often each rule against earlier runs failed, and a sentence for each that did. Without an earlier run none fails."""
     failed = dict.fromkeys(_against_earlier(platform), 0)
     said: list[str] = []
@@ -179,7 +179,7 @@ def _moved(platform: Platform, records: Logs, reference: Profile | None) -> tupl
 # ---- the verdict ------------------------------------------------------------------------------------------------------
 
 
-def validate(platform: Platform, records: Logs, reference: Profile | None = None) -> Verdict:
+def validate(platform: Platform, records: AnyRecords, reference: Profile | None = None) -> Verdict:
     """Judge the records by the platform's rules and, where there is a `reference`, by what logs looked like before.
 
     The gate fails if a stopping rule fails: no decision is left, or more than `validation.max_quarantined` of a table's rows
@@ -219,7 +219,7 @@ def _judge(severities: dict[str, Severity], measured: dict[str, int], allowed: d
     return rules
 
 
-def _reason(platform: Platform, records: Logs, rule: Rule, measured: dict[str, int]) -> str:
+def _reason(platform: Platform, records: AnyRecords, rule: Rule, measured: dict[str, int]) -> str:
     table = next(t for t in TABLES if rule.rule.startswith(f"{t}."))
     counts = records.counts.get(table)
     if rule.rule not in measured or counts is None:

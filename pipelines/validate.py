@@ -12,12 +12,12 @@ from prefect import flow, task
 
 from fastq import overlap, records, report, validation
 from fastq.platform import Platform
-from fastq.records import Logs
+from fastq.records import AnyRecords
 from fastq.workspace import Workspace, replacing
 from pipelines.turn import EACH_TIME, RETRIES, Progress, platform_of, progress, relative, running
 
 
-def judged(platform: Platform, read: Logs) -> dict[str, Any]:
+def judged(platform: Platform, read: AnyRecords) -> dict[str, Any]:
     """The verdict on records as `fastq validate --json` gives it; it, its HTML report and the quarantine are kept beside earlier ones."""
     workspace = Workspace(platform.root)
     verdict = validation.validate(platform, read, validation.read_profile(workspace))
