@@ -218,6 +218,26 @@ def test_players_in_many_parts_make_the_same_windows_as_in_one(tmp_path: Path, m
     same(grown, read_records(shop(tmp_path)))
 
 
+@pytest.mark.parametrize("parts", [(2, 8), (8, 2), (4, 4)])
+def test_proposals_find_their_decisions_whatever_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: tuple[int, int]) -> None:
+    (tmp_path / "proposals").mkdir()
+    for number in range(3):
+        put(tmp_path, number)
+        proposed = pl.read_parquet(tmp_path / "decisions" / f"{number}.parquet").select("decision_id", policy=pl.lit("bold"), goal=pl.lit(3.0))
+        stranger = proposed[:1].with_columns(decision_id=pl.lit(f"nobody's {number}"))
+        pl.concat([proposed, stranger]).write_parquet(tmp_path / "proposals" / f"{number}.parquet")
+    platform = shop(tmp_path, proposals="proposals/*")
+    whole = [held(read_records(platform, since)) for since in (None, START + timedelta(days=2))]
+    assert len(whole[0].quarantine.filter(table="proposals")) == 4  # the three strangers, and one whose decision was refused
+    shutil.rmtree(tmp_path / ".fastq")
+    numbers = iter([1, *parts])
+    monkeypatch.setattr(staging, "_parts", lambda *_: next(numbers))
+    split = [read_records(platform, since) for since in (None, START + timedelta(days=2))]
+    for one, other in zip(whole, split, strict=True):
+        same(one, other)
+        assert_frame_equal(one.proposals, other.proposals)
+
+
 def test_out_of_memory_s_reach_the_windows_are_the_same_and_leave_no_file(tmp_path: Path) -> None:
     for number in range(3):
         put(tmp_path, number)
