@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import urllib.parse
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -152,12 +154,14 @@ def _applied(platform: Platform, *, offline: bool = False) -> tuple[FeatureStore
     file = workspace.feast / "online.db" if platform.services.online_store == "sqlite" else None
     with workspace.lock("feast", wait_seconds=120), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Feast's notices of its own next release
-        store, wanted, noted = _feature_store(platform), definitions(platform).objects(), workspace.feast / "applied"
-        meaning = [store.config.model_dump_json().encode(), *(one.to_proto().spec.SerializeToString(deterministic=True) for one in wanted)]
-        digest = hashlib.sha256(b"|".join(meaning)).hexdigest()
+        store, noted = _feature_store(platform), workspace.feast / "applied"
+        attributes = {name: attribute.kind for name, attribute in platform.state.attributes.items()}
+        versions = [version(package) for package in ("fastq", "feast")]
+        meaning = [repository(platform), features.fingerprint(platform), attributes, str(feature_directory(platform)), versions]
+        digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
         if offline and noted.exists() and noted.read_text(encoding="utf-8") == digest and (workspace.feast / "registry.db").exists():
             return store, file
-        store.apply(wanted)
+        store.apply(definitions(platform).objects())
         with _translated(platform, file):
             online.prepare(store, file)
         with replacing(noted) as partial:
