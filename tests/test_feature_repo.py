@@ -115,6 +115,23 @@ def test_pointers_are_point_in_time(platform: Platform) -> None:
     assert found["row"].to_list() == [None, 1, None, 1, 2, 2, 3, 4, None, None]
 
 
+def test_definitions_that_stand_are_not_applied_for_every_reading_and_changed_ones_are(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
+    from feast import FeatureStore
+
+    applied, whole = [], FeatureStore.apply
+    monkeypatch.setattr(FeatureStore, "apply", lambda self, objects, **k: applied.append(objects) or whole(self, objects, **k))
+    feature_store.publish_rows(platform, rows_frame([("a", 0, 1, None)]))
+    asked = decisions([("x", "a", START + 1.5 * DAY)])
+    assert [feature_store.historical_pointers(platform, asked)["row"].item() for _ in range(3)] == [1, 1, 1]
+    assert len(applied) == 1
+    longer = platform.model_copy(update={"state": platform.state.model_copy(update={"period": 2 * DAY})})
+    assert feature_store.historical_pointers(longer, decisions([("x", "a", START + 4.5 * DAY)]))["row"].item() == 1  # features are kept for two periods
+    assert len(applied) == 2
+    (platform.root / ".fastq" / "feast" / "registry.db").unlink()
+    assert feature_store.historical_pointers(longer, asked)["row"].item() == 1
+    assert len(applied) == 3
+
+
 def test_pointers_refuse_ids_that_are_there_twice(platform: Platform) -> None:
     feature_store.publish_rows(platform, rows_frame([("a", 0, 1, None)]))
     with pytest.raises(LogsError, match="each decision_id once"):
