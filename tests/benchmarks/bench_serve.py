@@ -404,7 +404,7 @@ def test_faults_of_redis_and_of_the_disk_under_load(trained: Path, tmp_path: Pat
     store.materialize(platform, frame)
     key = auth.create_key(space, "analyst")["key"]
     space.served.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(space.served)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(space.served)], check=True)
     server = Server([str(Path(sys.executable).with_name("fastq")), "serve", "--port", str(ours)], workspace, ours)
     sys.stdout.write("\n\n")
     load = Load(ours, key, frame["player_id"].to_list())
