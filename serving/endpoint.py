@@ -68,6 +68,7 @@ MOST_BYTES = 16 * 2**20  # of a request's body
 BATCH_ROWS = 256  # players that one batch takes on the event loop; larger requests go to a thread
 TOGETHER = 64  # requests that wait for nobody else to come
 MOST_UNDER_WAY = 192  # requests that wait for a batch or for the disk; one more is refused at once, which is kinder than an answer that comes too late
+MOST_TURNS = 16  # explanations, or queries, that wait for others of their kind
 MOST_KEY = 300  # characters of an Idempotency-Key
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
 REFUSED_SECONDS = 60.0  # until a model that could not be loaded is tried again: what ailed it may have passed
@@ -300,6 +301,29 @@ class Desk:
             "store": store,
             "paused": "no" if pause is None else pause.sentence,
         }
+
+
+class Turns:
+    """So many at a time; `MOST_TURNS` more may wait, for each of them holds one of the places at the door that recommendations need."""
+
+    def __init__(self, desk: Desk, at_once: int) -> None:
+        self._desk, self._free, self._waiting = desk, asyncio.Semaphore(at_once), 0
+
+    @contextlib.asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """A turn, when it comes. Raises `Overloaded`."""
+        if self._free.locked() and self._waiting >= MOST_TURNS:
+            self._desk.metrics.refused.labels("overload").inc()
+            raise Overloaded("too many questions of this kind wait already; ask again in a moment")
+        self._waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 def follow(desk: Desk, stop: threading.Event) -> None:
@@ -698,17 +722,17 @@ def create_app(platform: Platform) -> FastAPI:
             degraded = f"{error}; the events are stored and will be brought up as soon as it can be"
         return reply({"accepted": accepted, "already_known": already_known, "degraded": degraded})
 
-    explaining = asyncio.Semaphore(2)  # explanations are rare and long; they must not starve recommendations
+    explaining = Turns(desk, 2)  # explanations are rare and long; they must not starve recommendations
 
     @route("post", "/v1/explanations")
     async def explanations(asked: ExplanationRequest) -> Response:
         """Why a past decision was made, with the model and the state of then; or what would be recommended to a player now, and why."""
         question, service = asked.question(), desk.open()
-        async with explaining:
+        async with explaining.one():
             with desk.metrics.stage.labels("explain").time():
                 return reply(await asyncio.to_thread(online.explain_question, service, question))
 
-    querying = asyncio.Semaphore(1)  # a query takes a process and its memory
+    querying = Turns(desk, 1)  # a query takes a process and its memory
 
     @route("post", "/v1/query", QueryAnswer)
     async def query(asked: QueryRequest) -> Response:
@@ -716,7 +740,7 @@ def create_app(platform: Platform) -> FastAPI:
         from fastq import queries
 
         desk.open()
-        async with querying:
+        async with querying.one():
             answer = await asyncio.to_thread(queries.ask, platform, asked.sql, seconds=QUERY_SECONDS)
             return reply(await asyncio.to_thread(answer.document))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
 import json
@@ -589,6 +590,70 @@ def test_more_than_can_be_answered_soon_is_refused_and_nothing_of_it_is_stored(
         assert {a.status_code for a in answers} == {200, 503}
         assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 503)
         assert log.counts()["decisions"] - before == sum(a.status_code == 200 for a in answers)
+
+
+def test_long_questions_wait_in_a_short_line(platform: Platform) -> None:
+    async def ask() -> list[str]:
+        desk = endpoint.Desk(platform, auth.Keys(Workspace(platform.root)), endpoint.new_metrics())
+        turns, gone_on = endpoint.Turns(desk, 1), asyncio.Event()
+
+        async def one() -> str:
+            try:
+                async with turns.one():
+                    await gone_on.wait()
+            except endpoint.Overloaded:
+                return "refused"
+            return "answered"
+
+        asked = [asyncio.create_task(one()) for _ in range(endpoint.MOST_TURNS + 4)]
+        await asyncio.sleep(0)
+        gone_on.set()
+        return await asyncio.gather(*asked)
+
+    said = asyncio.run(ask())
+    assert said == ["answered"] * (endpoint.MOST_TURNS + 1) + ["refused"] * 3
+
+
+RAYS_PROXY = """global
+    maxconn 4096
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 3600s
+    timeout server 3600s
+    errorfile 502 {0}/500.http
+    errorfile 503 {0}/500.http
+frontend prometheus
+    bind :{1}
+frontend http_frontend
+    bind 127.0.0.1:{2}
+    default_backend http-fastq
+backend http-fastq
+    default-server fastinter 250ms downinter 250ms fall 2 rise 2 inter 5s check
+    server SERVE_REPLICA_fastq-fastq-6lgqhh9y 127.0.0.1:30000 check observe layer4 error-limit 3 on-error mark-down
+    server SERVE_PROXY_ACTOR-fallback-fb 127.0.0.1:25035 check backup
+listen stats
+  bind *:{3}
+"""
+
+
+def test_the_proxy_is_shut_and_has_an_end_to_its_patience(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_SERVE_HAPROXY_BINARY_PATH", raising=False)
+    metrics, door, stats = free_ports(3)
+    (tmp_path / "500.http").write_text("HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n")
+    said = tmp_path / "haproxy.cfg"
+    said.write_text(RAYS_PROXY.format(tmp_path, metrics, door, stats))
+    script = app.closed_haproxy(tmp_path, stats, metrics)
+    for _ in range(2):  # Ray starts it again with the same file
+        checked = subprocess.run([str(script), "-c", "-f", str(said)], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+    lines = [line.strip() for line in said.read_text().splitlines()]
+    assert {line for line in lines if line.startswith("bind")} == {f"bind 127.0.0.1:{port}" for port in (metrics, door, stats)}
+    assert lines.count(f"timeout queue {app.PATIENCE}") == lines.count("option http-buffer-request") == 1
+    assert [line.count("maxconn") for line in lines if line.startswith("server ")] == [1, 0]
+    assert f"errorfile 503 {tmp_path / '503.http'}" in lines
+    head, _, body = (tmp_path / "503.http").read_bytes().decode().partition("\r\n\r\n")
+    assert f"Content-Length: {len(body)}" in head and "Retry-After: 1" in head and json.loads(body)["status"] == 503
 
 
 def test_a_pause_reaches_a_running_server_within_a_second(client: TestClient, call, platform: Platform, player: str) -> None:

@@ -377,5 +377,68 @@ def test_faults_under_load(trained: Path, tmp_path: Path) -> None:
         app.sweep(workspace, app.ray_directory(workspace))
 
 
+def redis_server(port: int, directory: Path) -> subprocess.Popen:
+    """A Redis that keeps on disk what it is told."""
+    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory), "--appendonly", "yes", "--save", ""]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as probe:
+            probe.sendall(b"PING\r\n")
+            if probe.recv(64).startswith(b"+PONG"):
+                return process
+        time.sleep(0.1)
+    raise AssertionError("Redis does not answer")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own for the decision log has to be mounted")
+def test_faults_of_redis_and_of_the_disk_under_load(trained: Path, tmp_path: Path) -> None:
+    workspace = Path(shutil.copytree(trained, tmp_path / "arena"))
+    ours, redis_port = free_ports(2)
+    frame = store.materialized(load_platform(workspace))
+    file = workspace / "fastq.yaml"
+    file.write_text(f"{file.read_text()}\nservices: {{online_store: 'redis://127.0.0.1:{redis_port}/0'}}\n")
+    platform, space = load_platform(workspace), Workspace(workspace)
+    redis = redis_server(redis_port, tmp_path)
+    store.materialize(platform, frame)
+    key = auth.create_key(space, "analyst")["key"]
+    space.served.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256m", "tmpfs", str(space.served)], check=True)
+    server = Server([str(Path(sys.executable).with_name("fastq")), "serve", "--port", str(ours)], workspace, ours)
+    sys.stdout.write("\n\n")
+    load = Load(ours, key, frame["player_id"].to_list())
+    try:
+        load.during("nothing, states in Redis", 4, 0, 0)
+        redis.kill()
+        redis.wait()
+        load.during("Redis killed", 5, 0, 0)
+        assert "online store" in load.last["degraded"]
+        redis = redis_server(redis_port, tmp_path)
+        load.during("… and back", 5, 0, 0)
+        assert load.last["degraded"] is None or "stale" in load.last["degraded"]
+
+        before, filler = len(load.seen), space.served / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as full:
+            while True:
+                full.write(bytes(4096))
+        time.sleep(4)
+        statuses = [status for _, status, _ in load.seen[before:]]
+        said = f"{statuses.count(503):4} answered with 503, {statuses.count(200)} with 200"
+        sys.stdout.write(f"{'the disk of the log full':34} {len(statuses):6} requests {said}\n")
+        assert set(statuses) <= {200, 503} and 503 in statuses
+        filler.unlink()
+        load.during("… and with room again", 5, 10**6, 2)
+        load.end()
+        with httpx.Client(base_url=f"http://127.0.0.1:{ours}", headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False) as client:
+            missing = [i for i in load.acknowledged[:: max(1, len(load.acknowledged) // 50)] if client.get(f"/v1/decisions/{i}").status_code != 200]
+        assert not missing
+    finally:
+        load.end()
+        server.stop()
+        redis.kill()
+        subprocess.run(["umount", "-l", str(space.served)], check=True)
+
+
 if __name__ == "__main__":
     serve_bare(sys.argv[1], int(sys.argv[2]))
