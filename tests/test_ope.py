@@ -797,7 +797,7 @@ def test_slope_drops_weights_that_only_add_noise():
     draw = rng(6)
     n = 4_000
     weights = np.where(draw.random(n) < 0.01, 60.0, 0.4)
-    v = draw.normal(size=n)
+    v = 1 + draw.normal(size=n)
     reward = v + draw.normal(size=n)
     plain, switched, shrunk = (
         ope.estimate(estimator(reward, weights, v, v, np.arange(n)), rng=rng(), resamples=200)[0]
