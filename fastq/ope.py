@@ -35,6 +35,7 @@ Each estimator by its name: `inverse_propensity`, `self_normalised`, `direct_met
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -1045,17 +1046,17 @@ def logged_sums(
     scale[scale == 0] = 1.0
     counted = np.isfinite(reward) & ~(episode.truncated[:, None] & (episode.discount > 0))
     largest = np.where(episode.discount.any(0), episode.discount.max(0), 1.0)
-    shares = episode.discount / largest
     patterns: dict[bytes, list[int]] = {}
     for objective in range(reward.shape[1]):
-        patterns.setdefault(shares[:, objective].tobytes() + counted[:, objective].tobytes(), []).append(objective)
+        same = (episode.discount[:, objective] / largest[objective]).tobytes() + counted[:, objective].tobytes()
+        patterns.setdefault(hashlib.sha256(same).digest(), []).append(objective)
     after, by_group = np.maximum(episode.following, 0), [np.flatnonzero(group == each) for each in range(groups)]
     squares: dict[bytes, tuple[Floats, Floats]] = {}
     found = []
     for each in patterns.values():
         objectives = np.array(each)
-        there, share = counted[:, each[0]], shares[:, each[0]]
-        seen = squares.get(there.tobytes())
+        there, share = counted[:, each[0]], episode.discount[:, each[0]] / largest[each[0]]
+        seen = squares.get(hashlib.sha256(there.tobytes()).digest())
         gram = np.zeros((groups, len(scale), len(scale))) if seen is None else seen[0]
         moved, earned = np.zeros((groups, len(scale), states.shape[1])), np.zeros((groups, len(scale), reward.shape[1]))
         whole, count = np.zeros((groups, len(scale))), np.zeros(groups, dtype=np.int64)
@@ -1069,7 +1070,7 @@ def logged_sums(
             earned[place][:, objectives] = x.T @ reward[np.ix_(mine, objectives)]
             whole[place], count[place] = x.sum(0), len(mine)
         metric = np.linalg.pinv(gram.sum(0) / max(int(count.sum()), 1), hermitian=True) if seen is None else seen[1]
-        squares[there.tobytes()] = gram, metric
+        squares[hashlib.sha256(there.tobytes()).digest()] = gram, metric
         factors = tuple((float(rate), objectives[largest[objectives] == rate]) for rate in np.unique(largest[objectives]))
         found.append(_Alike(factors, there, share, gram, moved, earned, whole, count, metric))
     return LoggedSums(states, actions, reward, episode, clusters, group, groups, folds, free, scale, counted, tuple(found))
@@ -1125,8 +1126,12 @@ def reinforced(log: LoggedSums, target: ArrayLike, weights: ArrayLike, *, larges
     before = np.full(rows, -1)
     before[episode.following[led]] = led
     came = (before >= 0) & np.isfinite(known[before])
-    back = np.where(came[:, None], 1 + episode.discount[before] * np.where(came, known[before], 0.0)[:, None] * occupied[before], 1.0)
-    back = np.where(((before >= 0) & ~came)[:, None], occupied, back)
+    back = episode.discount[before]  # in place, for it may be as large as the log
+    back *= np.where(came, known[before], 0.0)[:, None]
+    back *= occupied[before]
+    back += 1
+    back[before < 0] = 1.0
+    back[(before >= 0) & ~came] = occupied[(before >= 0) & ~came]
     terms = summed(occupied)
     gap = paired_difference(summed(back), terms)
     apart = np.where(episode.discount.any(0), np.abs(ratio_or_zero(np.nan_to_num(gap.values()), gap.standard_errors())), 0.0)

@@ -227,12 +227,13 @@ _EVALUATION_PAGE = """\
 {% if d.guardrails %}<h2>Guardrails, per decision</h2>
 <div class="wide"><table>
   <thead><tr><th>Objective</th><th class="n">Value</th><th class="n">Low</th><th class="n">High</th>
-    <th class="n">Floor</th><th class="n">Ceiling</th></tr></thead>
+    <th class="n">Floor</th><th class="n">Ceiling</th><th>Verdict</th></tr></thead>
   <tbody>{% for row in d.guardrails %}
   <tr><td>{{ row.objective }}</td><td class="n">{{ number(row.value) }}</td>
     <td class="n">{{ number(row.low) }}</td>
     <td class="n">{{ number(row.high) }}</td>
-    <td class="n">{{ number(row.floor) }}</td><td class="n">{{ number(row.ceiling) }}</td></tr>{% endfor %}
+    <td class="n">{{ number(row.floor) }}</td><td class="n">{{ number(row.ceiling) }}</td>
+    <td class="{{ tone(row.verdict) }}">{{ row.verdict }}</td></tr>{% endfor %}
   </tbody>
 </table></div>{% endif %}
 
@@ -294,7 +295,7 @@ def evaluation_page(platform: Platform, document: Mapping[str, Any], version: st
         rows=lambda value: f"{value:,.0f}",
         share=lambda value: "–" if value is None else f"{value:.0%}",
         shares=lambda values: ", ".join(f"{value:.0%}" for value in values),
-        words=lambda name: name.replace("_", " "),
+        words=lambda name: "FAST-Q's own Q" if name == "fast_q" else name.replace("_", " "),
         tone=lambda verdict: "good" if verdict.startswith("trust") else "warn",
     )
 

@@ -797,7 +797,7 @@ def test_slope_drops_weights_that_only_add_noise():
     draw = rng(6)
     n = 4_000
     weights = np.where(draw.random(n) < 0.01, 60.0, 0.4)
-    v = draw.normal(size=n)
+    v = 1 + draw.normal(size=n)
     reward = v + draw.normal(size=n)
     plain, switched, shrunk = (
         ope.estimate(estimator(reward, weights, v, v, np.arange(n)), rng=rng(), resamples=200)[0]
@@ -1172,6 +1172,12 @@ def test_an_interval_much_wider_than_its_value_is_not_trusted():
     assert isinstance(difference, ope.Estimate)
     assert difference.high - difference.low > ope.LARGEST_WIDTH * abs(difference.value)
     assert difference.verdict == "trust"
+    costs = ope.inverse_propensity(np.column_stack([1 + often, 0.999 + often[::-1]]), weights, np.arange(1_000))
+    *_, cancelled = ope.estimate(costs, objective_weights=[1, -1], rng=rng(), resamples=400)
+    assert isinstance(cancelled, ope.Estimate)
+    assert cancelled.verdict == "trust"
+    assert ope.verdict(FINE, width=ope.LARGEST_WIDTH) == "trust"
+    assert ope.verdict(FINE, width=ope.LARGEST_WIDTH + 0.1).startswith("do not trust: the interval is 2.1 times as wide")
 
 
 def test_verdict_joins_every_reason():
@@ -1588,6 +1594,18 @@ def test_double_reinforcement_leaves_out_group_by_group_models_and_all():
     np.testing.assert_allclose(found.terms.refits[:, 0], [by_hand(g, *chosen) for g in range(4)], atol=1e-6)
     error = np.sqrt(3 / 4 * np.square(found.terms.refits[:, 0] - found.terms.refits[:, 0].mean()).sum())
     assert found.terms.refit_errors(np.eye(1))[0] == pytest.approx(error, rel=1e-12)
+
+
+def test_the_ridge_of_q_is_the_one_that_predicts_held_out_players_best(monkeypatch):
+    log = walk() | {"discount": np.zeros((960, 1)), "truncated": np.zeros(960, dtype=bool)}
+    draw = np.random.default_rng(5)
+    wide = log | {"logged": np.hstack([log["logged"], draw.normal(size=(960, 40))]), "target": np.hstack([log["target"], np.zeros((960, 40))])}
+    signal = wide | {"rewards": 3 * log["logged"][:, 0]}
+    noise = wide | {"rewards": draw.normal(size=960)}
+    kept, shrunk = (ope.double_reinforcement(**each, rng=np.random.default_rng(0)).q[:, 0] for each in (signal, noise))
+    np.testing.assert_allclose(kept, signal["rewards"], atol=0.05)  # the weakest: with a ridge of 1 q would be off by about 1
+    monkeypatch.setattr(ope, "FIT_RIDGES", (min(ope.FIT_RIDGES),))
+    assert np.std(shrunk) < 0.7 * np.std(ope.double_reinforcement(**noise, rng=np.random.default_rng(0)).q[:, 0])
 
 
 def test_targets_that_share_a_log_are_answered_as_each_alone():

@@ -177,6 +177,7 @@ def ours(log: Log, seed: int) -> tuple[dict[str, float], dict[str, float]]:
             "sndr": ope.self_normalised_doubly_robust(reward, weights, q, v, rounds),
             "switch-dr, tuned": ope.switch_doubly_robust(reward, weights, q, v, rounds),
             "dr-os, tuned": ope.shrunk_doubly_robust(reward, weights, q, v, rounds),
+            "magic": ope.magic(reward, weights, q, v, **one_step, rng=np.random.default_rng(seed)),
         }
         return {name: float(each.values()[0]) for name, each in terms.items()}
 
