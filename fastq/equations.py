@@ -54,6 +54,19 @@ def masked_squared_error(predicted: Tensor, observed: Tensor) -> Tensor:
     return error.square().sum() / known.sum().clamp(min=1)
 
 
+def discrepancy(x: Tensor, y: Tensor, width: float) -> Tensor:
+    """Eq. 3b: how far two samples of states, [n, Z] and [m, Z], are apart: the maximum mean discrepancy under a Gaussian kernel (JMLR 13:723, 2012, eq. 5).
+
+    `k(a, b) = exp(-|a - b|^2 / width^2)`; the root of `mean k(x, x') + mean k(y, y') - 2 mean k(x, y)`, all pairs, a point with itself included: 0 for
+    equal samples, and biased upwards by about `sqrt(1/n + 1/m)` where laws are equal.
+    """
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(-torch.cdist(a, b).square() / width**2).mean()
+
+    return (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)).clamp(min=0).sqrt()
+
+
 def action_features(u: Tensor, polynomial: bool) -> Tensor:
     """Eq. 4: `phi(u)`, [..., D] to [..., P]: `u`, its products `u_i u_j` (i <= j) and its cubes; `u` alone if not polynomial.
 

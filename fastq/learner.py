@@ -56,6 +56,7 @@ GUARDRAIL_SAMPLE = 1_024  # states on which the guardrails' prices are found
 AT_EDGE = 0.01  # of a range: nearer than that is at its end
 TAIL = 0.05  # of the discounted sum, left to the value itself where returns are compared with it
 LOOKED_AT = 8_192  # decisions whose situations are in memory together
+LEAST_PROBED, MMD_ROWS = 20, 500  # players below which balance is told on those who were learned from; states of each policy that are compared
 REFERENCE_ROWS = 20_000  # logged decisions kept in the bundle as evidence
 TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
@@ -416,7 +417,7 @@ def train(
         "decisions": len(windows),
         "players": len(windows.player_ids),
         "multipliers": dict(zip(platform.objectives, policy.multipliers.tolist(), strict=True)),
-        "balance": balance_probe(windows, seen, learned, training.seed),
+        "balance": balance_probe(windows, seen, np.flatnonzero(~learning) if held_out.sum() >= LEAST_PROBED else learned, training.seed),
     }
     return replace(policy, details=whole | details)
 
@@ -678,19 +679,27 @@ def usual_doubt(policy: Policy, at: Situation) -> float:
 
 
 def balance_probe(windows: Windows, seen: Represented, rows: np.ndarray, seed: int) -> dict[str, float]:
-    """How much of the acting policy a fresh probe still reads from the balanced state of players it was not trained on, against chance."""
+    """How much of the acting policy is left in the balanced state, on players that training never saw: `rows`.
+
+    probe: balanced accuracy of a fresh classifier on players that it was not fitted on, against `chance`; mmd: the largest discrepancy between two policies'
+    states (`equations.discrepancy`), of at most MMD_ROWS each.
+    """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import balanced_accuracy_score
 
     if len(windows.policies) < 2:
-        return {"probe": 1.0, "chance": 1.0}
+        return {"probe": 1.0, "chance": 1.0, "mmd": 0.0}
     sample = np.random.default_rng(seed).permutation(rows)[:20_000]
     train_on = player_folds(windows.player, seed)[sample] > 0
-    b, label = seen.b.numpy()[sample], windows.policy[sample]
+    b, label = seen.b[torch.from_numpy(sample)], windows.policy[sample]
+    samples = [b[label == k][:MMD_ROWS] for k in np.unique(label)]
+    pairs = [(x, y) for i, x in enumerate(samples) for y in samples[:i]]
+    width = max(float(torch.pdist(torch.cat(samples)).median()), 1e-9) if len(b) > 1 else 1.0
+    answer = {"chance": 1.0 / len(windows.policies), "mmd": max((float(equations.discrepancy(x, y, width)) for x, y in pairs), default=0.0)}
     if len(np.unique(label[train_on])) < 2 or train_on.all():
-        return {"probe": 1.0, "chance": 1.0 / len(windows.policies)}
-    probe = LogisticRegression(max_iter=300, class_weight="balanced").fit(b[train_on], label[train_on])
-    return {"probe": float(balanced_accuracy_score(label[~train_on], probe.predict(b[~train_on]))), "chance": 1.0 / len(windows.policies)}
+        return answer | {"probe": 1.0}
+    probe = LogisticRegression(max_iter=300, class_weight="balanced").fit(b.numpy()[train_on], label[train_on])
+    return answer | {"probe": float(balanced_accuracy_score(label[~train_on], probe.predict(b.numpy()[~train_on])))}
 
 
 def reference_rows(windows: Windows, seen: Represented, rows: np.ndarray, seed: int) -> Reference:

@@ -342,6 +342,15 @@ def test_soft_update_moves_targets_a_share_of_the_way_in_place():
     close(source, [3.0, -2.0])
 
 
+# ---- Eq. 3b: how far two samples of states are apart ---------------------------------------------------------------------------
+def test_discrepancy_by_hand():
+    # k(x, x') over {0, 1}: (1 + e^-1/4 + e^-1/4 + 1) / 4; one y at 2 with itself 1; k(x, y): (e^-4/4 + e^-1/4) / 2, width 2
+    near, far = math.exp(-0.25), math.exp(-1.0)
+    expected = (2 + 2 * near) / 4 + 1 - 2 * (far + near) / 2
+    close(equations.discrepancy(tensor([[0.0], [1.0]]), tensor([[2.0]]), 2.0), math.sqrt(expected))
+    assert float(equations.discrepancy(tensor([[0.0], [1.0]]), tensor([[1.0], [0.0]]), 2.0)) == 0
+
+
 # ---- Eq. 14 to 18: the published form ---------------------------------------------------------------------------------------
 def test_difficulty_weights_follow_what_the_adversary_named_and_never_vanish():
     close(equations.difficulty_weights(tensor([5.0, 0.0, 2.0])), [0.6, 0.1, 0.3])  # (6, 1, 3) / 10

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -263,3 +264,17 @@ def test_how_differently_people_respond_is_found_where_logs_can_tell_and_assumed
     assert few["share"] == few["prior"] == learner.OWN_RESPONSE / 2.0
     still = learner.own_response(plain, np.zeros_like(noise), weights, player, 2.0)  # policies without noise teach nothing of it
     assert still["share"] == still["prior"]
+
+
+def test_balance_is_told_by_a_fresh_probe_and_by_how_far_the_states_of_two_policies_are_apart():
+    rng, n = np.random.default_rng(0), 2_000
+    policy = rng.integers(0, 2, n)
+    told = SimpleNamespace(policies=["low", "high"], policy=policy, player=np.arange(n) // 10)
+    alike = torch.from_numpy(rng.normal(size=(n, 3))).float()
+    shifted = alike + torch.from_numpy(policy).float()[:, None] * torch.tensor([4.0, 0.0, 0.0])
+    balanced, unbalanced = (learner.balance_probe(told, SimpleNamespace(b=b), np.arange(n), seed=0) for b in (alike, shifted))
+    assert balanced["chance"] == unbalanced["chance"] == 0.5
+    assert balanced["probe"] == pytest.approx(0.5, abs=0.07)
+    assert unbalanced["probe"] > 0.95
+    assert balanced["mmd"] < 0.1
+    assert unbalanced["mmd"] > 0.5

@@ -186,8 +186,9 @@ def test_the_masked_lstm_is_the_fused_one_when_nothing_is_dropped():
 
 
 @pytest.mark.parametrize("stop_in", ["representation", "critics and actor"])
-def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in):
+def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in, monkeypatch):
     torch.set_num_threads(1)
+    monkeypatch.setattr(paper, "STAGE_TWO", 2)  # a tenth of the epochs is enough to be stopped in
     platform, data = small(players=60, days=5)
 
     class Killed(Exception):

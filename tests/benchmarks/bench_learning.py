@@ -136,13 +136,8 @@ def discrepancy(policy: Any, data: windows.Windows, seed: int) -> dict[str, floa
     probe = MLPClassifier((32,), max_iter=60, early_stopping=True, random_state=0)
     said = cross_val_predict(probe, b[even], acted[even], groups=data.player[rows][even], cv=GroupKFold(4))
     sample = [torch.from_numpy(b[acted == k][:500]) for k in range(len(data.policies))]
-    width = float(torch.pdist(torch.cat(sample)).median()) ** 2
-
-    def kernel(x: torch.Tensor, y: torch.Tensor) -> float:
-        return float(torch.exp(-torch.cdist(x, y).square() / width).mean())
-
-    pairs = [(x, y) for i, x in enumerate(sample) for y in sample[:i]]
-    mmd = max(max(kernel(x, x) + kernel(y, y) - 2 * kernel(x, y), 0.0) ** 0.5 for x, y in pairs)
+    width = float(torch.pdist(torch.cat(sample)).median())
+    mmd = max(float(equations.discrepancy(x, y, width)) for i, x in enumerate(sample) for y in sample[:i])
     return {"probe": float(balanced_accuracy_score(acted[even], said)), "mmd": mmd}
 
 
