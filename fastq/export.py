@@ -359,7 +359,7 @@ def write_graph(graph: Graph, example: dict[str, np.ndarray], described: dict[st
         "candidates": torch.export.Dim("candidates", min=1, max=4096),
     }
     shapes = tuple({axis: sizes[size] for axis, size in enumerate(described[name]["shape"]) if isinstance(size, str)} for name in graph.names)
-    tensors = tuple(torch.from_numpy(np.ascontiguousarray(example[name])) for name in graph.names)
+    tensors = tuple(torch.from_numpy(np.ascontiguousarray(openable(example[name], described[name]["shape"]))) for name in graph.names)
     with quietly(), torch.no_grad():
         program = torch.onnx.export(
             graph.eval(), tensors, dynamo=True, dynamic_shapes=(shapes,), input_names=graph.names, output_names=outputs, opset_version=OPSET, verbose=False,
@@ -367,6 +367,11 @@ def write_graph(graph: Graph, example: dict[str, np.ndarray], described: dict[st
         )  # fmt: skip
     assert program is not None
     program.save(str(path))
+
+
+def openable(array: np.ndarray, shape: list[int | str]) -> np.ndarray:
+    """An example of which no axis that shall stay open is one long: the exporter would take it for a constant."""
+    return np.tile(array, [2 if isinstance(size, str) and length == 1 else 1 for size, length in zip(shape, array.shape, strict=True)])
 
 
 @contextlib.contextmanager

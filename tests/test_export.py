@@ -147,6 +147,11 @@ def test_a_graph_that_answers_otherwise_is_not_left_behind(arena, monkeypatch, t
     assert not list(tmp_path.iterdir())
 
 
+def test_an_axis_that_stays_open_is_never_one_long_in_the_example():
+    assert export.openable(np.zeros((5, 1, 1)), ["batch", "periods", 1]).shape == (5, 2, 1)
+    assert export.openable(np.zeros((5, 3)), ["batch", "candidates"]).shape == (5, 3)
+
+
 def test_what_is_missing_is_named_with_the_mend(arena, monkeypatch, tmp_path):
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"onnxruntime is not installed; pip install 'fastq\[onnx\]'"):

@@ -222,6 +222,13 @@ def test_a_log_with_one_policy_trains():
     assert np.isfinite(policy.recommend(data.states(np.arange(20))).value).all()
 
 
+def test_a_loss_that_diverges_stops_the_run_with_a_sentence():
+    platform, data = bandit(players=40, days=4)
+    hasty = platform.model_copy(update={"training": platform.training.model_copy(update={"learning_rate": 1e30})})
+    with pytest.raises(TrainingError, match=r"stage 1 diverged in epoch 1: .*; lower training.learning_rate"):
+        learner.train(hasty, dataclasses.replace(data, platform=hasty))
+
+
 @pytest.mark.parametrize("players", [1, 2])
 def test_too_few_players_are_refused_in_words(players):
     platform, data = bandit(players=players, days=1)

@@ -127,6 +127,8 @@ def test_what_was_trained_is_registered_with_its_evaluation(loop):
     (run,) = client.search_runs([client.get_experiment_by_name("shop").experiment_id])
     assert run.data.params["decisions"] == str(PLAYERS * DAYS)
     assert any(name.startswith("value and actor/") for name in run.data.metrics)
+    told = {name.split("/", 1)[1] for name in run.data.metrics if name.startswith("diagnostics/")}
+    assert {"value/joy", "returned/joy", "value/cost", "twin_disagreement", "balance/probe", "balance/chance"} <= told
     assert {a.path for a in client.list_artifacts(run.info.run_id)} == {"bundle", "evaluation.html", "evaluation.json", "pictures"}
     assert {"pictures/estimates.png", "pictures/representation.png"} <= {a.path for a in client.list_artifacts(run.info.run_id, "pictures")}
 
