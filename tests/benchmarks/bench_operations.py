@@ -102,8 +102,8 @@ def test_false_alarms_of_quiet_histories():
         drifted, promised, wrong = drifted + any(drift), promised + any(kept), wrong + any(drift + kept)
     low, high = stats.binomtest(wrong, HISTORIES).proportion_ci()
     print(
-        f"\nfalse alarms: {wrong} of {HISTORIES} quiet histories of {HORIZON} days x 24 looks ({drifted} by {TESTS} tests of drift, {promised} by 7 promises at "
-        f"their very edge) "
+        f"\nfalse alarms: {wrong} of {HISTORIES} quiet histories of {HORIZON} days x 24 looks "
+        f"({drifted} by {TESTS} tests of drift, {promised} by 7 promises at their very edge) "
         f"({low:.1%} to {high:.1%}); {time.monotonic() - started:.0f} s"
     )
     assert wrong / HISTORIES <= 0.05
