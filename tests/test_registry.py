@@ -125,13 +125,13 @@ def test_what_a_crash_left_of_a_registration_or_a_promotion_is_finished_by_the_n
         """`deed`, cut off at the call number `at` (done or not); whether it came that far."""
         seen = []
         with monkeypatch.context() as patch:
-            for name in whole:
+            for name, method in whole.items():
 
-                def call(*arguments, whole=whole[name]):
+                def call(*arguments, method=method):
                     seen.append(arguments)
                     if len(seen) == at // 2 + 1 and at % 2 == 0:
                         raise KeyboardInterrupt
-                    whole(*arguments)
+                    method(*arguments)
                     if len(seen) == at // 2 + 1:
                         raise KeyboardInterrupt
 
