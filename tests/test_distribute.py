@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
+import ray
 import torch
 
 from fastq import features, learner, staging, windows, worlds
@@ -15,14 +19,13 @@ from fastq.errors import ConfigurationError, WorkspaceError
 from fastq.platform import load_platform
 from fastq.records import read_records, read_tables, write_tables
 from fastq.workspace import Workspace
-from pipelines import train
+from pipelines import distribute, train
 from pipelines.distribute import followed, with_cells
 from pipelines.materialize import POINTERS_FILE, windows_of
 
 
 @pytest.fixture
 def two_nodes():
-    import ray
     from ray.cluster_utils import Cluster
 
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
@@ -34,7 +37,7 @@ def two_nodes():
     cluster.shutdown()
 
 
-def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_nodes: None) -> None:
+def test_two_nodes_make_what_one_machine_makes_and_one_that_is_left_does_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two_nodes: None) -> None:
     worlds.write_logs(worlds.world("arena"), tmp_path, players=200, days=12, seed=100)
     platform = load_platform(tmp_path)
     monkeypatch.setattr(staging, "PART_BYTES", 20_000)
@@ -52,6 +55,27 @@ def test_two_nodes_make_what_one_machine_makes(tmp_path: Path, monkeypatch: pyte
     # and it is their cells that are laid
     spoilt = dataclasses.replace(shared, ready=tuple(part.with_columns(pl.col("games") + 1) for part in shared.ready))
     assert windows.build(platform, read, spoilt).fingerprint() != alone.fingerprint()
+
+    # one of them dies in the middle of its first part: the other does what it leaves
+    died, head, whole = tmp_path / "died", ray.get_runtime_context().get_node_id(), distribute.work_out
+
+    def dying(item: dict) -> dict:
+        if ray.get_runtime_context().get_node_id() != head and not died.exists():
+            died.touch()
+            os.kill(os.getppid(), signal.SIGKILL)  # the node's own process, and with it everything on the node
+            time.sleep(60)
+        return whole(item)
+
+    left: list[dict] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(distribute, "work_out", dying)
+        after = windows.build(platform, read, with_cells(platform, rows, left))
+    assert died.exists()
+    assert [node["NodeID"] for node in ray.nodes() if node["Alive"]] == [head]
+    assert sorted(part["part"] for part in left) == list(range(len(rows.events)))
+    assert after.matrix.tobytes() == alone.matrix.tobytes()
+
+    # and where what it reads is gone, that is said
     (Workspace(tmp_path).tables / "activity.parquet").write_bytes(b"gone")
     with pytest.raises(WorkspaceError, match=r"services\.ray: local: the cluster could not work out the features"):
         with_cells(platform, rows)

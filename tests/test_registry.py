@@ -116,6 +116,51 @@ def test_a_run_that_stops_says_so_and_can_go_on(platform, error, status):
     assert new.id != run.id
 
 
+def test_what_a_crash_left_of_a_registration_or_a_promotion_is_finished_by_the_next(platform, monkeypatch):
+    """Cut off at each call to MLflow that changes a name, and done again: names are whole, and there is one version."""
+    client = registry._client(platform)
+    whole = {name: getattr(client, name) for name in ("set_registered_model_alias", "delete_registered_model_alias")}
+
+    def dying(at, deed):
+        """`deed`, cut off at the call number `at` (done or not); whether it came that far."""
+        seen = []
+        with monkeypatch.context() as patch:
+            for name, method in whole.items():
+
+                def call(*arguments, method=method):
+                    seen.append(arguments)
+                    if len(seen) == at // 2 + 1 and at % 2 == 0:
+                        raise KeyboardInterrupt
+                    method(*arguments)
+                    if len(seen) == at // 2 + 1:
+                        raise KeyboardInterrupt
+
+                patch.setattr(client, name, call)
+            try:
+                deed()
+            except KeyboardInterrupt:
+                return True
+        return False
+
+    registry.promote(platform, registered(platform, 1.0))
+    with registry.start_run(platform, "a run", {}) as run:
+        pass
+    made = bundle(platform.root / "made-2", 2.0)
+    assert dying(0, lambda: registry.register(platform, run.id, made))
+    assert [model["aliases"] for model in registry.models(platform)] == [[], ["champion"]]
+    version = registry.register(platform, run.id, made)
+    registry.record_verdict(platform, version, passed=True, reasons=[])
+    assert [model["aliases"] for model in registry.models(platform)] == [["challenger"], ["champion"]]
+    cuts = 0
+    while dying(cuts, lambda: registry.promote(platform, version)):
+        assert registry.champion(platform) in ("1", "2")
+        assert len(registry.verify(registry.fetch(platform))["files"]) == 1
+        cuts += 1
+    assert cuts >= 3
+    assert [model["aliases"] for model in registry.models(platform)] == [["champion"], ["previous"]]
+    assert registry.rollback(platform) == "1"
+
+
 def test_aliases_move_and_every_move_is_audited(platform):
     one, two = registered(platform, 1.0), registered(platform, 2.0)
     three = registered(platform, 3.0, passed=False, reasons=["cost 0.2 is above its ceiling 0.1"])

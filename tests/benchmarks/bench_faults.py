@@ -286,7 +286,8 @@ def main():
         wanted.write_text(json.dumps({"seconds": whole["seconds"], "stands": stands(place), "open": open_runs(place)}))
         shutil.rmtree(place)
     undisturbed = json.loads(wanted.read_text())
-    every = [point for point in dict.fromkeys(points.read_text().splitlines()) if "result kept" not in point]  # there the next step begins
+    # where a result was kept the next step begins, and before one call to MLflow is after the other
+    every = [point for point in dict.fromkeys(points.read_text().splitlines()) if "result kept" not in point and "MLflow: before" not in point]
     done = {(line["point"], line["signal"]) for line in map(json.loads, log.read_text().splitlines())} if log.exists() else set()
     print(f"an undisturbed turn takes {undisturbed['seconds']:.1f} s and passes {len(every)} points")
     if "in-turn" in sys.argv:

@@ -6,11 +6,13 @@ the monitor calls them, on the sums that it would have taken: every hour of 90 d
 
 import math
 import os
+import resource
 import subprocess
 import sys
 import time
 from collections import Counter
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 import polars as pl
@@ -102,8 +104,8 @@ def test_false_alarms_of_quiet_histories():
         drifted, promised, wrong = drifted + any(drift), promised + any(kept), wrong + any(drift + kept)
     low, high = stats.binomtest(wrong, HISTORIES).proportion_ci()
     print(
-        f"\nfalse alarms: {wrong} of {HISTORIES} quiet histories of {HORIZON} days x 24 looks ({drifted} by {TESTS} tests of drift, {promised} by 7 promises at "
-        f"their very edge) "
+        f"\nfalse alarms: {wrong} of {HISTORIES} quiet histories of {HORIZON} days x 24 looks "
+        f"({drifted} by {TESTS} tests of drift, {promised} by 7 promises at their very edge) "
         f"({low:.1%} to {high:.1%}); {time.monotonic() - started:.0f} s"
     )
     assert wrong / HISTORIES <= 0.05
@@ -228,3 +230,43 @@ def test_a_broken_guardrail_is_rolled_back_in_time(excess):
         intime += excess * day <= 3
     print(f"\nguardrail {excess:.0%} above its ceiling: rolled back in time in {intime} of 50 runs")
     assert intime >= 48
+
+
+# ---- what the flow costs over the library --------------------------------------------------------------------------------------
+BARE = """
+import sys
+import torch
+torch.set_num_threads(1)
+from fastq import evaluation, features, learner, load_platform, overlap, records, validation, windows
+from fastq.workspace import Workspace
+platform = load_platform("fastq.yaml")
+read = records.read_records(platform)
+assert validation.validate(platform, read, None).passed
+overlap.overlaps(platform, overlap.chances(platform, read))
+records.write_tables(read, Workspace(platform.root))
+read = records.read_tables(platform)
+data = windows.build(platform, read, features.build_rows(platform, read))
+policy = learner.train(platform, data, Workspace(platform.root).runs)
+evaluation.evaluate(policy, data)
+policy.save(platform.root / "policy")
+"""
+
+
+def spent(command, root):
+    """(seconds by the clock, seconds of processor time with all children) of one command."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    done = subprocess.run(command, cwd=root, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode in (0, 1), done.stderr[-2000:]  # a model this small may well be refused
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic() - began, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.timeout(3_600)
+def test_what_the_flow_costs_over_the_bare_library(tmp_path):
+    """Prefect with its temporary server, Feast with both stores, MLflow, reports, pictures and promises: at most 20 s or 5 % over the library's own calls."""
+    players, days = int(os.environ.get("FLOW_PLAYERS", "600")), 30
+    worlds.write_logs(worlds.world("arena"), tmp_path, players, days, seed=0)
+    fastq = str(Path(sys.executable).with_name("fastq"))
+    (flow, flow_cpu), (bare, bare_cpu) = spent([fastq, "retrain", "--json"], tmp_path), spent([sys.executable, "-c", BARE], tmp_path)
+    print(f"\nretraining on {players} players x {days} days: flow {flow:.1f} s ({flow_cpu:.1f} CPU-s), library {bare:.1f} s ({bare_cpu:.1f} CPU-s)")
+    assert flow_cpu - bare_cpu <= max(20, 0.05 * bare_cpu)
