@@ -176,7 +176,7 @@ def stands(root):
         "aliases": aliases,
         "weights": weights,
         "MLflow's runs": runs,
-        "judged by the gate": len(lines),
+        "judged by the gate": len({line["turn"] for line in lines}),  # a turn judged again after a crash counts once
         "decisions": hashlib.sha256(pl.read_parquet(state / "tables" / "decisions.parquet").sort("decision_id").write_csv().encode()).hexdigest(),
         "turns under way": [p.name for p in (state / "runs").iterdir()],
     }
