@@ -376,7 +376,7 @@ def habits(days: Any) -> tuple[Floats, Floats]:
 
 def moments(part: pl.DataFrame) -> Moments:
     """Of one test's player-days in one window; a player's days are one draw."""
-    mine = part.group_by("player_id").agg(pl.col("value").sum(), pl.len().alias("n"))
+    mine = part.group_by("player_id", maintain_order=True).agg(pl.col("value").sum(), pl.len().alias("n"))  # the last bit of a sum depends on its order
     total, count = mine["value"].to_numpy(), mine["n"].to_numpy().astype(float)
     players = len(mine)
     if players < 2:

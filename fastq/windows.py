@@ -188,7 +188,8 @@ def _attribute(windows: Windows, name: str) -> np.ndarray:
     column = windows.attributes[name]
     if windows.platform.state.attributes[name].kind == "numeric":
         return column.cast(pl.Float64).fill_null(np.nan).to_numpy()[:, None]
-    return column.cast(pl.String).to_dummies(drop_first=True).to_numpy().astype(float)
+    dummies = column.cast(pl.String).to_dummies(drop_first=True)
+    return dummies.to_numpy().astype(float) if dummies.width else np.empty((len(column), 0))  # all alike: Polars gives no rows either
 
 
 def held_out_players(player_ids: list[str], share: float, seed: int) -> np.ndarray:
