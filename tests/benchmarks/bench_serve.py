@@ -170,7 +170,8 @@ mlflow.models.set_model(Recommend())
         self.states.write_text("\n".join(lines))
         program = str(Path(sys.executable).with_name("mlflow"))
         command = [program, "models", "serve", "-m", str(directory / "mlflow"), "-h", "127.0.0.1", "-p", str(port), "--env-manager", "local", "-w", "1"]
-        super().__init__(command, workspace, port, "/ping")
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # MLflow calls uvicorn by its name
+        super().__init__(["env", f"PATH={path}", *command], workspace, port, "/ping")
 
 
 def measured(server: Server, key: str, bodies: Path, connections: int, path: str = "/v1/recommendations", seconds: float = SECONDS, rate: float = 0.0) -> dict:
