@@ -21,7 +21,7 @@ from fastq import features, queries, registry
 from fastq.platform import load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
-from serving import auth, endpoint, explain_all, online
+from serving import auth, endpoint, explain_all
 
 PLAYERS, ROWS = int(os.environ.get("FASTQ_BENCH_PLAYERS", "100_000")), int(os.environ.get("FASTQ_BENCH_ROWS", "10_000_000"))
 EXPORTED = 10_000  # served decisions that are in the accepted tables too
@@ -85,9 +85,9 @@ def test_pages_and_sliders(platform) -> None:
 def test_everybody(platform) -> None:
     policy = registry.load_policy(f"models:/{platform.platform}@champion", platform.root)
     frame = store.materialized(platform, 16_384)
-    states = features.states_at(platform, frame, frame["event_timestamp"][0])
-    for attributions, n in ((False, min(8_192, len(states))), (True, 512)):
-        chunks = [online.take(states, np.arange(start, min(start + 4_096, n))) for start in range(0, n, 4_096)]
+    for attributions, n in ((False, min(8_192, len(frame))), (True, 512)):
+        pieces = [frame[start : min(start + 4_096, n)] for start in range(0, n, 4_096)]
+        chunks = [features.states_at(platform, piece, frame["event_timestamp"][0]) for piece in pieces]
         rates = []
         for _ in range(3):
             started, used = time.perf_counter(), time.process_time()
