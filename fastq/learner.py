@@ -443,7 +443,7 @@ def published(lesson: Lesson) -> tuple[Policy, Represented, dict[str, Any]]:
     seen = represent(policy.network, states)
     policy = replace(policy, reference=reference_rows(windows, seen, lesson.learned, platform.training.seed))
     sample = np.random.default_rng(platform.training.seed).permutation(lesson.learned)[:GUARDRAIL_SAMPLE]
-    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, some(seen, sample)))}, "history": history}
+    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, seen[torch.from_numpy(sample)]))}, "history": history}
 
 
 def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represented, dict[str, Any]]:
@@ -493,7 +493,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
         linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, seen, windows, features, scale), learned)
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, some(seen, sample))))
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[torch.from_numpy(sample)])))
     targets = level_targets(policy, seen, windows, features, scale)
     linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, targets, learned)
 
@@ -517,13 +517,13 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     for part in (policy.values, policy.actor):
         part.eval().requires_grad_(False)
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, some(seen, sample))))
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[torch.from_numpy(sample)])))
     policy = replace(policy, details={"own_response": critic.own_response})
     return (
         policy,
         seen,
         {
-            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, some(seen, sample)))},
+            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen[torch.from_numpy(sample)]))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
             "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked),
             "confirmed": {
@@ -552,11 +552,10 @@ def diagnostics(policy: Policy, seen: Represented, windows: Windows, features: n
     open_ended = windows.truncated[:, None] & (platform.discounts > 0)
     steps = max(min(needed, longest // 2), 1)
     returned = equations.horizon_return(windows.reward, windows.discount, windows.following, open_ended, level, steps)[rows]
-    told = rows[np.isfinite(returned).all(1) & np.isfinite(features[rows]).all(1)]
-    told = told[np.linspace(0, len(told) - 1, min(len(told), LOOKED_AT)).round().astype(int)] if len(told) else told
+    told = evenly(rows[np.isfinite(returned).all(1) & np.isfinite(features[rows]).all(1)], LOOKED_AT)
     answer: dict[str, float] = {"compared_decisions": len(told), "compared_horizon": steps}
     if len(told):
-        at = policy.situation_of(some(seen, told))
+        at = policy.situation_of(seen[torch.from_numpy(told)])
         value = policy.totals(at, torch.from_numpy(features[told])[:, None].double())[:, 0, :, 0].numpy()
         followed = returned[np.isin(rows, told)]
         for j, name in enumerate(platform.objectives):
@@ -564,10 +563,10 @@ def diagnostics(policy: Policy, seen: Represented, windows: Windows, features: n
             if value[:, j].std() > 0 and followed[:, j].std() > 0:
                 answer[f"correlation/{name}"] = float(np.corrcoef(value[:, j], followed[:, j])[0, 1])
         answer["twin_disagreement"] = float((at.disagreement @ torch.from_numpy(np.abs(platform.weights))).mean())
-    some_rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), GUARDRAIL_SAMPLE)).round().astype(int)]
-    if policy.catalogue is None and len(some_rows):
+    sample = evenly(rows, GUARDRAIL_SAMPLE)
+    if policy.catalogue is None and len(sample):
         low, high = platform.bounds.T
-        best = policy.best(policy.situation_of(some(seen, some_rows)))
+        best = policy.best(policy.situation_of(seen[torch.from_numpy(sample)]))
         on_bound = np.minimum(best - low, high - best) < AT_EDGE * (high - low)
         answer |= {f"at_bounds/{name}": float(share) for name, share in zip(platform.dimension_names, on_bound.mean(0), strict=True)}
     return answer
@@ -579,9 +578,9 @@ def situation_of(policy: Policy, seen: Represented) -> Situation:
     return policy.situation_of(seen)
 
 
-def some(seen: Represented, index: np.ndarray) -> Represented:
-    """What stage 1 says of some of the decisions."""
-    return Represented(*(part[torch.from_numpy(index)] for part in (seen.b, seen.psi, seen.expected, seen.assignment)))
+def evenly(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most so many of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(len(rows), most)).round().astype(int)]
 
 
 def best_features(policy: Policy, at: Situation) -> Tensor:
@@ -603,7 +602,7 @@ def looked_at(policy: Policy, seen: Represented) -> Iterator[tuple[slice, Situat
     """The critic's view of every decision, a piece at a time: of all at once it would be many times what they were learned from."""
     for start in range(0, len(seen.b), LOOKED_AT):
         rows = slice(start, start + LOOKED_AT)
-        yield rows, policy.situation_of(Represented(seen.b[rows], seen.psi[rows], seen.expected[rows], seen.assignment[rows]))
+        yield rows, policy.situation_of(seen[rows])
 
 
 def level_targets(policy: Policy, seen: Represented, windows: Windows, features: np.ndarray, scale: np.ndarray) -> np.ndarray:

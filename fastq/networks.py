@@ -123,6 +123,9 @@ class Represented:
     expected: Tensor  # [B, K, P] each policy's expected action features here
     assignment: Tensor  # [B, K] logits: which policy acts in such a state
 
+    def __getitem__(self, rows: slice | Tensor) -> Represented:
+        return Represented(self.b[rows], self.psi[rows], self.expected[rows], self.assignment[rows])
+
 
 class Representation(nn.Module):
     """Stage 1: encoder, policy experts, one balancing layer shared by all of them, adversary, and heads that keep what outcomes need."""

@@ -76,19 +76,17 @@ def deletion(policy: Policy, states: PlayerStates, seed: int = 0) -> list[dict[s
     """How far the value of the best action moves, on average, when k measures of a player are as if never known: by attribution, at random, the least first."""
     enc = policy.encode(states)
     action, platform = policy.best(enc), policy.platform
-    moved = explanation.attribute(policy, enc, action).measures
-    columns = {name: ("history", j) for j, name in enumerate(platform.state.measures)}
-    columns |= {f"previous {name}": ("actions", j) for j, name in enumerate(platform.dimension_names)}
-    columns |= {f"previous {name}": ("objectives", j) for j, name in enumerate(platform.objectives)}
-    names = list(moved)
-    by_size = np.argsort(-np.abs(np.stack([moved[name] for name in names], 1)), 1)
+    moved = np.stack(list(explanation.attribute(policy, enc, action).measures.values()), 1)  # in the order of a state's columns
+    widths = {"history": len(platform.state.measures), "actions": len(platform.dimension_names), "objectives": len(platform.objectives)}
+    columns = [(where, j) for where, width in widths.items() for j in range(width)]
+    by_size = np.argsort(-np.abs(moved), 1)
     base = _values(policy, enc, action)
 
     def without(order: Array, k: int) -> float:
-        arrays: dict[str, Any] = {name: np.array(getattr(states, name), float) for name in ("history", "actions", "objectives")}
+        arrays: dict[str, Any] = {name: np.array(getattr(states, name), float) for name in widths}
         for i, row in enumerate(order):
             for place in row[:k]:
-                where, j = columns[names[place]]
+                where, j = columns[place]
                 arrays[where][i, :, j] = np.nan
         return float(np.abs(_values(policy, policy.encode(dataclasses.replace(states, **arrays)), action) - base).mean())
 
@@ -98,7 +96,7 @@ def deletion(policy: Policy, states: PlayerStates, seed: int = 0) -> list[dict[s
             "measures": k, "by_attribution": without(by_size, k), "at_random": float(np.mean([without(order, k) for order in shuffled])),
             "least_first": without(by_size[:, ::-1], k),
         }
-        for k in DELETED if k <= len(names)
+        for k in DELETED if k <= len(columns)
     ]  # fmt: skip
 
 
