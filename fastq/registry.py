@@ -20,7 +20,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -349,24 +349,21 @@ def _aliases(platform: Platform, client: Any) -> dict[str, str]:
 
 def _versions(platform: Platform, client: Any) -> list[Any]:
     name = platform.platform  # letters, digits, - _ . only: no quoting needed
-    found, token = [], None
-    while True:
-        page = client.search_model_versions(f"name = '{name}'", page_token=token)
-        found += list(page)
-        token = page.token
-        if not token:
-            return sorted(found, key=lambda v: -int(v.version))
+    return sorted(_all_pages(functools.partial(client.search_model_versions, f"name = '{name}'")), key=lambda v: -int(v.version))
 
 
 def _runs(platform: Platform, client: Any) -> list[Any]:
-    found, token = list[Any](), None
     experiment = client.get_experiment_by_name(platform.platform)
-    while experiment is not None:
-        page = client.search_runs([experiment.experiment_id], page_token=token)
-        found += list(page)
-        token = page.token
-        if not token:
-            break
+    return [] if experiment is None else _all_pages(functools.partial(client.search_runs, [experiment.experiment_id]))
+
+
+def _all_pages(search: Callable[..., Any]) -> list[Any]:
+    """Everything that a search of MLflow's finds, which gives a page at a time."""
+    page = search()
+    found = list(page)
+    while page.token:
+        page = search(page_token=page.token)
+        found += page
     return found
 
 

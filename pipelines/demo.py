@@ -26,7 +26,7 @@ from fastq.errors import ConfigurationError, FastqError
 from fastq.platform import FILE_NAME, OWN_POLICY, Platform, load_platform
 from fastq.workspace import Workspace, replacing
 from pipelines.retrain import retrain
-from pipelines.turn import drawn
+from pipelines.turn import drawn, keep_report, relative
 from pipelines.validate import validate_logs
 
 if TYPE_CHECKING:
@@ -197,18 +197,17 @@ def of_explanations(platform: Platform, version: str) -> dict[str, Any]:
     from fastq import registry, report, truth
 
     workspace = Workspace(platform.root)
-    page, tree = (workspace.reports / f"truth-{version}.{suffix}" for suffix in ("html", "json"))
-    if not tree.exists():
+    name = f"truth-{version}"
+    kept = workspace.reports / f"{name}.json"
+    if kept.exists():
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    else:
         policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
         found = truth.examine(policy, worlds.world("arena"))
         text = report.truth_page(f"{platform.platform} version {version}", found)
         registry.attach(platform, version, {"truth.html": text, "truth.json": json.dumps(found)})
-        workspace.make(workspace.reports)
-        for path, content in ((page, text), (tree, json.dumps(found, indent=1))):
-            with replacing(path) as partial:
-                partial.write_text(content, encoding="utf-8")
-    kept: dict[str, Any] = json.loads(tree.read_text(encoding="utf-8"))
-    return {"report": str(page.relative_to(platform.root)), **{name: kept[name] for name in ("contrasts", "reasons", "warnings", "deletion")}}
+        keep_report(platform, name, text, found)
+    return {"report": relative(platform, kept.with_suffix(".html")), **{part: found[part] for part in ("contrasts", "reasons", "warnings", "deletion")}}
 
 
 def on_policy(platform: Platform) -> dict[str, Any]:

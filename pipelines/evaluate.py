@@ -13,10 +13,10 @@ from prefect import flow, task
 from fastq import densities, features, overlap, records, registry, report, windows
 from fastq.errors import BundleError
 from fastq.platform import Platform
-from fastq.workspace import Workspace, replacing
+from fastq.workspace import Workspace
 from pipelines.materialize import windows_of
 from pipelines.train import trained_policy
-from pipelines.turn import EACH_TIME, ONCE_A_TURN, RETRIES, Progress, platform_of, progress, relative, running
+from pipelines.turn import EACH_TIME, ONCE_A_TURN, RETRIES, Progress, keep_report, platform_of, progress, running
 
 if TYPE_CHECKING:
     from fastq.policy import Policy
@@ -90,16 +90,9 @@ def because(document: dict[str, Any]) -> str:
     return f"the gate passed it: better than {document['against']} by {value:.3g} ({low:.3g} to {high:.3g}), {document['alpha_because']}"
 
 
-def keep_report(platform: Platform, version: str, document: dict[str, Any]) -> dict[str, str]:
-    """Keep one candidate's report in the workspace, as a page and as JSON; where they are, relative to it."""
-    workspace = Workspace(platform.root)
-    workspace.make(workspace.reports)
-    page, tree = (workspace.reports / f"evaluation-{version}.{suffix}" for suffix in ("html", "json"))
-    with replacing(page) as partial:
-        partial.write_text(report.evaluation_page(platform, document, version), encoding="utf-8")
-    with replacing(tree) as partial:
-        partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    return {"report": relative(platform, page), "report_json": relative(platform, tree)}
+def keep_evaluation(platform: Platform, version: str, document: dict[str, Any]) -> dict[str, str]:
+    """Keep one candidate's report; where it lies."""
+    return keep_report(platform, f"evaluation-{version}", report.evaluation_page(platform, document, version), document)
 
 
 @task(name="estimate", **RETRIES, **EACH_TIME)
@@ -122,7 +115,7 @@ def estimate(workspace: str, model: str, against: str | None) -> dict[str, Any]:
     document = overlap.said_in(plain(found.to_dict()), overlap.read_overlaps(Workspace(platform.root)))
     densities.write_calibrations(Workspace(platform.root), found.densities)
     tell("evaluating", 2, 2, {})
-    kept = keep_report(platform, version, document)
+    kept = keep_evaluation(platform, version, document)
     return {"model": platform.platform, "version": version, **document, **kept}
 
 

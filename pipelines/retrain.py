@@ -14,7 +14,7 @@ from fastq import registry
 from fastq.platform import Platform
 from fastq.workspace import Workspace
 from pipelines import monitor
-from pipelines.evaluate import BUNDLE, evaluate_trained, keep_report
+from pipelines.evaluate import BUNDLE, evaluate_trained, keep_evaluation
 from pipelines.ingest import ingest_logs
 from pipelines.materialize import build_features
 from pipelines.promote import make_champion
@@ -30,7 +30,7 @@ def register_model(workspace: str, turn: str, run_id: str, passed: bool, reasons
     version = registry.register(platform, run_id, Workspace(platform.root).runs / turn / BUNDLE, {"turn": turn})
     registry.record_verdict(platform, version, passed=passed, reasons=reasons)
     bundle = registry.verify(Workspace(platform.root).runs / turn / BUNDLE)
-    keep_report(platform, version, bundle["details"]["evaluation"])
+    keep_evaluation(platform, version, bundle["details"]["evaluation"])
     return version
 
 

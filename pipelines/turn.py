@@ -125,6 +125,17 @@ def relative(platform: Platform, path: Path) -> str:
     return str(path.relative_to(platform.root))
 
 
+def keep_report(platform: Platform, name: str, page: str, document: dict[str, Any]) -> dict[str, str]:
+    """Keep a report in the workspace, as a page and as JSON; where they are, relative to it."""
+    workspace = Workspace(platform.root)
+    workspace.make(workspace.reports)
+    html, tree = (workspace.reports / f"{name}.{suffix}" for suffix in ("html", "json"))
+    for path, content in ((html, page), (tree, json.dumps(document, indent=1))):
+        with replacing(path) as partial:
+            partial.write_text(content, encoding="utf-8")
+    return {"report": relative(platform, html), "report_json": relative(platform, tree)}
+
+
 @contextlib.contextmanager
 def running(platform: Platform, on_progress: Progress | None = None) -> Iterator[None]:
     """Prefect's home and results in the workspace, its log quiet, and progress shown: on stderr, unless a callback is given."""
