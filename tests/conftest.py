@@ -219,6 +219,36 @@ def data(trained):
     return windows.build(platform, read, features.build_rows(platform, read))
 
 
+@pytest.fixture
+def trained_whole_and_resumed():
+    """`(platform, data, directory, stage, epoch)`: the policies of a training that was never stopped, and of one killed there and resumed.
+
+    Their networks are equal bit for bit.
+    """
+    import torch
+
+    from fastq import learner
+
+    class Killed(Exception):
+        pass
+
+    def both(platform, data, directory, stage, epoch):
+        def kill(at, done, total, metrics):
+            if at == stage and done == epoch:
+                raise Killed
+
+        whole = learner.train(platform, data, directory / "whole")
+        with pytest.raises(Killed):
+            learner.train(platform, data, directory / "cut", on_progress=kill)
+        resumed = learner.train(platform, data, directory / "cut", resume=True)
+        for name in ("network", "values", "actor"):
+            for (key, expected), found in zip(getattr(whole, name).state_dict().items(), getattr(resumed, name).state_dict().values(), strict=True):
+                assert torch.equal(expected, found), f"{name}.{key} differs"
+        return whole, resumed
+
+    return both
+
+
 # ---- real servers, on loopback ports of their own ---------------------------------------------------------------------------
 @dataclasses.dataclass
 class Server:

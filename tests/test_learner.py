@@ -193,24 +193,11 @@ def test_stage_2_trains_values_and_actor_and_nothing_else(learned, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_in", ["representation", "value and actor"])
-def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in):
+def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in, trained_whole_and_resumed):
     torch.set_num_threads(1)
     platform, data = bandit(players=80, days=6, epochs=4)
 
-    class Killed(Exception):
-        pass
-
-    def kill(stage, done, total, metrics):
-        if stage == stop_in and done == 2:
-            raise Killed
-
-    whole = learner.train(platform, data, tmp_path / "whole")
-    with pytest.raises(Killed):
-        learner.train(platform, data, tmp_path / "cut", on_progress=kill)
-    resumed = learner.train(platform, data, tmp_path / "cut", resume=True)
-    for name in ("network", "values", "actor"):
-        for (key, expected), found in zip(getattr(whole, name).state_dict().items(), getattr(resumed, name).state_dict().values(), strict=True):
-            assert torch.equal(expected, found), f"{name}.{key} differs"
+    whole, resumed = trained_whole_and_resumed(platform, data, tmp_path, stop_in, 2)
     np.testing.assert_array_equal(whole.effects, resumed.effects)
     assert {p.suffix for p in (tmp_path / "cut").iterdir()} == {".safetensors"}, "the record is safetensors, no checkpoint of another kind"
 

@@ -186,25 +186,12 @@ def test_the_masked_lstm_is_the_fused_one_when_nothing_is_dropped():
 
 
 @pytest.mark.parametrize("stop_in", ["representation", "critics and actor"])
-def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in, monkeypatch):
+def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in, monkeypatch, trained_whole_and_resumed):
     torch.set_num_threads(1)
     monkeypatch.setattr(paper, "STAGE_TWO", 2)  # a tenth of the epochs is enough to be stopped in
     platform, data = small(players=60, days=5)
 
-    class Killed(Exception):
-        pass
-
-    def kill(stage, done, total, metrics):
-        if stage == stop_in and done == 1:
-            raise Killed
-
-    whole = learner.train(platform, data, tmp_path / "whole")
-    with pytest.raises(Killed):
-        learner.train(platform, data, tmp_path / "cut", on_progress=kill)
-    resumed = learner.train(platform, data, tmp_path / "cut", resume=True)
-    for name in ("network", "values", "actor"):
-        for (key, expected), found in zip(getattr(whole, name).state_dict().items(), getattr(resumed, name).state_dict().values(), strict=True):
-            assert torch.equal(expected, found), f"{name}.{key} differs"
+    trained_whole_and_resumed(platform, data, tmp_path, stop_in, 1)
 
 
 def test_objectives_that_only_lower_the_value_are_refused_in_words():

@@ -3,8 +3,6 @@
 import contextlib
 import json
 import os
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,23 +15,8 @@ from fastq.environment import free_ports
 PREFECT = str(Path(sys.executable).with_name("prefect"))
 
 
-@contextlib.contextmanager
-def process(command, log, env, cwd):
-    """In a group of its own; a worker ends at its second SIGTERM."""
-    with log.open("w") as out:
-        started = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=cwd, start_new_session=True)
-    try:
-        yield started
-    finally:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(started.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                started.wait(3)
-
-
 @pytest.mark.slow
-def test_a_worker_runs_what_fastq_deploy_deployed(fastq, tmp_path):
+def test_a_worker_runs_what_fastq_deploy_deployed(fastq, running, tmp_path):
     workspace = tmp_path / "shop"
     workspace.mkdir()
     tree = {
@@ -46,7 +29,7 @@ def test_a_worker_runs_what_fastq_deploy_deployed(fastq, tmp_path):
     home = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     env = home | {"PREFECT_HOME": str(tmp_path / "prefect"), "PREFECT_API_URL": url, "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
     server = [PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port), "--no-ui"]
-    with process(server, tmp_path / "server.log", env, tmp_path), httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
+    with running(server, tmp_path / "server.log", env), httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         _wait(lambda: client.get("/health").status_code == 200, 120, tmp_path / "server.log")
         for _ in range(2):  # again is an update
             said = json.loads(fastq("deploy", "--json", cwd=workspace, code=0, PREFECT_API_URL=url, PREFECT_HOME=str(tmp_path / "prefect")).stdout)
@@ -58,7 +41,7 @@ def test_a_worker_runs_what_fastq_deploy_deployed(fastq, tmp_path):
         compact = said["deployments"][3]["id"]
         run = client.post(f"/deployments/{compact}/create_flow_run", json={}).json()["id"]
         worker = [PREFECT, "worker", "start", "--pool", said["pool"], "--type", "process"]
-        with process(worker, tmp_path / "worker.log", env, tmp_path):
+        with running(worker, tmp_path / "worker.log", env):
 
             def state():
                 return client.get(f"/flow_runs/{run}").json()["state"]["type"]

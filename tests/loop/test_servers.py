@@ -8,8 +8,6 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -42,21 +40,6 @@ class Servers:
     env: dict[str, str]
 
 
-@contextlib.contextmanager
-def running(command, log, env):
-    """A server in a group of its own, ended with all that it started; a worker of Prefect's ends at its second SIGTERM."""
-    with log.open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=env, cwd=log.parent, start_new_session=True)
-    try:
-        yield process
-    finally:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(3)
-
-
 def waiting(done, seconds, log):
     until = time.monotonic() + seconds
     while True:
@@ -86,7 +69,7 @@ def composed(service, replaced):
 
 
 @pytest.fixture(scope="module")
-def servers(postgres_server, redis_server, tmp_path_factory):
+def servers(postgres_server, redis_server, running, tmp_path_factory):
     home = tmp_path_factory.mktemp("servers")
     url = postgres_server.url.rpartition("/")[0]
     address = url.rpartition("@")[2]
@@ -150,7 +133,7 @@ def shop(servers, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1_500)
-def test_one_turn_of_the_loop_on_real_servers(fastq, servers, shop, tmp_path):
+def test_one_turn_of_the_loop_on_real_servers(fastq, servers, running, shop, tmp_path):
     def command(*arguments, code=0):
         said = fastq(*arguments, "--json", cwd=shop, code=code, PREFECT_API_URL=servers.prefect, **servers.env)
         return json.loads(said.stdout)
