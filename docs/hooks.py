@@ -139,7 +139,7 @@ def commands() -> str:
         for each, inner in getattr(command, "commands", {}).items():
             told(f"{name} {each}", inner, at, rank + 1)
 
-    for name, command in front.commands.items():  # type: ignore[attr-defined]
+    for name, command in front.commands.items():  # type: ignore[attr-defined]  # a click group, which Typer gives as a plain command
         told(f"fastq {name}", command, context, 2)
     return "\n".join(lines) + "\n"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastq.equations import CROSS_UP_TO
 from fastq.networks import Actor, Representation, Values
@@ -72,8 +72,11 @@ def weights_of(
     def array(parameter: Tensor) -> np.ndarray:
         return np.array(parameter.detach().cpu().numpy())
 
-    def layer(linear: object) -> tuple[np.ndarray, np.ndarray]:
-        return np.ascontiguousarray(array(linear.weight).T), array(linear.bias)  # type: ignore[attr-defined]
+    def layer(linear: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        return np.ascontiguousarray(array(linear.get_parameter("weight")).T), array(linear.get_parameter("bias"))
+
+    def norm(module: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        return array(module.get_parameter("weight")), array(module.get_parameter("bias"))
 
     def beside(*layers: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate([matrix for matrix, _ in layers], 1), np.concatenate([bias for _, bias in layers])
@@ -82,8 +85,8 @@ def weights_of(
     beta, unit = array(experts.beta), array(experts.scale)  # [K, inputs, hidden] and [P]
     hidden = (np.concatenate(list(beta), 1), array(experts.beta_bias).reshape(-1))
     decay = array((-encoder.log_rate.detach().exp()[:, None] * encoder.age).exp())
-    twins = [layer(twin[2]) for twin in values.twins]  # type: ignore[index]
-    of_balanced = [network.modifiers, values.linear, *(twin[0] for twin in values.twins), actor.layers[0]]  # type: ignore[index]
+    twins = [layer(twin.get_submodule("2")) for twin in values.twins]
+    of_balanced = [network.modifiers, values.linear, *(twin.get_submodule("0") for twin in values.twins), actor.layers[0]]
     s, p = effects.shape[2:]
     return Weights(
         rows=encoder.row,
@@ -94,11 +97,11 @@ def weights_of(
         mass=decay.sum(1, keepdims=True),
         dense=layer(encoder.dense),
         attributes=layer(encoder.attributes),
-        encoded=(array(encoder.norm.weight), array(encoder.norm.bias)),
+        encoded=norm(encoder.norm),
         of_encoded=beside(hidden, layer(network.assignment)),
         phi=(array(experts.phi) * unit, (array(experts.mean) + unit * array(experts.phi_bias))[:, None]),
         balance=layer(network.balance[0]),
-        balanced=(array(network.balance[2].weight), array(network.balance[2].bias)),  # type: ignore[arg-type]
+        balanced=norm(network.balance[2]),
         of_balanced=beside(*map(layer, of_balanced)),
         twins=(np.stack([matrix for matrix, _ in twins]), np.stack([bias for _, bias in twins])[:, None]),
         actor=(layer(actor.layers[2]), layer(actor.layers[4])),
