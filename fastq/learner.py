@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as lightning
 import torch
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from fastq.representation import (
     Lesson,
     Part,
     Progress,
+    Stage,
     Units,
     fit,
     outcome_targets,
@@ -196,7 +196,7 @@ def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray
     return d * equations.ridge(design * d, residual[:, None], strength)[:, 0] * min(slope, 1.0), float(slope), float(gain)
 
 
-class ValueAndActor(lightning.LightningModule):
+class ValueAndActor(Stage):
     """Steps 4 and 5. One update: twin levels by temporal differences under the actor, then the actor up to the bound.
 
     Everything a step does is in `training_step`; `state_dict` holds networks and targets, the record adds optimisers and the epoch.
@@ -205,25 +205,17 @@ class ValueAndActor(lightning.LightningModule):
     def __init__(
         self, policy: Policy, data: dict[str, Tensor], validation: Tensor, *, seed: int, epochs: int, learning_rate: float, part: Part = ALONE
     ) -> None:
-        super().__init__()
-        self.part = part
+        super().__init__(validation, seed=seed, epochs=epochs, learning_rate=learning_rate, part=part)
         sizes = policy.network.sizes
         self.values, self.actor, self.target = policy.values, policy.actor, Values(sizes)
         self.target.load_state_dict(self.values.state_dict())
         self.target.requires_grad_(False)
-        self.data, self.validation, self.polynomial = data, validation, policy.polynomial
-        self.seed, self.epochs, self.lr, self.caution = seed, epochs, learning_rate, policy.platform.training.caution
-        self.epochs_done, self.best, self.stale = 0, math.inf, 0
-        self.best_weights: dict[str, Tensor] = {name: value.clone() for name, value in self.state_dict().items()}
-        self.history: list[dict[str, float]] = []
-        self.each_epoch: Callable[[Any], None] = lambda _: None
+        self.data, self.polynomial, self.caution = data, policy.polynomial, policy.platform.training.caution
+        self.best_weights = {name: value.clone() for name, value in self.state_dict().items()}
         self.automatic_optimization = False
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        self.optimizers_: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(net.parameters(), lr=self.lr / 3, weight_decay=1e-5, fused=True) for net in (self.values, self.actor)
-        ]
-        return self.optimizers_
+    def new_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(net.parameters(), lr=self.lr / 3, weight_decay=1e-5, fused=True) for net in (self.values, self.actor)]
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(1_000_003 * self.seed + self.epochs_done + 500_009)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as lightning
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -28,7 +27,7 @@ from fastq.errors import TrainingError
 from fastq.networks import PublishedActor, PublishedCritic, PublishedRepresentation, Represented, Sizes
 from fastq.platform import Platform
 from fastq.policy import Encoded, Policy, Situation
-from fastq.representation import EachEpoch, Lesson, RepresentationModule, StateTensors, fit
+from fastq.representation import EachEpoch, Lesson, RepresentationModule, Stage, StateTensors, fit
 
 WEIGHT_DECAY = 1e-5
 STAGE_TWO = 20  # epochs of stage 2 for one of stage 1 (published: 2,000 and 100)
@@ -46,8 +45,8 @@ class PaperPolicy(Policy):
     """
 
     network: PublishedRepresentation  # type: ignore[assignment]  # the three networks are what the two forms do not share
-    values: PublishedCritic  # type: ignore[assignment]
-    actor: PublishedActor  # type: ignore[assignment]
+    values: PublishedCritic  # type: ignore[assignment]  # as above
+    actor: PublishedActor  # type: ignore[assignment]  # as above
 
     @staticmethod
     def networks(sizes: Sizes) -> tuple[Any, Any, Any]:
@@ -154,9 +153,8 @@ class PublishedStageOne(RepresentationModule):
         self.register_buffer("named", torch.zeros(network.sizes.policies))  # how often the adversary named each branch in the last epoch
         self.register_buffer("naming", torch.zeros(network.sizes.policies))  # … and in this one
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        self.optimizers_ = [torch.optim.Adam(self.network.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True)]
-        return self.optimizers_
+    def new_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(self.network.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True)]
 
     def row_weights(self, rows: Tensor) -> Tensor:
         """[rows] how often each is drawn in the next epoch: by what the adversary named, row by row of the policy that acted."""
@@ -164,7 +162,7 @@ class PublishedStageOne(RepresentationModule):
 
     def losses(self, index: Tensor, hide: Tensor | None, lam: float) -> tuple[Any, dict[str, Tensor]]:
         x, v, _ = self.states.gather(index, hide)
-        b, action, assignment = self.network.branches(x, v)  # type: ignore[operator]
+        b, action, assignment = self.network.branches(x, v)  # type: ignore[operator]  # the published network, as above
         branch = torch.arange(b.shape[1]).repeat(len(b))  # the published label: which branch made the vector, though every row goes through all of them
         # departure 2: cross entropy on logits, all branches in one batch; on a sigmoid and one branch at a time it cannot learn (anchors 7 and 8)
         logits = self.network.adversary(equations.reverse_gradient(b.flatten(0, 1), lam))
@@ -188,13 +186,13 @@ class PublishedStageOne(RepresentationModule):
 
 
 # ---- stage 2 -------------------------------------------------------------------------------------------------------------------
-class PublishedStageTwo(lightning.LightningModule):
+class PublishedStageTwo(Stage):
     """One update of stage 2: twin critics on logged actions; every second time the actor, and then the targets."""
 
     steps: Tensor
 
     def __init__(self, policy: PaperPolicy, data: dict[str, Tensor], validation: Tensor, *, seed: int, epochs: int, learning_rate: float) -> None:
-        super().__init__()
+        super().__init__(validation, seed=seed, epochs=epochs, learning_rate=learning_rate)
         sizes = policy.network.sizes
         self.critic, self.actor = policy.values, policy.actor
         self.target_critic, self.target_actor = PublishedCritic(sizes), PublishedActor(sizes)
@@ -202,19 +200,12 @@ class PublishedStageTwo(lightning.LightningModule):
             target.load_state_dict(source.state_dict())
             target.requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.data, self.validation, self.shared = data, validation, shared_objectives(policy.platform)
-        self.seed, self.epochs, self.lr = seed, epochs, learning_rate
-        self.epochs_done, self.best, self.stale = 0, math.inf, 0
-        self.best_weights: dict[str, Tensor] = {name: value.clone() for name, value in self.state_dict().items()}
-        self.history: list[dict[str, float]] = []
-        self.each_epoch: Callable[[Any], None] = lambda _: None
+        self.data, self.shared = data, shared_objectives(policy.platform)
+        self.best_weights = {name: value.clone() for name, value in self.state_dict().items()}
         self.automatic_optimization = False
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        self.optimizers_: list[torch.optim.Optimizer] = [
-            torch.optim.Adam(net.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True) for net in (self.critic, self.actor)
-        ]
-        return self.optimizers_
+    def new_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(net.parameters(), lr=self.lr, weight_decay=WEIGHT_DECAY, fused=True) for net in (self.critic, self.actor)]
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(1_000_003 * self.seed + self.epochs_done + 500_009)  # so that a resumed epoch draws what the stopped one drew

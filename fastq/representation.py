@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytorch_lightning as lightning
@@ -60,10 +59,10 @@ class Units:
 class Batches:
     """Gathered batches of row numbers for Lightning: one permutation an epoch, decided by (seed, epoch) alone.
 
-    `weights`, asked at the start of each epoch, are how often each row is drawn instead, with replacement.
+    `weights`, asked at the start of each epoch, are how often each row is drawn instead, with replacement; None: once.
     """
 
-    def __init__(self, rows: Tensor, batch_size: int, seed: int, epochs_done: int, weights: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(self, rows: Tensor, batch_size: int, seed: int, epochs_done: int, weights: Callable[[Tensor], Tensor | None] = lambda _: None) -> None:
         self.rows, self.batch_size, self.seed, self.epoch, self.weights = rows, min(batch_size, len(rows)), seed, epochs_done, weights
 
     def __len__(self) -> int:
@@ -71,10 +70,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[Tensor]:
         luck = torch.Generator().manual_seed(1_000_003 * self.seed + self.epoch)
-        if self.weights is None:
+        weights = self.weights(self.rows)
+        if weights is None:
             order = self.rows[torch.randperm(len(self.rows), generator=luck)]
         else:  # by the cumulated weights, since torch.multinomial ends at 2^24 rows
-            ends = self.weights(self.rows).double().cumsum(0)
+            ends = weights.double().cumsum(0)
             drawn = torch.searchsorted(ends, torch.rand(len(self.rows), generator=luck, dtype=torch.float64) * ends[-1])
             order = self.rows[drawn.clamp(max=len(self.rows) - 1)]
         self.epoch += 1
@@ -176,7 +176,34 @@ class Lesson:
     part: Part = ALONE
 
 
-class RepresentationModule(lightning.LightningModule):
+class Stage(lightning.LightningModule):
+    """One stage of training, as `fit` and its record know it: where it is, what it was worth after each epoch, and its best weights so far."""
+
+    best_weights: dict[str, Tensor]  # set where the networks are
+
+    def __init__(self, validation: Tensor, *, seed: int, epochs: int, learning_rate: float, part: Part = ALONE) -> None:
+        super().__init__()
+        self.validation, self.part = validation, part
+        self.seed, self.epochs, self.lr = seed, epochs, learning_rate
+        self.epochs_done, self.best, self.stale = 0, math.inf, 0
+        self.history: list[dict[str, float]] = []
+        self.each_epoch: Callable[[Stage], None] = lambda _: None
+        self.optimizers_: list[torch.optim.Optimizer] = []
+
+    def new_optimizers(self) -> list[torch.optim.Optimizer]:
+        raise NotImplementedError
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The same ones whenever they are asked for: those that a record filled are those that Lightning takes."""
+        self.optimizers_ = self.optimizers_ or self.new_optimizers()
+        return self.optimizers_
+
+    def row_weights(self, rows: Tensor) -> Tensor | None:
+        """[rows] how often each is drawn in the next epoch; None: once."""
+        return None
+
+
+class RepresentationModule(Stage):
     """One update: experts' regression, outcomes, assignment, and the adversary behind a reversed gradient, in one loss."""
 
     def __init__(
@@ -192,18 +219,12 @@ class RepresentationModule(lightning.LightningModule):
         balance: float,
         part: Part = ALONE,
     ) -> None:
-        super().__init__()
-        self.part = part
-        self.network, self.states, self.targets, self.validation = network, states, targets, validation
-        self.seed, self.epochs, self.lr, self.final_balance = seed, epochs, learning_rate, balance
-        self.epochs_done, self.best, self.stale = 0, math.inf, 0
+        super().__init__(validation, seed=seed, epochs=epochs, learning_rate=learning_rate, part=part)
+        self.network, self.states, self.targets, self.final_balance = network, states, targets, balance
         self.best_weights = {name: value.clone() for name, value in network.state_dict().items()}
-        self.history: list[dict[str, float]] = []
-        self.each_epoch: Callable[[Any], None] = lambda _: None
 
-    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
-        self.optimizers_: list[torch.optim.Optimizer] = [torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=1e-3, fused=True)]
-        return self.optimizers_
+    def new_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(self.network.parameters(), lr=self.lr, weight_decay=1e-3, fused=True)]
 
     def on_train_epoch_start(self) -> None:
         torch.manual_seed(1_000_003 * self.seed + self.epochs_done)  # so that a resumed epoch draws what the stopped one drew
@@ -264,7 +285,7 @@ class EachEpoch:
     def __init__(self, stage: str, record: Path | None, patience: int, on_progress: Progress | None, part: Part = ALONE) -> None:
         self.stage, self.record, self.patience, self.on_progress, self.part = stage, record, patience, on_progress, part
 
-    def __call__(self, module: Any) -> None:
+    def __call__(self, module: Stage) -> None:
         if self.record is not None and self.part.rank == 0:
             save_record(self.record, module)
         if self.on_progress is not None and self.part.rank == 0:
@@ -272,7 +293,7 @@ class EachEpoch:
         module.trainer.should_stop = module.trainer.should_stop or module.stale >= self.patience
 
 
-def save_record(path: Path, module: Any) -> None:
+def save_record(path: Path, module: Stage) -> None:
     """The whole learner in one safetensors file: networks, targets, best weights, optimisers, epoch; written whole or not at all."""
     tensors = {f"net.{name}": value for name, value in module.state_dict().items()} | {f"best.{name}": value for name, value in module.best_weights.items()}
     groups = []
@@ -285,7 +306,7 @@ def save_record(path: Path, module: Any) -> None:
         save_file({name: value.detach().contiguous().clone() for name, value in tensors.items()}, partial, metadata={"record": json.dumps(kept)})
 
 
-def load_record(path: Path, module: Any) -> None:
+def load_record(path: Path, module: Stage) -> None:
     """Put a module, whose optimisers are made, back to where `save_record` left it."""
     with safe_open(path, "pt") as file:
         kept = json.loads(file.metadata()["record"])
@@ -302,7 +323,7 @@ def load_record(path: Path, module: Any) -> None:
         optimizer.load_state_dict({"state": state, "param_groups": kept["groups"][i]})
 
 
-def fit(module: Any, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, resume: bool) -> None:
+def fit(module: Stage, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, resume: bool) -> None:
     """Run a Lightning module to its last epoch, from its record if there is one to resume. Where several learn together, the first one keeps the record."""
     module.each_epoch = each_epoch
     module.configure_optimizers()
@@ -310,8 +331,6 @@ def fit(module: Any, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, re
         load_record(each_epoch.record, module)
     if module.epochs_done >= module.epochs or module.stale >= each_epoch.patience:
         return
-    made = module.optimizers_
-    module.configure_optimizers = lambda: made  # Lightning must take those that were just resumed
     trainer = lightning.Trainer(
         max_epochs=module.epochs - module.epochs_done,
         accelerator="cpu",  # the tensors that steps gather from lie there; moving both is a matter of measuring first
@@ -322,7 +341,7 @@ def fit(module: Any, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, re
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(module, Batches(rows, batch_size, module.seed, module.epochs_done, getattr(module, "row_weights", None)))
+    trainer.fit(module, Batches(rows, batch_size, module.seed, module.epochs_done, module.row_weights))
 
 
 def outcome_targets(windows: Windows, horizon: int) -> tuple[np.ndarray, np.ndarray]:
