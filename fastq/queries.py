@@ -49,8 +49,6 @@ MOST_BYTES = 64 * 2**20  # of an answer
 OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside the query's own memory
 CHUNK = 4_096  # decisions explained at a time
 ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
-SKEW = 300_000_000  # microseconds by which the clock of a server may be ahead of that of the file
-RANGES = 64  # of rows that are left out by comparing their numbers; more are looked up
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
 _EXPLAINED = {
@@ -462,7 +460,6 @@ class _Sources:
     def __init__(self, platform: Platform, connection: DuckDBPyConnection, *, by_path: bool) -> None:
         self.platform, self.connection, self._by_path = platform, connection, by_path
         self._readable: list[str] = []
-        self._numbered: dict[str, str] = {}  # files read by path, with their rows' numbers
 
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         self.connection.register(name, frame.to_arrow())
@@ -471,7 +468,6 @@ class _Sources:
         if self._by_path and not glob.has_magic(str(path)):
             self._readable.append(_text(str(path.resolve())))
             self.connection.execute(f"SET allowed_paths = [{', '.join(self._readable)}]")
-            self._numbered[name] = f"read_parquet({self._readable[-1]}, file_row_number = true)"
             self.connection.execute(f"CREATE TEMP VIEW {_name(name)} AS FROM read_parquet({self._readable[-1]})")
             return
         import pyarrow as pa
@@ -479,24 +475,6 @@ class _Sources:
 
         fragment = dataset.ParquetFileFormat().make_fragment(pa.OSFile(str(path)))
         self.connection.register(name, dataset.FileSystemDataset([fragment], fragment.physical_schema, fragment.format))
-
-    def without(self, name: str, rows: pl.DataFrame) -> str:
-        """The file `name` without some `rows`, by their place in it where it is read by path, else by their id: both cost as much as a whole query over
-        ten million rows where they are looked up, and next to nothing where they lie together and their places are compared.
-        """
-        if rows.is_empty():
-            return name
-        if name not in self._numbered:
-            self.frame(f"{name}_left_out", rows.select("decision_id"))
-            return f"{name} ANTI JOIN {name}_left_out USING (decision_id)"
-        breaks = rows.select(pl.col("row"), (pl.col("row") - pl.int_range(pl.len())).alias("run")).group_by("run").agg(first=pl.min("row"), last=pl.max("row"))
-        if breaks.height <= RANGES:
-            outside = " AND ".join(
-                f"file_row_number NOT BETWEEN {first} AND {last}" for first, last in breaks.sort("first").select("first", "last").iter_rows()
-            )
-            return f"(SELECT * EXCLUDE (file_row_number) FROM {self._numbered[name]} WHERE {outside})"  # noqa: S608 - numbers of ours
-        self.frame(f"{name}_left_out", rows.select(pl.col("row").alias("file_row_number")))
-        return f"(SELECT * EXCLUDE (file_row_number) FROM {self._numbered[name]} ANTI JOIN {name}_left_out USING (file_row_number))"  # noqa: S608 - as above
 
     def view(self, view: View, select: str) -> None:
         """The view as documented: names, order and types, over a query that has its columns."""
@@ -567,7 +545,9 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
         sources.view(view, f"{logged} FROM _accepted")
         return
     objectives = list(platform.objectives)
-    exported = _exported(platform, path, served)
+    exported = _exported(platform, served)
+    strays = _strays(path, served, exported, objectives)
+    exported = pl.concat([exported, strays])
     undone = _latest(served_log(platform, "executed"), ["decision_id"]).filter(pl.col("action").is_null())["decision_id"]
     done = ~pl.col("decision_id").is_in(undone.implode())
     merged = served.join(exported, on="decision_id", how="left", suffix=" logged", maintain_order="left").with_columns(
@@ -578,34 +558,48 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
         pl.lit("served").alias(origin),
     )
     sources.frame("_served", merged.select(column.name for column in view.columns))
-    sources.view(view, f"{logged} FROM {sources.without('_accepted', exported)} UNION ALL BY NAME FROM _served")
+    others = "_accepted"
+    if not strays.is_empty():
+        sources.frame("_strays", strays.select("decision_id"))
+        others = "_accepted ANTI JOIN _strays USING (decision_id)"
+    sources.view(view, f"{logged} FROM {others} UNION ALL BY NAME FROM _served")
 
 
-def _exported(platform: Platform, path: Path, served: pl.DataFrame) -> pl.DataFrame:
-    """The accepted rows of decisions that fastq served: `row`, their place in the file, `decision_id`, `assignment` and the objectives.
+def _exported(platform: Platform, served: pl.DataFrame) -> pl.DataFrame:
+    """The accepted rows of decisions that fastq served: `decision_id`, `assignment` and the objectives."""
+    columns = ["decision_id", "assignment", *platform.objectives]
+    path = Workspace(platform.root).tables / "served.parquet"
+    if not path.exists():  # the tables are an earlier version's
+        return served.clear().select(columns)
+    return _readable(path).select(columns).join(served.select("decision_id"), on="decision_id", how="semi", maintain_order="left")
 
-    To look for them among ten million takes longer than most questions, so what was found, and what was not, is kept for as long as the file is the same.
-    Decisions made after the file was written are not in it; any other that was not looked for yet has all of them looked for again.
+
+def _strays(path: Path, served: pl.DataFrame, exported: pl.DataFrame, objectives: list[str]) -> pl.DataFrame:
+    """Rows as `_exported` gives them, of served decisions that the platform exported and the validation did not know as served.
+
+    Where a server's log was away at that time. To look for them among ten million takes longer than most questions, so it is done only for decisions
+    that were made in the time that the file reaches over, were not there as served and were not refused: hardly ever any.
     """
-    workspace, stat = Workspace(platform.root), path.stat()
-    about = {"of": json.dumps([stat.st_mtime_ns, stat.st_size, stat.st_ino, list(platform.objectives)])}
-    kept = workspace.state / "queries" / "exported.parquet"
-    ids = served.select("decision_id")
-    with contextlib.suppress(OSError, pl.exceptions.PolarsError):
-        if pl.read_parquet_metadata(kept).get("of") == about["of"]:
-            looked_for = pl.read_parquet(kept)
-            older = served.filter(pl.col("decided_at").dt.epoch("us") < stat.st_mtime_ns // 1000 + SKEW)
-            if older.join(looked_for, on="decision_id", how="anti").is_empty():
-                return looked_for.drop_nulls("row").join(ids, on="decision_id", how="semi", maintain_order="left")
-    accepted = pl.scan_parquet(path, row_index_name="row", glob=False)
-    found = accepted.join(ids.lazy(), on="decision_id", how="semi", maintain_order="left").select(
-        pl.col("row").cast(pl.Int64), "decision_id", "assignment", *platform.objectives
-    )
-    exported = found.collect().sort("row")
-    workspace.make(kept.parent)
-    with replacing(kept) as partial:
-        pl.concat([exported, ids.join(exported, on="decision_id", how="anti")], how="diagonal").write_parquet(partial, metadata=about)
-    return exported
+    from pyarrow import parquet
+
+    about = parquet.read_metadata(path)
+    at = about.schema.to_arrow_schema().get_field_index("decided_at")
+    ends = [about.row_group(k).column(at).statistics for k in range(about.num_row_groups)]
+    refused = _readable(path.with_name("quarantine.parquet")).filter(pl.col("table") == "decisions").select("decision_id")
+    doubtful = served.join(exported, on="decision_id", how="anti").join(refused, on="decision_id", how="anti")
+    if ends and all(end is not None and end.has_min_max for end in ends):
+        doubtful = doubtful.filter(pl.col("decided_at").is_between(min(end.min for end in ends), max(end.max for end in ends)))
+    if doubtful.is_empty():
+        return exported.clear()
+    rows = pl.scan_parquet(path, glob=False).join(doubtful.lazy(), on="decision_id", how="semi")
+    return rows.select("decision_id", "assignment", *objectives).collect()
+
+
+def _readable(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path, glob=False)
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise WorkspaceError(f"{path}: damaged ({_line(error)}); run `fastq validate` again") from None
 
 
 def _lay_outcomes(sources: _Sources, view: View) -> None:

@@ -620,6 +620,18 @@ def _with_outcomes(platform: Platform, served: pl.DataFrame, outcomes: pl.DataFr
     return served
 
 
+def _ids_served(workspace: Workspace) -> pl.Series:
+    """Of every decision that fastq served, whether it was carried out or not."""
+    found = [pl.Series("decision_id", dtype=pl.String)]
+    for path in sorted(workspace.served.glob("[!.]*.db")):
+        with reading_log(path) as database:
+            found.append(pl.read_database("SELECT decision_id FROM decisions", database, schema_overrides={"decision_id": pl.String})["decision_id"])
+    for path in sorted(workspace.served.glob("[!.]*.parquet")):
+        with naming(str(path)):
+            found.append(pl.read_parquet(path, columns=["decision_id"])["decision_id"].cast(pl.String))
+    return pl.concat(found).unique()
+
+
 def _as_executed(platform: Platform, served: pl.DataFrame, instead: pl.DataFrame) -> pl.DataFrame:
     names, objectives = platform.action_columns, list(platform.objectives)
     done = instead.sort("recorded_at").unique("decision_id", keep="last")
@@ -745,14 +757,21 @@ def _with_served(platform: Platform, rows: pl.LazyFrame, served: pl.DataFrame) -
 
 
 def write_tables(records: Records, workspace: Workspace) -> None:
-    """Keep the accepted tables, the quarantine and the counts under `workspace.tables`, all of them or nothing."""
+    """Keep the accepted tables, the quarantine and the counts under `workspace.tables`, all of them or nothing.
+
+    Decisions lie in two files of the same columns: `served.parquet` has those that fastq served, whether or not the platform exported them again.
+    """
     with workspace.lock("tables", wait_seconds=60):
         _recover(workspace)
         partial = Path(tempfile.mkdtemp(prefix=".tables.", dir=workspace.state))
         replaced = Path(f"{partial}.old")
         try:
-            for table in (*TABLES, "quarantine"):
-                if table != "activity" and (frame := getattr(records, table)) is not None:
+            # served ones by themselves, so that whoever lays over them what came since need not find them among all others
+            ours = records.decisions["decision_id"].is_in(_ids_served(workspace).implode())
+            (records.decisions.filter(~ours) if ours.any() else records.decisions).write_parquet(partial / "decisions.parquet")
+            records.decisions.filter(ours).write_parquet(partial / "served.parquet")
+            for table in ("players", "proposals", "items", "quarantine"):
+                if (frame := getattr(records, table)) is not None:
                     frame.write_parquet(partial / f"{table}.parquet")
             parts = _write_events(parts_of(records.activity), partial / "activity.parquet")
             counts = {table: [c.accepted, c.quarantined, c.repeated] for table, c in records.counts.items()}
@@ -832,6 +851,8 @@ def read_tables(platform: Platform) -> Records:
         metrics, warnings = summary["metrics"], summary["warnings"]
         read_at, heard = datetime.fromisoformat(summary["read_at"]) if summary.get("read_at") else None, dict(summary.get("heard", {}))
         decisions, quarantine = frames["decisions"], frames["quarantine"]
+        if (served := frames.get("served")) is not None and not served.is_empty():  # an earlier version kept all in one file
+            decisions = frames["decisions"] = _sorted("decisions", pl.concat([decisions, served]))
     except FileNotFoundError:
         raise WorkspaceError(f"{directory}: no accepted logs here yet; run `fastq validate`") from None
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:

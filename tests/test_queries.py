@@ -1,6 +1,8 @@
 """Analysts' SQL: every view against its source, the wall against hostile queries, the limits, the files, and the README's ten questions."""
 
+import contextlib
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -88,16 +90,21 @@ def test_decisions_are_the_accepted_ones_and_those_served_since(served, sql):
     assert logs["accepted"].all()
 
 
-def test_decisions_served_and_then_validated_stand_once_with_what_came_since(served, tmp_path):
-    """As the next validation leaves it: the accepted table holds the served row, with an export's value of an objective that nobody reported."""
+@pytest.mark.parametrize("away", [False, True])
+def test_decisions_served_and_then_validated_stand_once_with_what_came_since(served, tmp_path, away):
+    """As the next validation leaves it: the accepted rows of what was served, with an export's value of an objective that nobody reported.
+
+    They lie by themselves; where the server's log was away meanwhile, or an earlier version wrote the tables, among all others.
+    """
     platform = load_platform(shutil.copytree(served[0].root, tmp_path / "later"))
     reported, exported = list(platform.objectives)[:2]
     some = records.read_served(platform).filter(pl.col("decision_id") != "batch-1").sort("decided_at", "decision_id")
     known = served[1][0]["decision_id"]
-    path = Workspace(platform.root).tables / "decisions.parquet"
-    accepted = pl.read_parquet(path)
+    kept = records.read_tables(platform)
+    accepted = kept.decisions
     rows = some.with_columns(pl.lit(9.0).alias(reported), pl.lit(7.0).alias(exported), assignment=pl.lit(0.5)).select(accepted.columns)
-    pl.concat([accepted, rows]).write_parquet(path)
+    with _logs_away(platform) if away else contextlib.nullcontext():
+        _keep(platform, kept, pl.concat([accepted, rows]))
     connection = library.connect(platform.root)
     found = pl.from_arrow(connection.execute("SELECT * FROM decisions WHERE origin = 'served'").to_arrow_table())
     assert connection.execute("SELECT count(*), count(DISTINCT decision_id) FROM decisions").fetchone() == (accepted.height + 8, accepted.height + 8)
@@ -111,33 +118,55 @@ def test_decisions_served_and_then_validated_stand_once_with_what_came_since(ser
     connection.close()
 
 
-@pytest.mark.parametrize("ranges", [64, 0])
-def test_an_answer_counts_a_served_row_that_was_accepted_once_wherever_it_lies(served, tmp_path, monkeypatch, ranges):
-    """Read by path, rows are left out by their place in the file: compared where they lie together, looked up where they do not."""
+def test_what_was_served_is_told_from_the_logs_by_the_validation_and_looked_for_only_where_it_could_not(served, tmp_path, monkeypatch):
     platform = load_platform(shutil.copytree(served[0].root, tmp_path / "copy"))
-    monkeypatch.setattr(queries, "RANGES", ranges)
-    path = Workspace(platform.root).tables / "decisions.parquet"
-    accepted = pl.read_parquet(path)
-    some = records.read_served(platform).sort("decided_at", "decision_id").select(accepted.columns)
-    pl.concat([accepted[:100], some[:3], accepted[100:200], some[3:], accepted[200:]]).write_parquet(path)
-    for _ in range(2):  # found, then kept
+    kept = records.read_tables(platform)
+    some = records.read_served(platform).sort("decided_at", "decision_id").select(kept.decisions.columns)
+    whole = pl.concat([kept.decisions, some]).sort("player_id", "decided_at", "decision_id")
+    tables = Workspace(platform.root).tables
+    looked_for = []
+    monkeypatch.setattr(pl, "scan_parquet", lambda path, scan=pl.scan_parquet, **how: looked_for.append(path) or scan(path, **how))
+
+    def found():
+        looked_for.clear()
         connection = queries._opened(platform, frozenset({"decisions"}), 512)
-        found = pl.from_arrow(connection.execute("SELECT decision_id, origin, accepted FROM decisions").to_arrow_table())
+        rows = pl.from_arrow(connection.execute("SELECT decision_id, origin, accepted FROM decisions").to_arrow_table())
         connection.close()
-        assert found["decision_id"].is_unique().all()
-        assert len(found) == accepted.height + some.height
-        assert set(found.filter(pl.col("origin") == "served")["decision_id"]) == set(some["decision_id"])
-        assert found["accepted"].all()
-    new = some[:1].with_columns(decision_id=pl.lit("late"))  # a log that was away: its decision is older than the file, and in it
-    kept = pl.read_parquet(Workspace(platform.root).state / "queries" / "exported.parquet")
-    assert "late" not in kept["decision_id"]
-    again = queries._exported(platform, path, pl.concat([some, new]))
-    assert (len(again), again["row"].is_not_null().all()) == (len(some), True)
-    assert "late" in pl.read_parquet(Workspace(platform.root).state / "queries" / "exported.parquet")["decision_id"]
-    accepted.write_parquet(path)  # another validation: what was kept is looked for again
-    connection = queries._opened(platform, frozenset({"decisions"}), 512)
-    assert connection.execute("SELECT count(*), count_if(NOT accepted) FROM decisions").fetchone() == (accepted.height + some.height, some.height)
-    connection.close()
+        assert set(rows["decision_id"]) == set(whole["decision_id"])
+        assert len(rows) == len(whole)
+        assert set(rows.filter(pl.col("origin") == "served")["decision_id"]) == set(some["decision_id"])
+        return rows.filter(~pl.col("accepted"))["decision_id"].to_list()
+
+    _keep(platform, kept, whole)
+    assert_frame_equal(records.read_tables(platform).decisions, whole)
+    assert (len(pl.read_parquet(tables / "served.parquet")), len(pl.read_parquet(tables / "decisions.parquet"))) == (len(some), len(kept.decisions))
+    assert found() == []
+    assert looked_for == []
+    with _logs_away(platform):
+        _keep(platform, kept, whole)
+    assert pl.read_parquet(tables / "served.parquet").is_empty()
+    assert found() == []
+    assert looked_for
+    _keep(platform, kept, whole.filter(pl.col("decision_id") != some["decision_id"][-1]))  # the newest: the logs do not reach so far
+    assert found() == [some["decision_id"][-1]]
+    assert looked_for == []
+    (tables / "served.parquet").unlink()  # an earlier version's
+    whole.write_parquet(tables / "decisions.parquet")
+    assert_frame_equal(records.read_tables(platform).decisions, whole)
+    assert found() == []
+
+
+@contextlib.contextmanager
+def _logs_away(platform):
+    """As if the servers' logs lay on a disk that is not mounted."""
+    there, away = Workspace(platform.root).served, platform.root / "away"
+    there.rename(away)
+    yield
+    away.rename(there)
+
+
+def _keep(platform, kept, decisions):
+    records.write_tables(dataclasses.replace(kept, decisions=decisions), Workspace(platform.root))
 
 
 def test_attributions_are_those_that_explain_gives(served, sql, monkeypatch, tmp_path):
