@@ -122,18 +122,18 @@ Against = str | Policy | Mapping[str, Any] | np.ndarray | tuple[str, Any]
 
 def explain(
     policy: Policy, states: PlayerStates, *, actions: Any = None, against: Against | None = None, weights: Mapping[str, float] | None = None,
-    attributions: bool = True,
+    attributions: bool = True, at: Situation | None = None,
 ) -> Explanation:  # fmt: skip
     """Explain `actions` ([B, D] raw units, or [B] item ids; default: the noise-free best ones) in these states.
 
     `against` is a behaviour policy's name, another `Policy` (its best action, valued by this one), an action as a mapping, actions as an
     array, or a pair of a name and such an array (`("logged", array)`). Value, parts, contrast and attributions keep the platform's weights;
-    `weights` only ask what would be best under others. `attributions=False` is some hundred times faster.
+    `weights` only ask what would be best under others. `attributions=False` is some hundred times faster. `at` are the states' situations, for whoever
+    asks several things of the same states.
     Raises `RequestError` for names, shapes and numbers that are not the platform's.
     """
-    enc = policy.encode(states)
-    at = policy.situations(enc)
-    vectors, action = _given(policy, len(enc), policy.best(at) if actions is None else actions, "actions")
+    at = policy.situations(policy.encode(states)) if at is None else at
+    vectors, action = _given(policy, len(at), policy.best(at) if actions is None else actions, "actions")
     other = None if against is None else _alternative(policy, states, at, against)
     stacked = vectors[:, None] if other is None else np.stack([vectors, other[1]], 1)
     parts = policy.parts(at, stacked) * policy.platform.weights[:, None]
@@ -147,7 +147,8 @@ def explain(
     return Explanation(
         policy=policy, action=action, value=value, low=value - doubt, high=value + doubt, parts=parts[:, 0],
         score={name: score[:, 0] for name, score in policy.score(at, stacked[:, :1]).items()}, contrast=contrast,
-        what_if=None if weights is None else _what_if(policy, at, weights), attributions=attribute(policy, enc, vectors) if attributions else None,
+        what_if=None if weights is None else _what_if(policy, at, weights),
+        attributions=attribute(policy, policy.encode(states), vectors) if attributions else None,
         evidence=_evidence(policy, at, stacked, parts[:, 0], contrast, states.policies),
     )  # fmt: skip
 

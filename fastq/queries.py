@@ -39,7 +39,8 @@ from fastq.workspace import Workspace, replacing
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-    from fastq.policy import Encoded, Policy
+    from fastq.features import PlayerStates
+    from fastq.policy import Policy
 
 logger = logging.getLogger("fastq.queries")
 MOST_ROWS = 10_000  # of an answer, unless more are asked for
@@ -58,6 +59,16 @@ _EXPLAINED = {
     "horizon": pl.String(),
     "against": pl.String(),
     "value": pl.Float64(),
+    "decisive": pl.Boolean(),
+    "low": pl.Float64(),
+    "high": pl.Float64(),
+    "width": pl.Float64(),
+    "caution": pl.Float64(),
+    "guardrail": pl.Float64(),
+    "disagreement": pl.Float64(),
+    "distance": pl.Float64(),
+    "policies": pl.List(pl.String()),
+    "verdict": pl.String(),
 }
 
 _ATTRIBUTED = {
@@ -66,6 +77,7 @@ _ATTRIBUTED = {
     "measure": pl.String(),
     "periods_before": pl.Int64(),
     "value": pl.Float64(),
+    "completeness_gap": pl.Float64(),
 }
 
 
@@ -144,12 +156,22 @@ def views(platform: Platform) -> dict[str, View]:
         ),
         View(
             "explanations",
-            "one part of the value of one served decision, by its model and state of then; none where the state was not kept or the model cannot be read",
+            "one part of the value of one served decision, by its model and state of then, beside what is said of all parts of that decision and `against`"
+            " together; none where the state was not kept or the model cannot be read",
             [
                 decision, Column("model_version", text, "", "the model whose parts these are"), Column("objective", text, "", "which objective"),
                 Column("horizon", text, "", "'immediate' or 'long_term'"),
                 Column("against", text, "", f"null: parts of the action itself; {', '.join(platform.policies)}: less those of what this policy would do"),
                 Column("value", number, weighted, "objective times its weight; the parts of one decision and one `against` add up"),
+                Column("decisive", flag, "", "whether it is among the fewest parts that outweigh every drawback; null where `against` is"),
+                Column("low", number, weighted, "lower end of the 90 % interval of the parts' sum"), Column("high", number, weighted, "upper end"),
+                Column("width", number, "times the usual", "of the difference's interval, to the likeliest policy's action where `against` is null"),
+                Column("caution", number, weighted, "subtracted for doubt before actions were ranked"),
+                Column("guardrail", number, weighted, "subtracted for guardrails before actions were ranked"),
+                Column("disagreement", number, weighted, "of the two critics about the value"),
+                Column("distance", number, "times the usual", "mean distance of the nearest logged decisions' states; null if too few were kept"),
+                Column("policies", f"{text}[]", "", "who acts in at least 1 of 20 such states"),
+                Column("verdict", text, "", "'well supported', or 'thin: ' and why"),
             ],
         ),
         View(
@@ -160,6 +182,7 @@ def views(platform: Platform) -> dict[str, View]:
                 Column("measure", text, "", "a measure, or 'previous' and an action dimension or objective, over all periods; null: a period's sum"),
                 Column("periods_before", "BIGINT", format_duration(platform.state.period), "before the decision, 1 the one before it; null: a measure's sum"),
                 Column("value", number, weighted, "against the same player with nothing known of the history"),
+                Column("completeness_gap", number, weighted, "what the measures together, and the periods together, leave of the value's movement"),
             ],
         ),
         View(
@@ -760,7 +783,7 @@ def _kept(
     return path
 
 
-def _by_policy(platform: Platform, decisions: list[Any]) -> Iterator[tuple[str, Policy, list[str], Encoded, np.ndarray]]:
+def _by_policy(platform: Platform, decisions: list[Any]) -> Iterator[tuple[str, Policy, list[str], PlayerStates, np.ndarray]]:
     """Decisions (id, version, action, state), one model at a time: version, policy, ids, states, actions [B, D]. Unreadable models are left out."""
     from fastq import features
 
@@ -777,27 +800,37 @@ def _by_policy(platform: Platform, decisions: list[Any]) -> Iterator[tuple[str, 
         columns = policy.platform.action_columns
         given = np.array([r[1]["item_id"] for r in rows], object) if policy.catalogue is not None else np.array([[r[1][c] for c in columns] for r in rows])
         vectors = policy.as_actions(given) if policy.catalogue is not None else given.astype(float)
-        yield version, policy, [r[0] for r in rows], policy.encode(features.unpack_states(policy.platform, [r[2] for r in rows])), vectors
+        yield version, policy, [r[0] for r in rows], features.unpack_states(policy.platform, [r[2] for r in rows]), vectors
 
 
 def _parts(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
-    """The weighted parts of decisions, and what they have over each behaviour policy's; as `fastq.explanation` has them."""
-    from fastq.explanation import HORIZONS
+    """The weighted parts of decisions and what they have over each behaviour policy's, with what is said of them together; as `fastq.explanation` has it."""
+    from fastq.explanation import HORIZONS, explain
 
     found = [pl.DataFrame(schema=_EXPLAINED)]
-    for version, policy, ids, encoded, vectors in _by_policy(platform, decisions):
-        at = policy.situations(encoded)
-        parts = policy.parts(at, np.concatenate([vectors[:, None], policy.expert_actions(at)], 1)) * policy.platform.weights[:, None]
-        parts[:, 1:] = parts[:, :1] - parts[:, 1:]
-        one, other, objective, horizon = np.indices(parts.shape).reshape(4, -1)
-        columns_of = {
-            "decision_id": _named_by(ids, one),
-            "objective": _named_by(list(policy.platform.objectives), objective),
-            "horizon": _named_by(list(HORIZONS), horizon),
-            "against": _named_by([None, *policy.policies], other),
-            "value": pl.Series(parts.ravel()),
-        }
-        found.append(pl.DataFrame(columns_of).with_columns(model_version=pl.lit(version)).select(list(_EXPLAINED)))
+    for version, policy, ids, states, vectors in _by_policy(platform, decisions):
+        at = policy.situations(policy.encode(states))
+        names = [(objective, horizon) for objective in policy.platform.objectives for horizon in HORIZONS]
+        for against in (None, *policy.policies):
+            why = explain(policy, states, actions=vectors, against=against, attributions=False, at=at)
+            parts, low, high, decisive = (why.parts, why.low, why.high, None) if (c := why.contrast) is None else (c.parts, c.low, c.high, c.decisive)
+            together = pl.DataFrame(
+                {
+                    "decision_id": ids, "model_version": version, "against": against, "low": low, "high": high, "width": why.evidence.width,
+                    "caution": why.score["caution"], "guardrail": why.score["guardrail"], "disagreement": why.evidence.disagreement,
+                    "distance": why.evidence.distance.mean(1) if why.evidence.distance.shape[1] else None,
+                    "policies": why.evidence.policies, "verdict": why.evidence.verdict,
+                },
+                schema_overrides={name: kind for name, kind in _EXPLAINED.items() if name not in ("objective", "horizon", "value", "decisive")},
+            )  # fmt: skip
+            row, part = np.indices((len(ids), len(names))).reshape(2, -1)
+            each = {
+                "objective": _named_by([objective for objective, _ in names], part),
+                "horizon": _named_by([horizon for _, horizon in names], part),
+                "value": pl.Series(parts.ravel()),
+                "decisive": pl.Series(None if decisive is None else [name in reasons for reasons in decisive for name in names], dtype=pl.Boolean),
+            }
+            found.append(together[row].with_columns(pl.col("width", "distance").fill_nan(None), **each).select(list(_EXPLAINED)))
     return pl.concat(found)
 
 
@@ -806,15 +839,16 @@ def _moved(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
     from fastq.explanation import attribute
 
     found = [pl.DataFrame(schema=_ATTRIBUTED)]
-    for version, policy, ids, encoded, vectors in _by_policy(platform, decisions):
-        moved = attribute(policy, encoded, vectors)
+    for version, policy, ids, states, vectors in _by_policy(platform, decisions):
+        moved = attribute(policy, policy.encode(states), vectors)
         window = moved.periods.shape[1]
         for name, values in [*moved.measures.items(), *((i, moved.periods[:, i]) for i in range(window))]:
             about = {
                 "measure": pl.lit(name if isinstance(name, str) else None, pl.String()),
                 "periods_before": pl.lit(None if isinstance(name, str) else window - name, pl.Int64()),
             }
-            frame = pl.DataFrame({"decision_id": pl.Series(ids, dtype=pl.String), "value": pl.Series(values, dtype=pl.Float64)})
+            columns = {"decision_id": pl.Series(ids, dtype=pl.String), "value": pl.Series(values, dtype=pl.Float64)}
+            frame = pl.DataFrame(columns | {"completeness_gap": pl.Series(moved.completeness_gap, dtype=pl.Float64)})
             found.append(frame.with_columns(model_version=pl.lit(version), **about).select(list(_ATTRIBUTED)))
     return pl.concat(found)
 

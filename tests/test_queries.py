@@ -177,6 +177,8 @@ def test_attributions_are_those_that_explain_gives(served, sql, monkeypatch, tmp
     assert {measure: value for measure, _, value in rows if measure} == pytest.approx(single["measures"], abs=1e-4)
     periods = {before: value for _, before, value in rows if before}
     assert [periods[platform.state.window - i] for i in range(platform.state.window)] == pytest.approx(single["periods"], abs=1e-4)
+    gap = sql("SELECT DISTINCT completeness_gap FROM attributions WHERE decision_id = ?", explained).item()
+    assert gap == pytest.approx(single["completeness_gap"], abs=1e-4)
     copy = load_platform(shutil.copytree(platform.root, tmp_path / "copy"))
     (Workspace(copy.root).state / "queries" / "attributions.parquet").unlink()
     monkeypatch.setattr(queries, "ATTRIBUTED", 2)  # the newest first, the others with later questions
@@ -226,6 +228,18 @@ def test_explanations_are_those_that_explain_gives(served, sql):
         )
         assert {(o, h): v for o, h, v in rows.rows()} == pytest.approx(wanted, abs=1e-5)
         assert len(rows) == len(platform.objectives) * len(HORIZONS)
+        about = "SELECT DISTINCT * EXCLUDE (objective, horizon, value, decisive) FROM explanations WHERE decision_id = ? AND against IS NOT DISTINCT FROM ?"
+        (together,) = sql(about, explained["decision_id"], against).to_dicts()  # the same beside each part
+        of, evidence = single["contrast"] or single, single["evidence"]
+        numbers = {name: of[name] for name in ("low", "high")} | {name: single["score"][name] for name in ("caution", "guardrail")}
+        numbers |= {name: evidence[name] for name in ("width", "disagreement")}
+        numbers["distance"] = sum(one["distance"] for one in evidence["nearest"]) / len(evidence["nearest"])
+        assert {name: together[name] for name in numbers} == pytest.approx(numbers, abs=1e-5)
+        assert (together["policies"], together["verdict"]) == (evidence["policies"], evidence["verdict"])
+        decisive = sql("SELECT objective, horizon FROM explanations WHERE decisive AND decision_id = ? AND against = ?", explained["decision_id"], against)
+        assert set(decisive.rows()) == {tuple(reason) for reason in (single["contrast"] or {}).get("decisive", [])}
+    assert sql("SELECT count(*) FROM explanations WHERE (against IS NULL) != (decisive IS NULL)").item() == 0
+    assert sql("SELECT count(*) FROM explanations WHERE decisive").item() > 0
     added = sql("SELECT decision_id, sum(value) FROM explanations WHERE against IS NULL GROUP BY 1")
     valued = {a["decision_id"]: a["value"] for a in answers if a["value"] is not None}
     assert {i: v for i, v in added.rows() if i in valued} == pytest.approx(valued, rel=1e-5)
