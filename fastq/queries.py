@@ -772,10 +772,11 @@ def _kept(
         fresh = []
         for log in dict.fromkeys(one[2] for one in missing):
             ids = [decision_id for _, decision_id, its in missing if its == log]
-            with reading_log(log) as database:
-                for start in range(0, len(ids), CHUNK):
-                    query = "SELECT decision_id, model_version, action, state FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))"
-                    fresh.append(made(platform, database.execute(query, (json.dumps(ids[start : start + CHUNK]),)).fetchall()))
+            for start in range(0, len(ids), CHUNK):
+                query = "SELECT decision_id, model_version, action, state FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))"
+                with reading_log(log) as database:
+                    rows = database.execute(query, (json.dumps(ids[start : start + CHUNK]),)).fetchall()
+                fresh.append(made(platform, rows))
         still = kept.filter(pl.col("decision_id").is_in(pl.Series(sorted(served), dtype=pl.String).implode()))
         if fresh or still.height < kept.height or not path.exists():
             with replacing(path) as partial:
@@ -828,9 +829,9 @@ def _parts(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
                 "objective": _named_by([objective for objective, _ in names], part),
                 "horizon": _named_by([horizon for _, horizon in names], part),
                 "value": pl.Series(parts.ravel()),
-                "decisive": pl.Series(None if decisive is None else [name in reasons for reasons in decisive for name in names], dtype=pl.Boolean),
+                "decisive": pl.lit(None) if decisive is None else pl.Series([name in reasons for reasons in decisive for name in names], dtype=pl.Boolean),
             }
-            found.append(together[row].with_columns(pl.col("width", "distance").fill_nan(None), **each).select(list(_EXPLAINED)))
+            found.append(together[row].with_columns(pl.col("width", "distance").fill_nan(None), **each).select(list(_EXPLAINED)).cast(_EXPLAINED))
     return pl.concat(found)
 
 
