@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import erfcx
 from torch import Tensor
 
 from fastq import equations, paper
@@ -60,7 +61,8 @@ LEAST_PROBED, MMD_ROWS = 20, 500  # players below which balance is told on those
 REFERENCE_ROWS = 20_000  # logged decisions kept in the bundle as evidence
 TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
-OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to the logged actions are taken for; chosen on simulated players
+OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to one dimension are taken for; chosen on simulated players
+UNKNOWN = 30.0  # times its prior mean by which a variance may be off before the logs are taken to say nothing of it
 LEAST_ROWS = 100  # decisions below which that share is not asked of the logs
 
 
@@ -142,33 +144,46 @@ def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray,
         horizon, later = windows.platform.training.horizon, summed[rows]
     unexplained = later - out_of_fold(with_experts, later, policy, fold, usable) - design @ in_units[:, 0].reshape(m, -1).T
     known = usable & np.isfinite(unexplained).all(1)
-    total = float(np.var(phi[usable, :d], 0).sum())
-    own = own_response(unexplained[known], centred[known, :d], windows.platform.weights, player[known], total) | {"horizon": horizon}
+    logged = np.var(phi[usable, :d], 0)
+    own = own_response(unexplained[known], centred[known, :d], windows.platform.weights, player[known], logged) | {"horizon": horizon}
     return Critic(in_units, covariance, spread, confirmed.reshape(m, 2), gain.reshape(m, 2), own)
 
 
-def own_response(unexplained: np.ndarray, noise: np.ndarray, weights: np.ndarray, player: np.ndarray, total: float) -> dict[str, Any]:
-    """How much people who look alike differ in what an action does to them, as variance per squared distance between two actions.
+def own_response(unexplained: np.ndarray, noise: np.ndarray, weights: np.ndarray, player: np.ndarray, logged: np.ndarray) -> dict[str, Any]:
+    """How much people who look alike differ in what an action does to them, as variance per squared distance between two actions, by dimension.
 
     Random coefficients (Hildreth & Houck, JASA 1968): what is unexplained [n, M] varies the more, the further the policies' own noise [n, D] took the
-    action; the slope of its square on the squared distance is that variance. Logs tell it poorly, so it is weighed by its player-clustered error against
-    `OWN_RESPONSE` of the unexplained variance, spread over the logged actions' `total` variance. `share` is relative to the unexplained `covariance`
-    [M, M], so that it holds under any objective weights; `found` and `error` are what the logs alone said, `prior` what was assumed.
+    action; the slopes of its square on the squared distances are those variances. Logs tell them poorly, with a player-clustered error, so each has a prior:
+    positive, with a mean of `OWN_RESPONSE` of the unexplained variance over the `logged` variance [D] of that dimension, and nothing else known of it, which
+    is the exponential law. `share` [D] is the posterior mean: what is not known of a variance widens an interval like the variance itself. It is relative to
+    the unexplained `covariance` [M, M], so that it holds under any objective weights; `found` and `error`: what the logs alone said, `prior`: what was assumed.
     """
-    prior = OWN_RESPONSE / max(total, 1e-9)
-    answer = {"share": prior, "prior": prior, "found": None, "error": None, "covariance": np.zeros((len(weights), len(weights))).tolist()}
+    m, prior = len(weights), OWN_RESPONSE / np.maximum(logged, 1e-9)
+    answer = {"share": prior.tolist(), "prior": prior.tolist(), "found": None, "error": None, "covariance": np.zeros((m, m)).tolist()}
     if len(unexplained) < 2:
         return answer
-    answer["covariance"] = np.cov(unexplained.T).reshape(len(weights), -1).tolist()
-    square, distance = (unexplained @ weights) ** 2, np.square(noise).sum(1)
-    level, away = square.mean(), distance - distance.mean()
-    if len(unexplained) < LEAST_ROWS or level <= 0 or away @ away <= 1e-12:
+    answer["covariance"] = np.cov(unexplained.T).reshape(m, m).tolist()
+    square, away = (unexplained @ weights) ** 2, noise**2 - np.mean(noise**2, 0)
+    level, gram = square.mean(), away.T @ away
+    if len(unexplained) < LEAST_ROWS or level <= 0:
         return answer
-    found = float(away @ square / (away @ away) / level)
-    scores = np.bincount(player, away * (square / level - 1 - found * away))
-    error = float(np.sqrt(scores @ scores) / (away @ away))
-    known, assumed = 1 / max(error, 1e-9) ** 2, 1 / prior**2
-    return answer | {"share": max((known * found + assumed * prior) / (known + assumed), 0.0), "found": found, "error": error}
+    inverse = np.linalg.pinv(gram, hermitian=True)
+    found = inverse @ (away.T @ (square / level))
+    scores = np.zeros((int(player.max()) + 1, len(found)))
+    np.add.at(scores, player, away * (square / level - 1 - away @ found)[:, None])
+    error = np.sqrt(np.diag(inverse @ (scores.T @ scores) @ inverse))
+    error = np.where(np.diag(gram) > 1e-12, error, np.inf)  # policies without noise teach nothing of it
+    share = positive_mean(found, np.clip(error, 1e-9, UNKNOWN * prior), prior)
+    return answer | {"share": share.tolist(), "found": found.tolist(), "error": [float(e) if np.isfinite(e) else None for e in error]}
+
+
+def positive_mean(found: np.ndarray, error: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    """Posterior mean of positive numbers with exponential priors of mean `prior`, found with a normal `error`: that of a normal law cut off at 0."""
+    centre = found - error**2 / prior
+    cut = -centre / error
+    hazard = np.sqrt(2 / np.pi) / erfcx(cut / np.sqrt(2))
+    mean: np.ndarray = centre + error * hazard
+    return mean
 
 
 def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, float, float]:

@@ -398,21 +398,31 @@ class Policy:
         """[B, C] standard deviation of the weighted value of actions [B, C, D], or of their difference to `reference` [B, C, D].
 
         Without a reference the doubt about the level (the twins' disagreement) is added to that about the effect. Beside the doubt of the effects that people
-        share stands how differently those who look alike respond (`fastq.learner.own_response`), which grows with the distance between the two actions.
+        share stands how differently those who look alike respond, which grows with the distance between the two actions.
         """
         at, w = self.situations(enc), self._weights(weights)
         phi = action_features(self._units(actions), self.polynomial)
         other = at.reference[:, None] if reference is None else action_features(self._units(reference), self.polynomial)
         variance = torch.einsum("bcp,bpq,bcq->bc", phi - other, self.shape_of_doubt(at, w), phi - other).clamp(min=0)
-        variance = variance + self._own_response(w) * (phi - other)[..., : len(self.units.centre)].square().sum(-1)
+        variance = variance + self._own_response(w, (phi - other)[..., : len(self.units.centre)])
         if reference is None:
             variance = variance + ((at.disagreement @ torch.from_numpy(np.abs(w))) ** 2)[:, None] + self.details.get("level_variance", 0.0)
         return variance.sqrt().numpy()
 
-    def _own_response(self, w: np.ndarray) -> float:
-        """Variance of the weighted value per squared distance between two actions, in standard units; 0 for bundles from before it was asked."""
+    def _own_response(self, w: np.ndarray, apart: Tensor) -> Tensor:
+        """[B, C] variance of how differently people who look alike respond to actions that are `apart` [B, C, D], in standard units.
+
+        `fastq.learner.own_response` says how it starts, by dimension (older bundles: one share for all). It ends where one decision would account for more than
+        its own part of what is unexplained of a sum over `horizon` of them. 0 for bundles from before it was asked.
+        """
         own = self.details.get("own_response")
-        return float(own["share"] * (w @ np.array(own["covariance"]) @ w)) if own else 0.0
+        if not own:
+            return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
+        unexplained, most = float(w @ np.array(own["covariance"]) @ w), 1 / own["horizon"]
+        begins = apart.square() @ torch.from_numpy(
+            np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
+        )  # one number for all dimensions in older bundles
+        return unexplained * most * -torch.expm1(-begins / most)
 
     def score(self, enc: Encoded | Situation, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
         """What ranks actions [B, C, D]: `value`, `caution`, `guardrail` and `total` = value - caution - guardrail, each [B, C]."""

@@ -831,7 +831,7 @@ def _parts(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
                 "value": pl.Series(parts.ravel()),
                 "decisive": pl.lit(None) if decisive is None else pl.Series([name in reasons for reasons in decisive for name in names], dtype=pl.Boolean),
             }
-            found.append(together[row].with_columns(pl.col("width", "distance").fill_nan(None), **each).select(list(_EXPLAINED)).cast(_EXPLAINED))
+            found.append(together[row].with_columns(pl.col("width", "distance").fill_nan(None), **each).select(list(_EXPLAINED)).cast(pl.Schema(_EXPLAINED)))
     return pl.concat(found)
 
 

@@ -292,10 +292,12 @@ def test_the_verdict_follows_the_numbers(arena):
 
 
 def test_an_interval_widens_with_the_distance_of_the_actions(arena):
-    """Beyond what the effects' own doubt says: people who look alike respond differently, and the more so the further an action goes."""
+    """Beyond what the effects' own doubt says: people who look alike respond differently, and the more so the further an action goes, to an end."""
     policy, states, _ = arena
     own = policy.details["own_response"]
-    assert own["share"] > 0
+    assert min(own["share"]) > 0
+    older = replace(policy, details={"own_response": own | {"share": own["share"][0]}})  # one share for all dimensions
+    alike = replace(policy, details={"own_response": own | {"share": own["share"][:1] * len(own["share"])}})
     before = replace(policy, details={})
     best = policy.best(policy.encode(states))
     halves = []
@@ -303,9 +305,13 @@ def test_an_interval_widens_with_the_distance_of_the_actions(arena):
         other = best + k * (policy.platform.bounds[:, 1] - best)
         now, then = (explain(p, states, against=other, attributions=False) for p in (policy, before))
         half, narrow = (why.contrast.high - why.contrast.difference for why in (now, then))
-        apart = np.linalg.norm(policy.units.standard(best) - policy.units.standard(other), axis=1)
-        variance = own["share"] * policy.platform.weights @ np.array(own["covariance"]) @ policy.platform.weights
-        np.testing.assert_allclose(half**2 - narrow**2, explanation.CERTAINTY**2 * variance * apart**2, rtol=1e-6)
+        apart = np.square(policy.units.standard(best) - policy.units.standard(other)) @ np.array(own["share"])
+        unexplained = policy.platform.weights @ np.array(own["covariance"]) @ policy.platform.weights
+        variance = unexplained * (1 - np.exp(-apart * own["horizon"])) / own["horizon"]
+        np.testing.assert_allclose(half**2 - narrow**2, explanation.CERTAINTY**2 * variance, rtol=1e-6)
+        assert (variance < unexplained * np.minimum(apart, 1 / own["horizon"])).all()
+        one, same = (explain(p, states, against=other, attributions=False).contrast for p in (older, alike))
+        np.testing.assert_array_equal(one.high, same.high)
         np.testing.assert_array_equal(now.contrast.difference, then.contrast.difference)
         np.testing.assert_allclose(now.evidence.width, half / (explanation.CERTAINTY * own["usual"]), rtol=1e-12)
         assert np.isnan(then.evidence.width).all()  # a bundle from before it was measured is explained without it

@@ -247,17 +247,29 @@ def test_how_differently_people_respond_is_found_where_logs_can_tell_and_assumed
     noise = rng.normal(size=(n, 2))
     weights = np.array([1.0, -2.0])
     plain = rng.normal(size=(n, 2))
-    own_slopes = rng.normal(0, 0.6, (n // 10, 2))[player]
-    for unexplained, expected in ((plain, 0.0), (plain + np.stack([(own_slopes * noise).sum(1), np.zeros(n)], 1), 0.36)):
-        own = learner.own_response(unexplained, noise, weights, player, 2.0)
-        variance = own["share"] * weights @ np.array(own["covariance"]) @ weights
-        assert variance == pytest.approx(expected, abs=0.06)
-        assert own["error"] < own["prior"]
-    few = learner.own_response(plain[:50], noise[:50], weights, player[:50], 2.0)
+    own_slopes = rng.normal(0, [0.6, 0.2], (n // 10, 2))[player]
+    for unexplained, expected in ((plain, [0.0, 0.0]), (plain + np.stack([(own_slopes * noise).sum(1), np.zeros(n)], 1), [0.36, 0.04])):
+        own = learner.own_response(unexplained, noise, weights, player, np.array([1.0, 1.0]))
+        variance = np.array(own["share"]) * (weights @ np.array(own["covariance"]) @ weights)
+        np.testing.assert_allclose(variance, expected, atol=0.06)  # each dimension by itself
+        assert max(own["error"]) < min(own["prior"])
+        assert min(own["share"]) > 0  # what was found may be below nothing, a variance not
+    few = learner.own_response(plain[:50], noise[:50], weights, player[:50], np.array([1.0, 2.0]))
     assert few["found"] is None
-    assert few["share"] == few["prior"] == learner.OWN_RESPONSE / 2.0
-    still = learner.own_response(plain, np.zeros_like(noise), weights, player, 2.0)  # policies without noise teach nothing of it
-    assert still["share"] == still["prior"]
+    assert few["share"] == few["prior"] == [learner.OWN_RESPONSE, learner.OWN_RESPONSE / 2]
+    still = learner.own_response(plain, noise * [0, 1], weights, player, np.array([1.0, 1.0]))  # a policy without noise teaches nothing of it
+    assert still["share"][0] == pytest.approx(still["prior"][0], rel=0.01)
+    assert still["error"][0] is None
+    assert still["share"][1] < still["prior"][1] / 2
+
+
+@pytest.mark.parametrize(("found", "error"), [(0.1, 0.04), (-0.05, 0.03), (0.02, 0.3), (0.3, 1e-3), (-2.0, 1e-3)])
+def test_a_variance_is_what_it_may_be_on_average(found, error):
+    grid = np.linspace(0, 1, 2_000_001)
+    law = -grid / 0.04 - 0.5 * ((grid - found) / error) ** 2
+    law = np.exp(law - law.max())
+    expected = (grid * law).sum() / law.sum()
+    assert learner.positive_mean(np.array([found]), np.array([error]), np.array([0.04]))[0] == pytest.approx(expected, rel=2e-2, abs=1e-6)
 
 
 def test_balance_is_told_by_a_fresh_probe_and_by_how_far_the_states_of_two_policies_are_apart():
