@@ -17,6 +17,7 @@ import numpy as np
 
 WIDE = 1000.0
 ROW = 22.0  # height of one bar's track
+BEYOND = 0.5  # of a waterfall's own width that an interval may take beside it, on either side
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,13 @@ def _bar(scale: Scale, start: float, end: float, kind: str, *, carried: float | 
         _line(svg, [(scale(carried), -ROW), (scale(carried), ROW / 2)], "carry")
     _rect(svg, scale(start), scale(end), 4, ROW - 8, kind)
     if whisker is not None:
-        low, high = map(scale, whisker)
+        low, high = (min(max(scale(bound), 0.0), WIDE) for bound in whisker)
         _line(svg, [(low, ROW / 2), (high, ROW / 2)], "whisker")
-        for x in (low, high):
-            _line(svg, [(x, ROW / 2 - 5), (x, ROW / 2 + 5)], "whisker")
+        for x, bound, inwards in ((low, whisker[0], 1), (high, whisker[1], -1)):
+            if scale.low <= bound <= scale.high:
+                _line(svg, [(x, ROW / 2 - 5), (x, ROW / 2 + 5)], "whisker")
+            else:  # it goes on: an arrow at the edge
+                _line(svg, [(x + 14 * inwards, ROW / 2 - 5), (x, ROW / 2), (x + 14 * inwards, ROW / 2 + 5)], "whisker on")
     return _text(svg)
 
 
@@ -163,7 +167,10 @@ def parts_sum(parts: Sequence[Mapping[str, object]], total: float, low: float, h
 
 
 def waterfall(parts: Sequence[Mapping[str, object]], decisive: Iterable[Sequence[str]], total: float, low: float, high: float) -> Sum:
-    """Differences as a waterfall: the decisive reasons first, each bar from where the last one ended, down to what is left, with its interval."""
+    """Differences as a waterfall: the decisive reasons first, each bar from where the last one ended, down to what is left, with its interval.
+
+    The bars set the scale, so they can be read however little is certain: an interval that goes far beyond them ends in arrows.
+    """
     reasons = {tuple(reason) for reason in decisive}
 
     def rank(part: Mapping[str, object]) -> tuple[int, float]:
@@ -173,7 +180,8 @@ def waterfall(parts: Sequence[Mapping[str, object]], decisive: Iterable[Sequence
     ordered = sorted(parts, key=rank)
     values = [float(part["value"]) for part in ordered]  # type: ignore[arg-type]  # as above
     ends = np.cumsum(values).tolist() if values else []
-    scale = scale_of([*ends, total, low, high])
+    scale = scale_of([*ends, total], margin=BEYOND)
+    scale = scale_of([*ends, total, *(min(max(end, scale.low), scale.high) for end in (low, high))])
     digits = digits_for(max(map(abs, [*values, total])) or 1.0) - 1
     shown = summing(values, digits)
     rows, at = [], 0.0

@@ -423,10 +423,12 @@ def _evidence(
         elif distance[i].mean() > FAR_STATE:
             why.append(f"the nearest logged decisions are {distance[i].mean():.1f} times as far from this state as they usually are from each other")
         doer = " and ".join(policies[i]) if len(policies[i]) < 3 else "the policies that act"
+        whose = "its" if len(policies[i]) == 1 else "their"
         if away[i, 0] > FAR_ACTION:
-            why.append(f"the action is {_number(away[i, 0])} spreads of their own noise away from what {doer} would do here")
+            why.append(f"the action lies {_number(away[i, 0])} times as far from what {doer} would do here as {whose} decisions usually stray from it")
         if contrast is not None and away[i, 1] > FAR_ACTION:
-            why.append(f"what it is compared with is {_number(away[i, 1])} spreads of their own noise away from what {doer} would do here")
+            far = f"{_number(away[i, 1])} times as far from what {doer} would do here as {whose} decisions usually stray from it"
+            why.append(f"what it is compared with lies {far}")
         if times[i] > WIDE:
             what = "the difference" if contrast is not None else f"the difference to what {doers[i]} would do here"
             why.append(f"{what} is known only to {_number(half[i])} either way, {_number(times[i])} times what is usual between the policies' own actions")
@@ -584,12 +586,14 @@ def headline(answer: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     """Why this and not the alternative, in one sentence for people who do not program; `weights` of the objectives say what more and less mean.
 
     Made of the contrast's parts alone, and of no part that it does not name rightly: each "more", "less", "now" and "later" is the sign of one of
-    them in the objective's own unit. Without an alternative it says what is expected.
+    them in the objective's own unit. Where the interval holds both signs, or the evidence is thin, it says that first. Without an alternative it says what
+    is expected.
     """
     units, contrast = answer.get("units") or {}, answer.get("contrast")
     what = amounts_words(answer["action"], units)
     if contrast is None:
-        return f"{_capital(what)}: expected to be worth {_number(answer['value'])} from now on, {_interval(answer)}."
+        doubt = ", though few data stand behind it" if answer["evidence"]["verdict"] != "well supported" else ""
+        return f"{_capital(what)}: expected to be worth {_number(answer['value'])} from now on, {_interval(answer)}{doubt}."
     against = contrast["against"]
     # an amount that rounds alike would read as the same, so then both are named in full
     other = amounts_words(contrast["action"], units, bare=True)
@@ -605,9 +609,14 @@ def headline(answer: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     if difference == 0:
         return f"{_capital(what)} instead {instead}: no difference is expected."
     worth = f"in all {_number(abs(difference))} {'more' if difference > 0 else 'less'}, {_interval(contrast)}"
+    thin = answer["evidence"]["verdict"] != "well supported"
+    said = _why(contrast, weights)
     if contrast["low"] < 0 < contrast["high"]:
         worth += ", so it is not certain which is better"
-    return f"{_capital(what)} instead {instead}: {_why(contrast, weights)}; {worth}."
+        said = f"as far as {'so few data' if thin else 'the data'} tell, {said}"
+    elif thin:
+        said = f"as far as so few data tell, {said}"
+    return f"{_capital(what)} instead {instead}: {said}; {worth}."
 
 
 def _why(contrast: Mapping[str, Any], weights: Mapping[str, float]) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,13 @@ def typed_action(platform: Platform, given: Mapping[str, str]) -> dict[str, Any]
 def subject_page(service: Service, question: Question) -> dict[str, Any]:
     """Everything on the page of a player now, or of a decision as it was decided then."""
     platform = service.platform
-    subject = online.subject_of(service, Question(question.decision_id, question.player_id))
+    try:
+        subject = online.subject_of(service, Question(question.decision_id, question.player_id))
+    except UnknownPlayerError as error:
+        if question.player_id is None or not (given := service.log.recent([question.player_id], 0)):
+            raise
+        said = f"they were served {len(given)} decision{'s' * (len(given) != 1)} all the same, the last on {day(given[-1].decided_at)}"
+        raise UnknownPlayerError(f"{error}; {said}: {explanation.amounts_words(given[-1].action, _units(platform))}") from None
     notice = None
     at = subject.policy.situations(subject.policy.encode(subject.states))
     usual = subject.policy.policies[int(at.assignment[0].argmax())]
@@ -180,7 +187,7 @@ def subject_page(service: Service, question: Question) -> dict[str, Any]:
         "subject_id": question.decision_id or subject.player_id,
         "answer": answer,
         "notice": notice,
-        "headline": explanation.headline(answer, weights),
+        "headline": _typeset(explanation.headline(answer, weights)),
         "attributes": _attributes(platform, subject),
         "policy_last": subject.states.policies[0] if subject.states.policies else None,
         "standing": _standing(service, subject),
@@ -197,7 +204,7 @@ def subject_page(service: Service, question: Question) -> dict[str, Any]:
         "moved": charts.amounts({words(n): v for n, v in attributions["measures"].items() if v}) if attributions else [],
         "moved_days": charts.columns(attributions["periods"], "how much each period of the history moved the value, oldest first") if attributions else "",
         "gap": attributions["completeness_gap"] if attributions else 0.0,
-        "thin": [why[0].upper() + why[1:] for why in verdict.removeprefix("thin: ").split("; ")] if verdict.startswith("thin") else [],
+        "thin": _thin(verdict),
         "chances": sorted(zip(subject.policy.policies, at.assignment[0].tolist(), strict=True), key=lambda pair: -pair[1]),
         "outcomes": service.log.known([subject.decision.decision_id])[subject.decision.decision_id] if subject.decision else None,
         "decided_at": moment,
@@ -207,9 +214,23 @@ def subject_page(service: Service, question: Question) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _thin(verdict: str) -> list[str]:
+    """What makes evidence thin, as sentences; none where it is not."""
+    return [_typeset(why[0].upper() + why[1:]) for why in verdict.removeprefix("thin: ").split("; ")] if verdict.startswith("thin") else []
+
+
+def _typeset(text: str) -> str:
+    """Negative numbers with a true minus, as everywhere on a page."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", "−", text)
+
+
 def _attributes(platform: Platform, subject: Subject) -> dict[str, Any]:
-    states = subject.states
-    return states.attributes.row(0, named=True) if isinstance(states.attributes, pl.DataFrame) and platform.state.attributes else {}
+    """What is known of the player, None where it is not; a state read just now holds columns, one that was kept a frame."""
+    known = subject.states.attributes
+    if not platform.state.attributes or known is None or isinstance(known, np.ndarray):
+        return {}
+    row = known.row(0, named=True) if isinstance(known, pl.DataFrame) else {name: column[0] for name, column in known.items()}
+    return {name: None if value != value else value for name, value in row.items()}  # noqa: PLR0124 - NaN alone differs from itself
 
 
 def _standing(service: Service, subject: Subject) -> str | None:
@@ -239,37 +260,46 @@ def _past(service: Service, subject: Subject, moment: int) -> dict[str, Any]:
     for i in range(window):
         when = day((first + i) * length)
         if (one := served.get(i)) is not None:
-            what = explanation.action_words(one.action, _units(platform))
+            what = explanation.amounts_words(one.action, _units(platform))
             marks.append(charts.Mark(i, f"{when}, {one.policy}: {what}", address("decision", id=one.decision_id)))
         elif decided[i]:
             what = ""
             if platform.dimension_names and actions is not None:
-                what = ": " + explanation.action_words(dict(zip(platform.dimension_names, map(float, actions[i]), strict=True)), _units(platform))
+                what = ": " + explanation.amounts_words(dict(zip(platform.dimension_names, map(float, actions[i]), strict=True)), _units(platform))
             marks.append(charts.Mark(i, f"{when}, from the platform's logs{what}"))
+    nothing = {"measures": _empty(platform.state.measures, history), "followed": _empty(platform.objectives, outcomes)}
     measures = [
         charts.series(words(name), "", history[:, j], marks, bars=m.aggregate in {"sum", "count", "max"})
-        for j, (name, m) in enumerate(platform.state.measures.items())
-    ]
+        for j, (name, m) in enumerate(platform.state.measures.items()) if words(name) not in nothing["measures"]
+    ]  # fmt: skip
     done = [
         charts.series(words(d["name"]), d["unit"], actions[:, j], marks, bars=True, bounds=(min(0.0, d["low"]), d["high"]))
-        for j, d in enumerate(_dimensions(platform)) if actions is not None
+        for j, d in enumerate(_dimensions(platform)) if actions is not None and decided.any()
     ]  # fmt: skip
-    followed = [charts.series(words(name), "", outcomes[:, j], marks, bars=True) for j, name in enumerate(platform.objectives) if outcomes is not None]
+    followed = [
+        charts.series(words(name), "", outcomes[:, j], marks, bars=True)
+        for j, name in enumerate(platform.objectives) if outcomes is not None and words(name) not in nothing["followed"]
+    ]  # fmt: skip
     listed = [
         {
             "decision_id": one.decision_id,
             "decided_at": one.decided_at,
             "policy": one.policy,
-            "action": explanation.action_words(one.action, _units(platform)),
+            "action": explanation.amounts_words(one.action, _units(platform)),
             "outcomes": one.values,
         }
         for one in reversed(recent[-RECENT:])
     ]
     return {
-        "measures": measures, "done": done, "followed": followed, "marks": charts.decisions_strip(marks, window) if marks else None,
+        "measures": measures, "done": done, "followed": followed, "nothing": nothing, "marks": charts.decisions_strip(marks, window) if marks else None,
         "number_marked": len(marks),
         "first_day": day(first * length), "last_day": day((first + window - 1) * length), "periods": window, "listed": listed,
     }  # fmt: skip
+
+
+def _empty(names: Iterable[str], values: np.ndarray | None) -> list[str]:
+    """Which columns of the weeks [W, names] hold nothing, as words."""
+    return [words(name) for j, name in enumerate(names) if values is None or not np.isfinite(values[:, j]).any()]
 
 
 def _units(platform: Platform) -> dict[str, str]:
@@ -386,7 +416,7 @@ def what_if_page(service: Service, given: Mapping[str, str]) -> dict[str, Any]:
         "catalogue": not platform.dimension_names,
         "waterfall": charts.waterfall(parts, found.decisive, found.difference, found.low, found.high) if found.parts.any() else None,
         "items": policy.catalogue.ids[:500] if policy.catalogue is not None else [],
-        "thin": [why[0].upper() + why[1:] for why in found.verdict.removeprefix("thin: ").split("; ")] if found.verdict.startswith("thin") else [],
+        "thin": _thin(found.verdict),
     }  # fmt: skip
 
 

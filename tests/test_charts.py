@@ -59,6 +59,17 @@ def test_a_waterfall_puts_the_decisive_reasons_first_and_each_bar_where_the_last
     assert float(total.get("x")) + float(total.get("width")) == pytest.approx(spans[2][0], abs=0.02)
 
 
+def test_a_waterfall_can_be_read_however_wide_its_interval_which_then_ends_in_arrows() -> None:
+    parts = [part("joy", "immediate", 0.5), part("cost", "immediate", -0.2)]
+    sure, unsure = (charts.waterfall(parts, [], 0.3, *ends) for ends in ((0.2, 0.4), (-50.0, 0.4)))
+    assert min(float(drawn(row.chart, row.kind)[0].get("width")) for row in unsure.rows) > charts.WIDE / 20
+    assert len(drawn(sure.total.chart, "on")) == 0
+    (arrow,) = drawn(unsure.total.chart, "on")  # at the side where it goes on
+    points = [float(point.split()[0]) for point in arrow.get("d")[1:].split("L")]
+    assert points[1] < points[0] == points[2] < charts.WIDE / 4
+    assert unsure.low == "−50.000"
+
+
 def test_nothing_is_drawn_where_nothing_is_known() -> None:
     panel = charts.series("games", "", np.array([1.0, np.nan, 3.0]), [], bars=True)
     assert len(drawn(panel.chart, "bar")) == 2

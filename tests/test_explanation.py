@@ -278,9 +278,9 @@ def test_the_verdict_follows_the_numbers(arena):
     usual = explain(policy, states, attributions=False).evidence
     assert usual.verdict.count("well supported") > len(states) / 2
     for distance, verdict in zip(usual.distance, usual.verdict, strict=True):
-        assert ("times as far" in verdict) == (distance.mean() > explanation.FAR_STATE)
+        assert ("the nearest logged decisions are" in verdict) == (distance.mean() > explanation.FAR_STATE)
     extreme = explain(policy, states, actions=np.tile(policy.platform.bounds[:, 1], (len(states), 1)), attributions=False).evidence
-    assert all(verdict.startswith("thin: the action is ") or "; the action is " in verdict for verdict in extreme.verdict)
+    assert all("the action lies " in verdict for verdict in extreme.verdict)
     for k in (0.001, 0.2, 0.6):
         best = policy.best(policy.encode(states))
         other = best + k * (policy.platform.bounds[:, 1] - best)
@@ -445,7 +445,7 @@ CLAIM = re.compile(r"\b(more|less) (joy|cost|trust) (now|later)( and (?:now|late
 WON_BACK = re.compile(r"what it (loses in|adds to) (joy|cost|trust) now it (wins back|saves) later")
 
 
-def contrasted(values: list[float], low: float = 0.1, high: float = 0.1) -> dict:
+def contrasted(values: list[float], low: float = 0.1, high: float = 0.1, verdict: str = "well supported") -> dict:
     """An answer of which only the contrast's parts matter, [objective][now, later] in one list."""
     parts = [
         {"objective": name, "horizon": horizon, "value": value}
@@ -457,12 +457,13 @@ def contrasted(values: list[float], low: float = 0.1, high: float = 0.1) -> dict
         "against": "retain", "action": {"games": 5.0, "gift": 12.0}, "difference": difference, "low": difference - low, "high": difference + high,
         "parts": parts, "decisive": [list(reason) for reason in decisive],
     }  # fmt: skip
-    return {"action": {"games": 7.0, "gift": 6.0}, "units": {"games": "games", "gift": "INR"}, "contrast": contrast}
+    evidence = {"policies": ["retain"], "verdict": verdict}
+    return {"action": {"games": 7.0, "gift": 6.0}, "units": {"games": "games", "gift": "INR"}, "contrast": contrast, "evidence": evidence}
 
 
-@given(st.lists(st.floats(-2, 2).map(lambda x: round(x, 3)), min_size=6, max_size=6), st.floats(0, 1))
-def test_the_headline_never_contradicts_the_numbers(values: list[float], doubt: float) -> None:
-    answer = contrasted(values, doubt, doubt)
+@given(st.lists(st.floats(-2, 2).map(lambda x: round(x, 3)), min_size=6, max_size=6), st.floats(0, 1), st.sampled_from(["well supported", "thin: so"]))
+def test_the_headline_never_contradicts_the_numbers(values: list[float], doubt: float, verdict: str) -> None:
+    answer = contrasted(values, doubt, doubt, verdict)
     said, contrast = explanation.headline(answer, OBJECTIVES), answer["contrast"]
     parts = {(p["objective"], p["horizon"]): p["value"] for p in contrast["parts"]}
     assert said.startswith("7 games and 6 INR instead of what retain would give, 5 and 12: ")
@@ -479,7 +480,17 @@ def test_the_headline_never_contradicts_the_numbers(values: list[float], doubt: 
     assert ("in all" in said) == (contrast["difference"] != 0)
     if contrast["difference"]:
         assert re.search(r"in all \S+ (more|less)", said).group(1) == ("more" if contrast["difference"] > 0 else "less")
-    assert ("not certain" in said) == (contrast["difference"] != 0 and contrast["low"] < 0 < contrast["high"])
+    unclear = contrast["low"] < 0 < contrast["high"]
+    assert ("not certain" in said) == (contrast["difference"] != 0 and unclear)
+    assert ("as far as the data tell" in said) == (contrast["difference"] != 0 and unclear and verdict == "well supported")
+    assert ("as far as so few data tell" in said) == (contrast["difference"] != 0 and verdict != "well supported")
+
+
+def test_a_headline_without_an_alternative_says_where_evidence_is_thin() -> None:
+    answer = contrasted([0.1] * 6) | {"contrast": None, "value": 1.0, "low": 0.5, "high": 1.5}
+    assert explanation.headline(answer, OBJECTIVES) == "7 games and 6 INR: expected to be worth 1 from now on, 90 % interval 0.5 to 1.5."
+    thin = answer | {"evidence": {"policies": [], "verdict": "thin: nobody did this"}}
+    assert explanation.headline(thin, OBJECTIVES).endswith("0.5 to 1.5, though few data stand behind it.")
 
 
 def test_the_headline_of_the_house_example() -> None:
@@ -488,6 +499,8 @@ def test_the_headline_of_the_house_example() -> None:
     assert explanation.headline(contrasted([0.0, 0.0, 0.2, 0.0, 0.0, 0.0]), OBJECTIVES).startswith(
         "7 games and 6 INR instead of what retain would give, 5 and 12: it means less cost now; in all 0.2 more, 90 % interval 0.1 to 0.3."
     )
+    unsure = explanation.headline(contrasted([0.0, 0.0, 0.2, 0.0, 0.0, 0.0], 0.5), OBJECTIVES)
+    assert "12: as far as the data tell, it means less cost now; in all 0.2 more, 90 % interval -0.3 to 0.3, so it is not certain which is better." in unsure
     against = explanation.headline(contrasted([-0.3, 0.1, 0.0, 0.0, 0.0, 0.0]), OBJECTIVES)
     assert "it means less joy now, which more joy later does not make up for; in all 0.2 less" in against
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 
+import polars as pl
 import pytest
 from fastapi.testclient import TestClient
 
@@ -250,6 +251,9 @@ def test_a_player_nobody_knows_one_without_decisions_and_one_with_one(visit, key
     assert page.status_code == 200
     assert HOSTILE in harmless(page.text).text
     assert "No decision is on record" in page.text
+    assert "Nothing is known of win rate" in page.text  # one line, and no empty charts
+    assert page.text.count("no data</span></figcaption>") == 0
+    assert "What followed" not in page.text
     decision = analyst.post("/v1/recommendations", json={"players": [HOSTILE]}, headers=bearer).json()["recommendations"][0]
     page = analyst.get("/console/player", params={"id": HOSTILE}).text
     assert f"/console/decision?id={decision['decision_id']}" in page
@@ -262,6 +266,32 @@ def test_a_player_nobody_knows_one_without_decisions_and_one_with_one(visit, key
     analyst.post("/v1/outcomes", json={"outcomes": [{"decision_id": decision["decision_id"], "returns": 0.625}]}, headers=bearer)
     assert "0.625" in analyst.get("/console/decision", params={"id": decision["decision_id"]}).text
     assert analyst.get("/console/what-if", params={"decision": decision["decision_id"]}).status_code == 200
+
+
+def test_a_player_s_attributes_are_shown_now_and_as_they_were_then(visit, keys: dict[str, str], platform: Platform, player: str) -> None:
+    analyst, bearer = visit("analyst"), {"Authorization": f"Bearer {keys['admin']}"}
+    decision = analyst.post("/v1/recommendations", json={"players": [player]}, headers=bearer).json()["recommendations"][0]
+    known = store.known_players(platform).row(by_predicate=pl.col("player_id") == player, named=True)
+    for address in (f"/console/player?id={player}", f"/console/decision?id={decision['decision_id']}"):
+        page = analyst.get(address).text
+        for name in platform.state.attributes:
+            value = f"{known[name]:g}" if isinstance(known[name], float | int) else known[name]
+            assert f"<dt>{name.replace('_', ' ')}</dt><dd>{value}</dd>" in page, (address, name)
+
+
+def test_a_player_nobody_knows_who_was_served_all_the_same_is_told_of(visit, keys: dict[str, str]) -> None:
+    analyst, bearer = visit("analyst"), {"Authorization": f"Bearer {keys['admin']}"}
+    asked = {"players": ["came unseen"]}
+    (made,) = analyst.post("/v1/recommendations", json=asked, headers=bearer).json()["recommendations"]
+    assert made["degraded"]
+    page = analyst.get("/console/player", params={"id": "came unseen"})
+    assert page.status_code == 404
+    assert "nothing is known of this player; they were served 1 decision all the same, the last on " in page.text
+
+
+def test_numbers_in_a_sentence_have_the_minus_that_all_others_have() -> None:
+    said = "90 % interval -0.2 to -1e-05, retain-2 and p-7: 2026-11-26"
+    assert views._typeset(said) == "90 % interval −0.2 to −1e-05, retain-2 and p-7: 2026-11-26"
 
 
 @pytest.mark.parametrize("against", ["stretch", "retain", "logged", "model:2", "none", "action"])
