@@ -135,6 +135,9 @@ def test_no_accessibility_violation_and_no_sideways_scrolling_on_any_page(analys
     for name, address in PAGES.items():
         page.goto(console.url + address.format(player=console.player))
         look(name)
+        tall = page.eval_on_selector_all("table.list tbody tr", "rows => Math.max(0, ...rows.map(row => row.offsetHeight))")
+        if tall > 160:  # squeezed columns, one word a line
+            found.append(f"{name}: a row of a table is {tall} pixels tall")
     assert not found, "\n".join(found)
 
 
