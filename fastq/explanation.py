@@ -608,7 +608,7 @@ def headline(answer: Mapping[str, Any], weights: Mapping[str, float]) -> str:
     difference = contrast["difference"]
     if difference == 0:
         return f"{_capital(what)} instead {instead}: no difference is expected."
-    worth = f"in all {_number(abs(difference))} {'more' if difference > 0 else 'less'}, {_interval(contrast)}"
+    worth = f"in all it is worth {_number(abs(difference))} {'more' if difference > 0 else 'less'}, {_interval(contrast)}"
     thin = answer["evidence"]["verdict"] != "well supported"
     said = _why(contrast, weights)
     if contrast["low"] < 0 < contrast["high"]:

@@ -479,7 +479,7 @@ def test_the_headline_never_contradicts_the_numbers(values: list[float], doubt: 
         assert (gives, takes) == (("loses in", "wins back") if OBJECTIVES[objective] > 0 else ("adds to", "saves"))
     assert ("in all" in said) == (contrast["difference"] != 0)
     if contrast["difference"]:
-        assert re.search(r"in all \S+ (more|less)", said).group(1) == ("more" if contrast["difference"] > 0 else "less")
+        assert re.search(r"in all it is worth \S+ (more|less)", said).group(1) == ("more" if contrast["difference"] > 0 else "less")
     unclear = contrast["low"] < 0 < contrast["high"]
     assert ("not certain" in said) == (contrast["difference"] != 0 and unclear)
     assert ("as far as the data tell" in said) == (contrast["difference"] != 0 and unclear and verdict == "well supported")
@@ -497,12 +497,12 @@ def test_the_headline_of_the_house_example() -> None:
     said = explanation.headline(contrasted([-0.1, 0.3, 0.2, 0.0, 0.0, -0.02]), OBJECTIVES)
     assert said.startswith("7 games and 6 INR instead of what retain would give, 5 and 12: what it loses in joy now it wins back later")
     assert explanation.headline(contrasted([0.0, 0.0, 0.2, 0.0, 0.0, 0.0]), OBJECTIVES).startswith(
-        "7 games and 6 INR instead of what retain would give, 5 and 12: it means less cost now; in all 0.2 more, 90 % interval 0.1 to 0.3."
+        "7 games and 6 INR instead of what retain would give, 5 and 12: it means less cost now; in all it is worth 0.2 more, 90 % interval 0.1 to 0.3."
     )
     unsure = explanation.headline(contrasted([0.0, 0.0, 0.2, 0.0, 0.0, 0.0], 0.5), OBJECTIVES)
-    assert "12: as far as the data tell, it means less cost now; in all 0.2 more, 90 % interval -0.3 to 0.3, so it is not certain which is better." in unsure
+    assert "12: as far as the data tell, it means less cost now; in all it is worth 0.2 more, 90 % interval -0.3 to 0.3, so it is not certain which is better." in unsure
     against = explanation.headline(contrasted([-0.3, 0.1, 0.0, 0.0, 0.0, 0.0]), OBJECTIVES)
-    assert "it means less joy now, which more joy later does not make up for; in all 0.2 less" in against
+    assert "it means less joy now, which more joy later does not make up for; in all it is worth 0.2 less" in against
 
 
 def test_an_imagined_action_adds_up_under_both_weights(arena) -> None:
