@@ -500,7 +500,10 @@ def test_the_headline_of_the_house_example() -> None:
         "7 games and 6 INR instead of what retain would give, 5 and 12: it means less cost now; in all it is worth 0.2 more, 90 % interval 0.1 to 0.3."
     )
     unsure = explanation.headline(contrasted([0.0, 0.0, 0.2, 0.0, 0.0, 0.0], 0.5), OBJECTIVES)
-    assert "12: as far as the data tell, it means less cost now; in all it is worth 0.2 more, 90 % interval -0.3 to 0.3, so it is not certain which is better." in unsure
+    assert (
+        "12: as far as the data tell, it means less cost now; in all it is worth 0.2 more, 90 % interval -0.3 to 0.3, so it is not certain which is better."
+        in unsure
+    )
     against = explanation.headline(contrasted([-0.3, 0.1, 0.0, 0.0, 0.0, 0.0]), OBJECTIVES)
     assert "it means less joy now, which more joy later does not make up for; in all it is worth 0.2 less" in against
 
