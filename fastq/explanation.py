@@ -98,7 +98,7 @@ class Explanation:
     """Why these actions, for B players.
 
     action [B, D] raw units or [B] item ids; value, low, high [B], the 90 % interval; parts [B, M, 2], `value == parts.sum((1, 2))` by
-    construction; score: `value - caution - guardrail = total`, each [B].
+    construction; score: `value - caution - guardrail = total`, each [B]; at: the states' situations.
     """
 
     policy: Policy = field(repr=False)
@@ -112,6 +112,7 @@ class Explanation:
     what_if: WhatIf | None
     attributions: Attributions | None
     evidence: Evidence
+    at: Situation = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.value)
@@ -122,17 +123,18 @@ Against = str | Policy | Mapping[str, Any] | np.ndarray | tuple[str, Any]
 
 def explain(
     policy: Policy, states: PlayerStates, *, actions: Any = None, against: Against | None = None, weights: Mapping[str, float] | None = None,
-    attributions: bool = True, at: Situation | None = None,
+    attributions: bool = True, beside: Explanation | None = None,
 ) -> Explanation:  # fmt: skip
     """Explain `actions` ([B, D] raw units, or [B] item ids; default: the noise-free best ones) in these states.
 
     `against` is a behaviour policy's name, another `Policy` (its best action, valued by this one), an action as a mapping, actions as an
     array, or a pair of a name and such an array (`("logged", array)`). Value, parts, contrast and attributions keep the platform's weights;
-    `weights` only ask what would be best under others. `attributions=False` is some hundred times faster. `at` are the states' situations, for whoever
-    asks several things of the same states.
+    `weights` only ask what would be best under others. `attributions=False` is some hundred times faster. `beside` is an explanation of the same
+    states by the same policy: what it found out about them is not worked out again.
     Raises `RequestError` for names, shapes and numbers that are not the platform's.
     """
-    at = policy.situations(policy.encode(states)) if at is None else at
+    at = policy.situations(policy.encode(states)) if beside is None else beside.at
+    near = _nearest(policy, policy.embedding(at)) if beside is None else (beside.evidence.nearest, beside.evidence.distance)
     vectors, action = _given(policy, len(at), policy.best(at) if actions is None else actions, "actions")
     other = None if against is None else _alternative(policy, states, at, against)
     stacked = vectors[:, None] if other is None else np.stack([vectors, other[1]], 1)
@@ -149,7 +151,7 @@ def explain(
         score={name: score[:, 0] for name, score in policy.score(at, stacked[:, :1]).items()}, contrast=contrast,
         what_if=None if weights is None else _what_if(policy, at, weights),
         attributions=attribute(policy, policy.encode(states), vectors) if attributions else None,
-        evidence=_evidence(policy, at, stacked, parts[:, 0], contrast, states.policies),
+        evidence=_evidence(policy, at, near, stacked, parts[:, 0], contrast, states.policies), at=at,
     )  # fmt: skip
 
 
@@ -269,7 +271,8 @@ def imagine(policy: Policy, states: PlayerStates, recommended: Any, imagined: An
     values = {name: (float(p.sum(1) @ policy.platform.weights), float(p.sum(1) @ these)) for name, p in zip(given, unweighted, strict=True)}
     parts = (unweighted[2] - unweighted[0]) * these[:, None]
     difference, half = float(parts.sum()), CERTAINTY * float(policy.doubt(at, stacked[:, 2:], stacked[:, :1], weights=wanted)[0, 0])
-    evidence = _evidence(policy, at, stacked[:, 2:], unweighted[2:] * policy.platform.weights[:, None], None)
+    near = _nearest(policy, policy.embedding(at))
+    evidence = _evidence(policy, at, near, stacked[:, 2:], unweighted[2:] * policy.platform.weights[:, None], None)
     return Imagined(
         wanted, {name: action[0] for name, (_, action) in given.items()}, values, difference, difference - half, difference + half, parts,
         decisive_reasons(parts[None], list(policy.platform.objectives))[0], evidence.verdict[0],
@@ -397,10 +400,11 @@ def _spreads_away(policy: Policy, actions: np.ndarray, expected: np.ndarray, act
 
 
 def _evidence(
-    policy: Policy, at: Situation, actions: np.ndarray, parts: np.ndarray, contrast: Contrast | None, acted: Sequence[str | None] | None = None
-) -> Evidence:
+    policy: Policy, at: Situation, near: tuple[np.ndarray, np.ndarray], actions: np.ndarray, parts: np.ndarray, contrast: Contrast | None,
+    acted: Sequence[str | None] | None = None,
+) -> Evidence:  # fmt: skip
     probability, disagreement = policy.policy_probability(at), policy.disagreement(at)
-    nearest, distance = _nearest(policy, policy.embedding(at))
+    nearest, distance = near
     acts = probability >= np.minimum(probability.max(1, keepdims=True), RARE)  # among very many policies none may reach the share
     away = _spreads_away(policy, actions, policy.expert_actions(at), acts)
     policies = [[name for name, does in zip(policy.policies, row, strict=True) if does] for row in acts]

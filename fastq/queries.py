@@ -810,10 +810,10 @@ def _parts(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
 
     found = [pl.DataFrame(schema=_EXPLAINED)]
     for version, policy, ids, states, vectors in _by_policy(platform, decisions):
-        at = policy.situations(policy.encode(states))
         names = [(objective, horizon) for objective in policy.platform.objectives for horizon in HORIZONS]
+        why = None
         for against in (None, *policy.policies):
-            why = explain(policy, states, actions=vectors, against=against, attributions=False, at=at)
+            why = explain(policy, states, actions=vectors, against=against, attributions=False, beside=why)
             parts, low, high, decisive = (why.parts, why.low, why.high, None) if (c := why.contrast) is None else (c.parts, c.low, c.high, c.decisive)
             together = pl.DataFrame(
                 {

@@ -347,6 +347,14 @@ def test_the_answer_is_strict_json_with_the_contracts_keys(why):
     assert set(answer["evidence"]["nearest"][0]["action"]) == set(platform.dimension_names)
 
 
+def test_what_was_found_out_about_states_is_not_worked_out_again(arena, monkeypatch):
+    policy, states, _ = arena
+    alone, first_asked = (explain(policy, states, against=against, attributions=False) for against in ("retain", None))
+    monkeypatch.setattr(explanation, "_nearest", lambda *_: pytest.fail("worked out again"))
+    then = explain(policy, states, against="retain", attributions=False, beside=first_asked)
+    assert [as_dict(then, i) for i in range(len(states))] == [as_dict(alone, i) for i in range(len(states))]
+
+
 def test_without_questions_their_answers_are_null(arena):
     policy, states, _ = arena
     answer = as_dict(explain(policy, first(states), attributions=False), against="ignored")
