@@ -1,8 +1,8 @@
 """Stage 2: the orthogonal critic, the level of the values, the actor. The whole algorithm, top to bottom.
 
 1. represent    every decision once, with the frozen stage 1
-2. critic       per objective, the effect of what policies did at random, regressed on the residual outcome; shrunk to what players
-                it has not seen confirm; its doubt kept jointly over objectives, clustered by player
+2. critic       per objective, the effect of what was left to chance, which policy acted and its own noise, regressed on the residual outcome;
+                shrunk to what players it has not seen confirm; its doubt kept jointly over objectives, clustered by player
 3. bound        candidates are ranked by value - caution * doubt - guardrail; the guardrails' prices are found by bisection
 4. level        the value of the policy itself, by temporal differences on twin heads
 5. actor        proposes candidates: exploits logged states and explores counterfactual ones, up to the bound
@@ -63,6 +63,7 @@ TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
 OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to one dimension are taken for; chosen on simulated players
 UNKNOWN = 30.0  # times its prior mean by which a variance may be off before the logs are taken to say nothing of it
+TOLD = 1e-3  # within that of one, the policies' logged probabilities are all there
 LEAST_ROWS = 100  # decisions below which that share is not asked of the logs
 
 
@@ -71,7 +72,8 @@ class Critic:
     """What the orthogonal critic learned: effects, covariance and spread (see `Policy`) and, per objective, what unseen players confirmed.
 
     confirmed [M, 2]: slope of the held-out residual on the predicted effect, of the value and of the immediate value; gain [M, 2]: share of
-    the residual's variance that the prediction explained there. own_response: see `own_response`.
+    the residual's variance that the prediction explained there. compared: share of the decisions whose policies were compared with each other.
+    own_response: see `own_response`.
     """
 
     effects: np.ndarray
@@ -79,6 +81,7 @@ class Critic:
     spread: np.ndarray
     confirmed: np.ndarray
     gain: np.ndarray
+    compared: float
     own_response: dict[str, Any]
 
 
@@ -87,15 +90,20 @@ def player_folds(player: np.ndarray, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(int(player.max()) + 1)[player] % FOLDS
 
 
-def out_of_fold(x: np.ndarray, y: np.ndarray, policy: np.ndarray, fold: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
-    """[N, T] ridge predictions of `y` under each row's own policy, from the rows `fit_on` of other players; NaN targets are left out."""
+def known_together(y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Rows [N] bool and columns of `y` [N, T] that are known in just these rows: they share one factorisation."""
+    patterns, which = np.unique(np.isfinite(y).T, axis=0, return_inverse=True)
+    for pattern, rows in enumerate(patterns):
+        yield rows, np.flatnonzero(which.reshape(-1) == pattern)
+
+
+def out_of_fold(x: np.ndarray, y: np.ndarray, group: np.ndarray, fold: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
+    """[N, T] ridge predictions of `y` within each group of rows, from the rows `fit_on` of other players; NaN targets are left out."""
     predicted = np.zeros_like(y)
-    for p in np.unique(policy):
+    for g in np.unique(group):
         for k in range(FOLDS):
-            here, others = (policy == p) & (fold == k), (policy == p) & (fold != k) & fit_on
-            patterns, which = np.unique(np.isfinite(y[others]).T, axis=0, return_inverse=True)
-            for pattern, rows in enumerate(patterns):  # targets that are known in the same rows share one factorisation
-                columns = np.flatnonzero(which.reshape(-1) == pattern)
+            here, others = (group == g) & (fold == k), (group == g) & (fold != k) & fit_on
+            for rows, columns in known_together(y[others]):
                 known = np.flatnonzero(others)[rows]
                 if len(known):
                     mean = y[np.ix_(known, columns)].mean(0)
@@ -103,31 +111,53 @@ def out_of_fold(x: np.ndarray, y: np.ndarray, policy: np.ndarray, fold: np.ndarr
     return predicted
 
 
+def chance_to_act(windows: Windows, seen: Represented, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n, K] how likely each policy was to act in these states, and [n] whether the platform logged that; elsewhere it is what stage 1 found.
+
+    A choice that sticks to a player was made in an earlier state, and its probability says nothing of this one.
+    """
+    told = (np.abs(windows.chance[rows].sum(1) - 1) < TOLD) & (windows.platform.assignment == "decision")
+    found = torch.softmax(seen.assignment[torch.from_numpy(rows)].double(), -1).numpy()
+    return np.where(told[:, None], windows.chance[rows], found), told
+
+
 def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray, rows: np.ndarray, seed: int) -> Critic:
-    """Step 2 on the decisions `rows`: what the acting policies' own noise did to each objective, now and over the horizon."""
+    """Step 2 on the decisions `rows`: what actions did to each objective, now and over the horizon, where it was left to chance which was taken.
+
+    Where the log tells how likely each policy was to act, both who acted and that policy's own noise were chance, and most can be learned from how policies
+    differ. Elsewhere something that no log holds may have decided who acts, and only each policy's own noise is believed (infra/decisions/0020).
+    """
     immediate, summed = outcome_targets(windows, windows.platform.training.horizon)
     targets = np.stack([summed, immediate], -1)[rows].reshape(len(rows), -1)  # [n, M * 2]
     scale = np.nan_to_num(np.nanstd(targets, 0), nan=1.0)
     scale = np.where(scale > 1e-9, scale, 1.0)
     policy, player = windows.policy[rows], windows.player[rows]
     fold = player_folds(player, seed)
-    b, psi = seen.b.numpy()[rows].astype(float), seen.psi.numpy()[rows].astype(float)
-    expected = seen.expected.numpy()[rows, policy].astype(float)
+    b, psi, every = (part.numpy()[rows].astype(float) for part in (seen.b, seen.psi, seen.expected))
     usable = np.isfinite(features[rows]).all(1)
     phi = np.nan_to_num(features[rows])
-
+    m, d = len(windows.platform.objectives), windows.action.shape[1]
+    chance, told = chance_to_act(windows, seen, rows)
     state = np.concatenate([b - b.mean(0), psi[:, 1:]], 1)
-    with_experts = np.concatenate([state, expected - expected.mean(0)], 1)
-    centred = phi - expected - out_of_fold(with_experts, phi - expected, policy, fold, usable)
-    residual = targets / scale - out_of_fold(with_experts, targets / scale, policy, fold, usable)
+
+    acted = every[np.arange(len(rows)), policy]
+    expected = np.where(told[:, None], np.einsum("nk,nkp->np", chance, every), acted)
+    known_before = [expected, chance[:, 1:], every[..., :d].reshape(len(rows), -1)]
+    x = np.concatenate([state, *(part - part.mean(0) for part in known_before)], 1)
+    compared = np.where(told, len(windows.policies), policy)  # with whom a decision is: with all that were left to chance, or with its own policy's
+
+    def left_over(y: np.ndarray) -> np.ndarray:
+        return y - out_of_fold(x, y, compared, fold, usable)
+
+    centred, residual = left_over(phi - expected), left_over(targets / scale)
     design = equations.orthogonal_design(psi, centred)
 
     n_targets, s, p = targets.shape[1], psi.shape[1], phi.shape[1]
     effects, confirmed, gain = np.zeros((n_targets, s * p)), np.zeros(n_targets), np.zeros(n_targets)
-    for t in range(n_targets):
-        known = usable & np.isfinite(residual[:, t])
+    for known, columns in known_together(residual):
+        known &= usable
         if known.sum() > FOLDS * 10:
-            effects[t], confirmed[t], gain[t] = confirmed_effects(design[known], residual[known, t], fold[known], s, p)
+            effects[columns], confirmed[columns], gain[columns] = confirmed_effects(design[known], residual[np.ix_(known, columns)], fold[known], s, p)
     complete = usable & np.isfinite(residual[:, 0::2]).all(1)
     errors = (residual[:, 0::2] - design @ effects[0::2].T)[complete]
     if complete.sum() < 2:
@@ -135,18 +165,18 @@ def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray,
     covariance = (
         equations.clustered_covariance(design[complete], errors, player[complete], DOUBT_RIDGE) * np.multiply.outer(scale[0::2], scale[0::2])[:, :, None, None]
     )
-    m, d = len(windows.platform.objectives), windows.action.shape[1]
-    spread = np.stack([centred[usable & (policy == k), :d].std(0) if (usable & (policy == k)).sum() > 1 else np.zeros(d) for k in range(len(windows.policies))])
+    own = (phi - acted)[:, :d]
+    spread = np.stack([own[usable & (policy == k)].std(0) if (usable & (policy == k)).sum() > 1 else np.zeros(d) for k in range(len(windows.policies))])
     in_units = (effects * scale[:, None]).reshape(m, 2, s, p)
     horizon = LATER * windows.platform.training.horizon
     later = outcome_targets(windows, horizon)[1][rows]
     if (usable & np.isfinite(later).all(1)).sum() < LEAST_ROWS:  # the log is shorter than that
         horizon, later = windows.platform.training.horizon, summed[rows]
-    unexplained = later - out_of_fold(with_experts, later, policy, fold, usable) - design @ in_units[:, 0].reshape(m, -1).T
+    unexplained = left_over(later) - design @ in_units[:, 0].reshape(m, -1).T
     known = usable & np.isfinite(unexplained).all(1)
     logged = np.var(phi[usable, :d], 0)
-    own = own_response(unexplained[known], centred[known, :d], windows.platform.weights, player[known], logged) | {"horizon": horizon}
-    return Critic(in_units, covariance, spread, confirmed.reshape(m, 2), gain.reshape(m, 2), own)
+    differing = own_response(unexplained[known], own[known], windows.platform.weights, player[known], logged) | {"horizon": horizon}
+    return Critic(in_units, covariance, spread, confirmed.reshape(m, 2), gain.reshape(m, 2), float(told.mean()), differing)
 
 
 def own_response(unexplained: np.ndarray, noise: np.ndarray, weights: np.ndarray, player: np.ndarray, logged: np.ndarray) -> dict[str, Any]:
@@ -186,29 +216,37 @@ def positive_mean(found: np.ndarray, error: np.ndarray, prior: np.ndarray) -> np
     return mean
 
 
-def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, float, float]:
-    """Effects [S * P] whose prior is the one that players left out confirm best, shrunk by the slope they confirm; 0 if they confirm nothing."""
+def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Effects [T, S * P] whose prior is the one that players left out confirm best, shrunk by the slope [T] that they confirm; 0 where they confirm nothing.
+
+    design [n, S * P], residual [n, T]. Last comes, [T], the share of the residual's variance that predictions explained there.
+    """
     grams = np.stack([design[fold == k].T @ design[fold == k] for k in range(FOLDS)])
     moments = np.stack([design[fold == k].T @ residual[fold == k] for k in range(FOLDS)])
-    best, chosen = -math.inf, (0.0, RIDGES[-1], 0.0)
+    t = residual.shape[1]
+    best, slope, prior = np.zeros(t), np.zeros(t), np.zeros((t, 2))
     for interaction in INTERACTIONS:
-        d = np.where(np.arange(s * p) < p, 1.0, interaction)  # the first P columns belong to the constant modifier
+        d = prior_scale(s, p, interaction)
         for_each = []
         for k in range(FOLDS):
-            rest = d[:, None] * (grams.sum(0) - grams[k]) * d
-            value, vector = np.linalg.eigh(rest)
-            for_each.append((np.maximum(value, 0), vector, vector.T @ (d * (moments.sum(0) - moments[k]))))
+            value, vector = np.linalg.eigh(d[:, None] * (grams.sum(0) - grams[k]) * d)
+            for_each.append((np.maximum(value, 0)[:, None], vector, vector.T @ (d[:, None] * (moments.sum(0) - moments[k]))))
         for strength in RIDGES:
-            fitted = np.stack([d * (vector @ (projected / (value + strength))) for value, vector, projected in for_each])
-            cross, square = np.einsum("kd,kd->", fitted, moments), np.einsum("kd,kde,ke->", fitted, grams, fitted)
-            if 2 * cross - square > best:
-                best, chosen = 2 * cross - square, (interaction, strength, cross / max(square, 1e-12))
-    interaction, strength, slope = chosen
-    gain = best / max(float(residual @ residual), 1e-12)
-    if gain <= 0:
-        return np.zeros(s * p), 0.0, 0.0
-    d = np.where(np.arange(s * p) < p, 1.0, interaction)
-    return d * equations.ridge(design * d, residual[:, None], strength)[:, 0] * min(slope, 1.0), float(slope), float(gain)
+            fitted = np.stack([d[:, None] * (vector @ (projected / (value + strength))) for value, vector, projected in for_each])
+            cross, square = np.einsum("kdt,kdt->t", fitted, moments), np.einsum("kdt,kdt->t", fitted, grams @ fitted)
+            better = 2 * cross - square > best
+            best[better], slope[better] = (2 * cross - square)[better], (cross / np.maximum(square, 1e-12))[better]
+            prior[better] = interaction, strength
+    effects = np.zeros((t, s * p))
+    for interaction, strength in np.unique(prior[best > 0], axis=0):
+        alike, d = (prior == (interaction, strength)).all(1) & (best > 0), prior_scale(s, p, interaction)
+        effects[alike] = (d[:, None] * equations.ridge(design * d, residual[:, alike], strength)).T * np.minimum(slope[alike], 1.0)[:, None]
+    return effects, slope, best / np.maximum(np.square(residual).sum(0), 1e-12)
+
+
+def prior_scale(s: int, p: int, interaction: float) -> np.ndarray:
+    """[S * P] of the effects: those that do not depend on the state, the first P, beside those that do."""
+    return np.where(np.arange(s * p) < p, 1.0, interaction)
 
 
 class ValueAndActor(Stage):
@@ -532,7 +570,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
         {
             "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen[torch.from_numpy(sample)]))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
-            "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked),
+            "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked) | {"compared": critic.compared},
             "confirmed": {
                 name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
                 for j, name in enumerate(platform.objectives)

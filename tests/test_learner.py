@@ -12,7 +12,7 @@ import torch
 
 from fastq import equations, features, learner, windows
 from fastq.errors import TrainingError
-from fastq.networks import Actor, Representation, Values
+from fastq.networks import Actor, Representation, Represented, Values
 from fastq.platform import platform_from_tree
 from fastq.records import Counts, Records
 from fastq.representation import RepresentationModule, StateTensors, Units, train_representation
@@ -239,6 +239,48 @@ def test_an_objective_without_action_dependent_signal_gets_no_effect_but_keeps_i
     parts = policy.parts(enc, np.stack([np.full((200, 1), 4.0), np.full((200, 1), 11.0)], 1)).sum(-1)
     assert np.abs(parts[:, 0, 1] - parts[:, 1, 1]).mean() < 0.15
     assert policy.doubt(enc, np.full((200, 1, 1), 4.0), np.full((200, 1, 1), 11.0), weights={"gain": 0, "cost": 1}).min() > 0.01
+
+
+def found_between_policies(noise, logged, sticks="decision", seed=0):
+    """What the critic finds that 7 more of `size` bring, truly 1.4, where players' mood decides who acts and what is gained, and no log holds it.
+
+    noise: the policies' own; logged [N, K] -> [N, K]: the probabilities that the log tells, of the true ones.
+    """
+    platform, data = bandit()
+    rng = np.random.default_rng(seed)
+    n, mood = len(data), rng.integers(0, 2, len(data))
+    chance = np.where(mood[:, None] == 1, [0.2, 0.8], [0.8, 0.2])
+    which = (rng.random(n) > chance[:, 0]).astype(int)
+    size = np.array([4.0, 11.0])[which] + noise * rng.standard_normal(n)
+    gain = 0.2 * size + 3.0 * mood + rng.normal(0, 0.3, n)
+    platform = platform.model_copy(update={"assignment": sticks})
+    data = dataclasses.replace(
+        data, platform=platform, policy=which, action=size[:, None], reward=np.stack([gain, data.reward[:, 1]], 1), chance=logged(chance), proposals=None
+    )
+    units = Units.of(data.action, False)
+    phi = equations.action_features(torch.from_numpy(units.standard(data.action)), True)
+    expected = torch.stack([phi[which == k].mean(0) for k in (0, 1)]).expand(n, 2, -1)
+    seen = Represented(torch.from_numpy(rng.standard_normal((n, 3))), torch.ones(n, 1), expected, torch.zeros(n, 2))
+    effects = learner.orthogonal_critic(data, seen, phi.numpy(), np.arange(n), seed).effects
+    low, high = (equations.action_features(torch.from_numpy(units.standard(np.array([[x]]))), True).numpy()[0] for x in (4.0, 11.0))
+    return effects[0, 0, 0] @ (high - low)
+
+
+class TestWhatWasLeftToChance:
+    """`orthogonal_critic` compares policies with each other where the log tells how likely each was to act, and only there."""
+
+    def test_a_hidden_cause_of_who_acts_misleads_no_one(self):
+        nothing = np.full_like
+        assert found_between_policies(2.0, lambda chance: nothing(chance, np.nan)) == pytest.approx(1.4, abs=0.3), "each policy's own noise suffices"
+        assert found_between_policies(2.0, lambda chance: chance) == pytest.approx(1.4, abs=0.15)
+        assert found_between_policies(2.0, lambda chance: nothing(chance, 0.5)) > 2, "what would be believed if the platform had not said how it chose"
+
+    def test_policies_without_noise_teach_by_how_they_differ(self):
+        assert found_between_policies(0.0, lambda chance: chance) == pytest.approx(1.4, abs=0.15)
+        assert found_between_policies(0.0, lambda chance: np.full_like(chance, np.nan)) == pytest.approx(0, abs=1e-6)
+
+    def test_a_choice_that_sticks_to_a_player_says_nothing_of_later_states(self):
+        assert found_between_policies(0.0, lambda chance: chance, sticks="player") == pytest.approx(0, abs=1e-6)
 
 
 def test_how_differently_people_respond_is_found_where_logs_can_tell_and_assumed_where_not():

@@ -6,13 +6,14 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from scipy import integrate
 
 from fastq import Policy, load_platform
 from fastq.errors import BundleError, ConfigurationError, RequestError
 from fastq.features import PlayerStates
 from fastq.platform import platform_from_tree
-from fastq.policy import uniforms
+from fastq.policy import acting, uniforms
 
 
 @pytest.fixture
@@ -140,8 +141,8 @@ def test_the_score_is_value_less_caution_less_guardrail(policy, states):
     score = policy.score(enc, action)
     np.testing.assert_allclose(score["value"] - score["caution"] - score["guardrail"], score["total"], rtol=1e-12)
     assert (score["caution"] >= 0).all()
-    experts = policy.expert_actions(enc)
-    assert (score["total"][:, 0] >= policy.score(enc, experts)["total"].max(1) - 1e-6).all(), "the best candidate is behind a behaviour policy's action"
+    theirs = np.where(acting(torch.from_numpy(policy.policy_probability(enc))), policy.score(enc, policy.expert_actions(enc))["total"], -np.inf)
+    assert (score["total"][:, 0] >= theirs.max(1) - 1e-6).all(), "the best candidate is behind the action of a policy that acts in such a state"
 
 
 def test_doubt_of_an_action_against_itself_is_nothing_and_grows_outwards(policy, states):

@@ -44,7 +44,7 @@ def without_exploration() -> Any:
 def without_orthogonality() -> Any:
     """Actions are centred by their mean over all rows, outcomes by theirs: what a policy does in a state passes for an effect of the action."""
 
-    def mean(x: np.ndarray, y: np.ndarray, policy: np.ndarray, fold: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
+    def mean(x: np.ndarray, y: np.ndarray, group: np.ndarray, fold: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
         return np.broadcast_to(np.nanmean(y[fit_on], 0), y.shape).copy()
 
     return mock.patch.object(learner, "out_of_fold", mean)
@@ -53,10 +53,15 @@ def without_orthogonality() -> Any:
 def without_shrinkage() -> Any:
     """One weak ridge for all objectives, whether unseen players confirm anything or not."""
 
-    def plain(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, float, float]:
-        return equations.ridge(design, residual[:, None], learner.RIDGES[0])[:, 0], 1.0, 0.0
+    def plain(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return equations.ridge(design, residual, learner.RIDGES[0]).T, np.ones(residual.shape[1]), np.zeros(residual.shape[1])
 
     return mock.patch.object(learner, "confirmed_effects", plain)
+
+
+def each_policy_alone() -> Any:
+    """Whatever the log tells of who acts: a policy's decisions are compared among themselves, by its own noise."""
+    return mock.patch.object(learner, "TOLD", 0.0)
 
 
 def without_modifiers() -> Any:
@@ -71,6 +76,7 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "… thirty times": (whole, {"balance": 3.0}),
     "no counterfactual exploration": (without_exploration, {}),
     "no orthogonality": (without_orthogonality, {}),
+    "policies not compared with each other": (each_policy_alone, {}),
     "no shrinkage by unseen players": (without_shrinkage, {}),
     "no state-dependent effects": (without_modifiers, {}),
     "no caution": (whole, {"caution": 0.0}),
