@@ -29,7 +29,7 @@ from fastq.errors import TrainingError
 from fastq.features import fit_encoding
 from fastq.networks import Actor, Represented, Values
 from fastq.platform import Platform
-from fastq.policy import Policy, Reference, Situation
+from fastq.policy import REACH, Policy, Reference, Situation
 from fastq.representation import (
     ALONE,
     WARM_EPOCHS,
@@ -63,6 +63,7 @@ TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
 OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to one dimension are taken for; chosen on simulated players
 UNKNOWN = 30.0  # times its prior mean by which a variance may be off before the logs are taken to say nothing of it
+REACHES, HEAVIEST, WEIGHED = (1.0, 0.85, 0.7, 0.55), 0.22, 20_000  # how far evidence may reach, by so many decisions: see `evidenced_reach`
 TOLD = 1e-3  # within that of one, the policies' logged probabilities are all there
 LEAST_ROWS = 100  # decisions below which that share is not asked of the logs
 
@@ -394,6 +395,30 @@ def smallest_price(kept: Callable[[float], bool], largest: float) -> float:
     return upper
 
 
+def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: np.ndarray) -> float:
+    """How far past what policies do the logs still tell what follows, in standard deviations of those policies' own noise.
+
+    The farthest of `REACHES` at which the heaviest hundredth of the decisions `rows` carries at most `HEAVIEST` of all weight with which they would stand
+    for this policy, as served; the nearest if there is none. Weights are balanced over the policies (Agarwal et al., KDD 2017), which needs each one's
+    law and probability to act in the log: `REACH` where too few decisions have them, and for a catalogue, where nothing lies between items.
+    """
+    logged = (windows.chance[rows] * windows.law[rows]).sum(1)
+    known = np.isfinite(logged) & (logged > 0)
+    if policy.catalogue is not None or known.sum() < LEAST_ROWS:
+        return REACH
+    chosen = np.random.default_rng(policy.platform.training.seed).permutation(np.flatnonzero(known))[:WEIGHED]
+    told, logged, reach = rows[chosen], logged[chosen], REACHES[-1]
+    for reach in REACHES:
+        reaching = replace(policy, details={"reach": reach})
+        at = situation_of(reaching, seen[torch.from_numpy(told)])
+        weight = np.sort(reaching.density(windows.action[told], reaching.best(at)) / logged)
+        if not np.isfinite(weight).all():  # served without noise
+            return REACH
+        if weight[-math.ceil(len(weight) / 100) :].sum() <= HEAVIEST * weight.sum():
+            break
+    return reach
+
+
 def linear_level(policy: Policy, windows: Windows, b: np.ndarray, reward: np.ndarray, target: np.ndarray, rows: np.ndarray) -> None:
     """Start the values' linear part at the fixed point of linear temporal differences (LSTD, Bradtke & Barto 1996), in place.
 
@@ -535,6 +560,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     )
     if start is not None:
         policy.actor.load_state_dict(start.actor.state_dict())
+    policy = replace(policy, details={"reach": evidenced_reach(policy, seen, windows, learned)})
     sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
         linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, seen, windows, features, scale), learned)
@@ -563,11 +589,12 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
         part.eval().requires_grad_(False)
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
         policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[torch.from_numpy(sample)])))
-    policy = replace(policy, details={"own_response": critic.own_response})
+    policy = replace(policy, details=policy.details | {"own_response": critic.own_response})
     return (
         policy,
         seen,
-        {
+        policy.details
+        | {
             "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen[torch.from_numpy(sample)]))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
             "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked) | {"compared": critic.compared},

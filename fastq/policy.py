@@ -38,7 +38,7 @@ BLOCK = 64  # states whose candidates are met at a time when answering: they fit
 ROUNDS = ((64, 1.0), (32, 0.15), (16, 0.04))  # candidates per round, and the share of the evidence's reach over which they are spread
 CHUNKS = (4, 8, 16, 32, 64, 512, 4096)  # states per batch: a row's floats depend on the size of its batch and its place there, so sizes are fixed
 NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
-REACH = 0.75  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts; measured in infra/log.md
+REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts, where logs cannot say
 OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
 RARE = 0.05  # a policy that acts in less than this share of such states is no evidence there
 NEIGHBOURS = 5  # logged decisions that count as the nearest
@@ -223,16 +223,21 @@ class Policy:
             reach=reach,
         )
 
+    @property
+    def farthest(self) -> float:
+        """How far an action may lie from the nearest policy that acts, in standard deviations of its own noise: what `fastq.learner.evidenced_reach` found."""
+        return float(self.details.get("reach", REACH))
+
     def reach(self, expected: Tensor, assignment: Tensor) -> Tensor:
-        """[B, 2, D] how far evidence reaches: REACH standard deviations of their own noise past what the policies that act in such a state do,
+        """[B, 2, D] how far evidence reaches: `farthest` standard deviations of their own noise past what the policies that act in such a state do,
         inside the platform's bounds.
 
         A local model of the effects is trusted between the policies and a little past them; outside it would extrapolate.
         """
         d, spread = self.spread.shape[1], torch.from_numpy(self.spread).to(expected)
         acts = acting(assignment)[..., None]
-        low = torch.where(acts, expected[..., :d] - REACH * spread, torch.inf).amin(1)
-        high = torch.where(acts, expected[..., :d] + REACH * spread, -torch.inf).amax(1)
+        low = torch.where(acts, expected[..., :d] - self.farthest * spread, torch.inf).amin(1)
+        high = torch.where(acts, expected[..., :d] + self.farthest * spread, -torch.inf).amax(1)
         edges = torch.stack([low, high], 1)
         if len(self.platform.bounds) == 0:
             return edges
@@ -249,7 +254,7 @@ class Policy:
             joint=self._joint.numpy(),
             scale=self.scale,
             spread=self.spread,
-            reach=REACH,
+            reach=self.farthest,
             rare=RARE,
             bounds=self.units.standard(self.platform.bounds.T) if len(self.platform.bounds) else np.zeros((2, 0)),
         )
@@ -356,7 +361,7 @@ class Policy:
             tried = torch.cat([best, tried, best + directions * (highest - lowest)], 1)
             tried = torch.minimum(torch.maximum(tried, lowest), highest)
             total = self._scores(at, action_features(tried, True), w, doubt)["total"]
-            total = total - OUTSIDE * (self._distance(at, tried) - REACH).clamp(min=0)
+            total = total - OUTSIDE * (self._distance(at, tried) - self.farthest).clamp(min=0)
             best = tried.gather(1, total.argmax(1)[:, None, None].expand(-1, 1, d))
             tried = best
         return best.squeeze(1)

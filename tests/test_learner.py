@@ -14,8 +14,9 @@ from fastq import equations, features, learner, windows
 from fastq.errors import TrainingError
 from fastq.networks import Actor, Representation, Represented, Values
 from fastq.platform import platform_from_tree
+from fastq.policy import REACH
 from fastq.records import Counts, Records
-from fastq.representation import RepresentationModule, StateTensors, Units, train_representation
+from fastq.representation import RepresentationModule, StateTensors, Units, represent, train_representation
 
 
 def bandit(players=400, days=12, seed=0, policies=("low", "high"), epochs=3):
@@ -281,6 +282,50 @@ class TestWhatWasLeftToChance:
 
     def test_a_choice_that_sticks_to_a_player_says_nothing_of_later_states(self):
         assert found_between_policies(0.0, lambda chance: chance, sticks="player") == pytest.approx(0, abs=1e-6)
+
+
+class TestEvidencedReach:
+    """How far recommendations go is what the logs can still tell of."""
+
+    @pytest.fixture(scope="class")
+    def told(self, learned):
+        """The bandit's log as it is where both policies' laws are logged: rows, policy, what stage 1 says."""
+        data, policy = learned
+        law = np.exp(-0.5 * ((data.action - np.array([4.0, 11.0])) / 2) ** 2) / (2 * np.sqrt(2 * np.pi))
+        data = dataclasses.replace(data, law=law, chance=np.full_like(law, 0.5))
+        return data, policy, represent(policy.network, StateTensors.of(data, policy.encoding, torch.device("cpu")))
+
+    def reach(self, told, **changed):
+        data, policy, seen = told
+        return learner.evidenced_reach(policy, seen, dataclasses.replace(data, **changed), np.arange(len(data)))
+
+    def test_the_heaviest_decisions_decide_it(self, told, monkeypatch):
+        data, policy, seen = told
+        shares = []
+        for reach in learner.REACHES:  # beside the function: the law at the recommended action over what the log was drawn from
+            reaching = dataclasses.replace(policy, details={"reach": reach})
+            weight = np.sort(reaching.density(data.action, reaching.best(reaching.situation_of(seen))) / (0.5 * data.law.sum(1)))
+            shares.append(weight[-len(data) // 100 :].sum() / weight.sum())
+        assert sorted(shares, reverse=True) == shares, "the farther, the heavier the few"
+        for limit, expected in ((max(shares) + 1e-3, 1.0), ((shares[1] + shares[2]) / 2, learner.REACHES[2]), (0.0, learner.REACHES[-1])):
+            monkeypatch.setattr(learner, "HEAVIEST", limit)
+            assert self.reach(told) == expected
+
+    def test_logs_without_laws_cannot_say(self, told, monkeypatch):
+        monkeypatch.setattr(learner, "HEAVIEST", 0.0)
+        assert self.reach(told, law=np.full_like(told[0].law, np.nan)) == REACH
+
+    def test_no_recommendation_goes_farther(self, told):
+        data, policy, _ = told
+        for reach in (0.3, 0.9):
+            reaching = dataclasses.replace(policy, details={"reach": reach})
+            states = data.states(np.arange(0, len(data), 12))
+            enc = reaching.encode(states)
+            gone = np.abs(reaching.recommend(states, explore=False).action[:, :1] - reaching.expert_actions(enc)[:, :, 0]) / (
+                policy.spread[:, 0] * policy.units.width[0]
+            )
+            assert gone.min(1).max() <= reach + 1e-6
+            assert gone.min(1).max() > 0.9 * reach, "somebody is recommended as much as evidence allows"
 
 
 def test_how_differently_people_respond_is_found_where_logs_can_tell_and_assumed_where_not():
