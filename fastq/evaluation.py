@@ -180,17 +180,8 @@ def logging_density(windows: Windows, rows: np.ndarray) -> np.ndarray:
 
     The mixture's weights are bounded by what any policy does, so their variance is never larger (Agarwal et al. 2017, arXiv 1703.06180).
     """
-    mixture = logging_mixture(windows, rows)
+    mixture = windows.mixture(rows)
     return np.where(np.isfinite(mixture), mixture, windows.propensity[rows])
-
-
-def logging_mixture(windows: Windows, rows: np.ndarray) -> np.ndarray:
-    """[N] density of the logged action under all policies together, NaN where a law or a chance is not known."""
-    law, chance = windows.law[rows], windows.chance[rows]
-    # where the known chances sum to 1 a policy without one did not act then, as ours did not before it was served
-    acting = np.isfinite(chance) & (chance > 0)
-    mixture: np.ndarray = np.where(acting, law * np.where(acting, chance, 0.0), 0.0).sum(1)
-    return np.where(np.abs(np.where(acting, chance, 0.0).sum(1) - 1) < 1e-3, mixture, np.nan)
 
 
 def behaviour_target(policy: Policy, held: Held, k: int) -> Target:
@@ -202,7 +193,7 @@ def behaviour_target(policy: Policy, held: Held, k: int) -> Target:
     windows, rows = held.windows, held.rows
     acted = windows.policy[rows] == k
     logged = windows.assignment[rows]
-    mixture = logging_mixture(windows, rows)
+    mixture = windows.mixture(rows)
     balanced = np.isfinite(mixture) & (mixture > 0)
     estimated = bool((acted & ~balanced & ~np.isfinite(logged)).any())
     if estimated:

@@ -64,7 +64,6 @@ LATER = 2  # training horizons over which outcomes are summed where people's own
 OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to one dimension are taken for; chosen on simulated players
 UNKNOWN = 30.0  # times its prior mean by which a variance may be off before the logs are taken to say nothing of it
 REACHES, HEAVIEST, WEIGHED = (1.0, 0.85, 0.7, 0.55), 0.22, 20_000  # how far evidence may reach, by so many decisions: see `evidenced_reach`
-TOLD = 1e-3  # within that of one, the policies' logged probabilities are all there
 LEAST_ROWS = 100  # decisions below which that share is not asked of the logs
 
 
@@ -113,13 +112,14 @@ def out_of_fold(x: np.ndarray, y: np.ndarray, group: np.ndarray, fold: np.ndarra
 
 
 def chance_to_act(windows: Windows, seen: Represented, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n, K] how likely each policy was to act in these states, and [n] whether the platform logged that; elsewhere it is what stage 1 found.
+    """[n, K] how likely each policy was to act in these states, and [n] whether the log tells it, of more than one; elsewhere it is what stage 1 found.
 
     A choice that sticks to a player was made in an earlier state, and its probability says nothing of this one.
     """
-    told = (np.abs(windows.chance[rows].sum(1) - 1) < TOLD) & (windows.platform.assignment == "decision")
+    logged, told = windows.chances(rows)
+    told &= (logged.max(1) < 1) & (windows.platform.assignment == "decision")
     found = torch.softmax(seen.assignment[torch.from_numpy(rows)].double(), -1).numpy()
-    return np.where(told[:, None], windows.chance[rows], found), told
+    return np.where(told[:, None], logged, found), told
 
 
 def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray, rows: np.ndarray, seed: int) -> Critic:
@@ -134,14 +134,15 @@ def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray,
     scale = np.where(scale > 1e-9, scale, 1.0)
     policy, player = windows.policy[rows], windows.player[rows]
     fold = player_folds(player, seed)
-    b, psi, every = (part.numpy()[rows].astype(float) for part in (seen.b, seen.psi, seen.expected))
+    b, psi = (part.numpy()[rows].astype(float) for part in (seen.b, seen.psi))
+    every = seen.expected.numpy()[rows]  # the largest array here, so it stays as it is
     usable = np.isfinite(features[rows]).all(1)
     phi = np.nan_to_num(features[rows])
     m, d = len(windows.platform.objectives), windows.action.shape[1]
     chance, told = chance_to_act(windows, seen, rows)
     state = np.concatenate([b - b.mean(0), psi[:, 1:]], 1)
 
-    acted = every[np.arange(len(rows)), policy]
+    acted = every[np.arange(len(rows)), policy].astype(float)
     expected = np.where(told[:, None], np.einsum("nk,nkp->np", chance, every), acted)
     known_before = [expected, chance[:, 1:], every[..., :d].reshape(len(rows), -1)]
     x = np.concatenate([state, *(part - part.mean(0) for part in known_before)], 1)
@@ -213,8 +214,7 @@ def positive_mean(found: np.ndarray, error: np.ndarray, prior: np.ndarray) -> np
     centre = found - error**2 / prior
     cut = -centre / error
     hazard = np.sqrt(2 / np.pi) / erfcx(cut / np.sqrt(2))
-    mean: np.ndarray = centre + error * hazard
-    return mean
+    return np.maximum(centre + error * hazard, 0.0)  # of a number far below 0 only rounding is left
 
 
 def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -402,7 +402,7 @@ def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: n
     for this policy, as served; the nearest if there is none. Weights are balanced over the policies (Agarwal et al., KDD 2017), which needs each one's
     law and probability to act in the log: `REACH` where too few decisions have them, and for a catalogue, where nothing lies between items.
     """
-    logged = (windows.chance[rows] * windows.law[rows]).sum(1)
+    logged = windows.mixture(rows)
     known = np.isfinite(logged) & (logged > 0)
     if policy.catalogue is not None or known.sum() < LEAST_ROWS:
         return REACH
@@ -414,7 +414,7 @@ def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: n
         weight = np.sort(reaching.density(windows.action[told], reaching.best(at)) / logged)
         if not np.isfinite(weight).all():  # served without noise
             return REACH
-        if weight[-math.ceil(len(weight) / 100) :].sum() <= HEAVIEST * weight.sum():
+        if 0 < weight[-math.ceil(len(weight) / 100) :].sum() <= HEAVIEST * weight.sum():  # where none has any, the logs tell nothing
             break
     return reach
 

@@ -38,6 +38,7 @@ from fastq.workspace import Workspace
 
 RECENT = (1, 7)  # periods at a window's end that are described by means of their own, beside the whole window
 FARTHEST = 8.0  # standard deviations of a described state
+ROUNDED = 5e-3  # by which probabilities that platforms log to three digits may miss a sum of 1
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,21 @@ class Windows:
     def truncated(self) -> np.ndarray:
         """[N] the log ends here though the player may go on."""
         return (self.following < 0) & ~self.terminated
+
+    def chances(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[B, K] how likely each policy was to be chosen, 0 where unknown, and [B] whether the log tells all of them; there they sum to 1.
+
+        Where the known ones do, a policy without one could not act then, as ours could not before it was served.
+        """
+        chance = np.nan_to_num(self.chance[index])
+        whole = chance.sum(1)
+        told = np.abs(whole - 1) < ROUNDED
+        return chance / np.where(told, whole, 1.0)[:, None], told
+
+    def mixture(self, index: np.ndarray) -> np.ndarray:
+        """[B] density of the executed action under all policies together, NaN where the chance, or the law, of one that may have acted is not known."""
+        chance, told = self.chances(index)
+        return np.where(told, np.where(chance > 0, self.law[index] * chance, 0.0).sum(1), np.nan)
 
     def rows_of(self, index: np.ndarray) -> np.ndarray:
         """[B, window] matrix rows of the windows of these decisions."""

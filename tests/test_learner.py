@@ -245,7 +245,7 @@ def test_an_objective_without_action_dependent_signal_gets_no_effect_but_keeps_i
 def found_between_policies(noise, logged, sticks="decision", seed=0):
     """What the critic finds that 7 more of `size` bring, truly 1.4, where players' mood decides who acts and what is gained, and no log holds it.
 
-    noise: the policies' own; logged [N, K] -> [N, K]: the probabilities that the log tells, of the true ones.
+    noise: the policies' own; logged [N, 2] -> [N, K]: the probabilities that the log tells, of the true ones; and perhaps of policies that never act.
     """
     platform, data = bandit()
     rng = np.random.default_rng(seed)
@@ -254,14 +254,15 @@ def found_between_policies(noise, logged, sticks="decision", seed=0):
     which = (rng.random(n) > chance[:, 0]).astype(int)
     size = np.array([4.0, 11.0])[which] + noise * rng.standard_normal(n)
     gain = 0.2 * size + 3.0 * mood + rng.normal(0, 0.3, n)
-    platform = platform.model_copy(update={"assignment": sticks})
+    platform, told = platform.model_copy(update={"assignment": sticks}), logged(chance)
     data = dataclasses.replace(
-        data, platform=platform, policy=which, action=size[:, None], reward=np.stack([gain, data.reward[:, 1]], 1), chance=logged(chance), proposals=None
-    )
+        data, platform=platform, policy=which, action=size[:, None], reward=np.stack([gain, data.reward[:, 1]], 1), chance=told, proposals=None,
+        policies=["low", "high", "later"][: told.shape[1]],
+    )  # fmt: skip
     units = Units.of(data.action, False)
     phi = equations.action_features(torch.from_numpy(units.standard(data.action)), True)
-    expected = torch.stack([phi[which == k].mean(0) for k in (0, 1)]).expand(n, 2, -1)
-    seen = Represented(torch.from_numpy(rng.standard_normal((n, 3))), torch.ones(n, 1), expected, torch.zeros(n, 2))
+    expected = torch.stack([phi[which == k].mean(0) if (which == k).any() else phi.mean(0) for k in range(told.shape[1])]).expand(n, told.shape[1], -1)
+    seen = Represented(torch.from_numpy(rng.standard_normal((n, 3))), torch.ones(n, 1), expected, torch.zeros(n, told.shape[1]))
     effects = learner.orthogonal_critic(data, seen, phi.numpy(), np.arange(n), seed).effects
     low, high = (equations.action_features(torch.from_numpy(units.standard(np.array([[x]]))), True).numpy()[0] for x in (4.0, 11.0))
     return effects[0, 0, 0] @ (high - low)
@@ -282,6 +283,29 @@ class TestWhatWasLeftToChance:
 
     def test_a_choice_that_sticks_to_a_player_says_nothing_of_later_states(self):
         assert found_between_policies(0.0, lambda chance: chance, sticks="player") == pytest.approx(0, abs=1e-6)
+
+    def test_a_policy_that_is_served_only_later_ends_no_comparison(self):
+        """As after fastq's own first decisions: nobody had a chance to give it before."""
+        later = found_between_policies(0.0, lambda chance: np.column_stack([chance, np.full(len(chance), np.nan)]))
+        assert later == pytest.approx(1.4, abs=0.15)
+
+    @pytest.mark.parametrize(
+        ("logged", "told", "compared"),
+        [
+            ([0.2, 0.8, np.nan], [0.2, 0.8, 0.0], True),
+            ([0.168, 0.168, 0.666], [0.168 / 1.002, 0.168 / 1.002, 0.666 / 1.002], True),  # as platforms round
+            ([0.2, 0.7, np.nan], [0.25, 0.25, 0.5], False),  # a tenth of the time somebody else acts: what stage 1 found
+            ([np.nan, 1.0, np.nan], [0.25, 0.25, 0.5], False),  # nothing was left to chance
+            ([np.nan, np.nan, np.nan], [0.25, 0.25, 0.5], False),
+        ],
+    )
+    def test_chances_count_where_all_of_more_than_one_policy_are_told(self, logged, told, compared):
+        platform, data = bandit(players=4, days=1)
+        data = dataclasses.replace(data, platform=platform, chance=np.array([logged]))
+        seen = Represented(torch.zeros(1, 3), torch.ones(1, 1), torch.zeros(1, 3, 2), torch.tensor([[0.25, 0.25, 0.5]]).log())
+        chance, whether = learner.chance_to_act(data, seen, np.arange(1))
+        np.testing.assert_allclose(chance, [told], rtol=1e-6)
+        assert whether.tolist() == [compared]
 
 
 class TestEvidencedReach:
@@ -314,6 +338,18 @@ class TestEvidencedReach:
     def test_logs_without_laws_cannot_say(self, told, monkeypatch):
         monkeypatch.setattr(learner, "HEAVIEST", 0.0)
         assert self.reach(told, law=np.full_like(told[0].law, np.nan)) == REACH
+
+    def test_logs_in_which_nothing_like_it_was_done_take_it_least_far(self, told):
+        data, policy, seen = told
+        serving = policy.platform.serving.model_copy(update={"exploration": 1e-8})
+        narrow = dataclasses.replace(policy, platform=policy.platform.model_copy(update={"serving": serving}))
+        assert self.reach((data, narrow, seen)) == learner.REACHES[-1]
+
+    def test_a_policy_that_is_served_only_later_does_not_silence_the_logs(self, told, monkeypatch):
+        monkeypatch.setattr(learner, "HEAVIEST", 0.0)
+        data = told[0]
+        nobody = np.full((len(data), 1), np.nan)
+        assert self.reach(told, law=np.hstack([data.law, nobody]), chance=np.hstack([data.chance, nobody])) == learner.REACHES[-1]
 
     def test_no_recommendation_goes_farther(self, told):
         data, policy, _ = told
@@ -357,6 +393,11 @@ def test_a_variance_is_what_it_may_be_on_average(found, error):
     law = np.exp(law - law.max())
     expected = (grid * law).sum() / law.sum()
     assert learner.positive_mean(np.array([found]), np.array([error]), np.array([0.04]))[0] == pytest.approx(expected, rel=2e-2, abs=1e-6)
+
+
+def test_a_variance_is_not_negative_by_rounding():
+    """Of a negative one the square root would be no number."""
+    assert (learner.positive_mean(np.array([-1.0, -5.0, -0.3]), np.array([1e-9, 1e-9, 1e-6]), np.full(3, 0.04)) >= 0).all()
 
 
 def test_balance_is_told_by_a_fresh_probe_and_by_how_far_the_states_of_two_policies_are_apart():
