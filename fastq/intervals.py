@@ -40,7 +40,7 @@ class Estimate:
     objective: column of `rewards`, None for the weighted sum. ess: Kish's effective number of rows, (sum w)^2 / sum w^2; the number of rows for an
     estimator without weights. top_share: share of all weight in the heaviest 1 % of rows. overlap: mean of min(1, weight), which estimates
     E_s[sum_a min(target(a|s), logger(a|s))]: 1 for the logger itself, 0 for disjoint laws. Both are None for an estimator without weights.
-    verdict: "trust", or "do not trust: " and the reasons; an estimator that changes weights on purpose says by how much: "trust: 3% of the weight …".
+    verdict: "trust", or "do not trust: " and the reasons; an estimator that changes weights on purpose says what it did: "trust: 3.0% of all weight …".
     """
 
     estimator: str
@@ -71,6 +71,9 @@ class Refusal:
     reason: str
 
 
+LESSENED = "is taken away from decisions that would count many times"  # what estimators that change weights have in common
+
+
 @dataclass(frozen=True)
 class Support:
     """How well the logs cover the target, for one objective.
@@ -81,7 +84,8 @@ class Support:
     decision where none of them has weight left; changed: share of the weight that the estimator changed on purpose: switched off, shrunk
     away, moved to shorter returns or to a kernel that a bound cuts; negative: share of a fitted density ratio, in absolute value, below 0; apart:
     standard errors between the value by a fitted ratio of states and the value by that ratio one step back; setting: the
-    threshold, shrinkage or bandwidth in use, None where there is none or where objectives differ.
+    threshold, shrinkage or bandwidth in use, None where there is none or where objectives differ; done: what became of the changed share, in words
+    that go on from "3 % of all weight".
     """
 
     ess: float
@@ -96,6 +100,7 @@ class Support:
     negative: float = 0.0
     apart: float = 0.0
     setting: float | None = None
+    done: str = LESSENED
 
 
 @dataclass(frozen=True)
@@ -461,7 +466,7 @@ def verdict(support: Support, *, unusable: float = 0.0, standard_error: float = 
 
 
 def _changed(support: Support) -> str:
-    return f"{support.changed:.1%} of the weight is changed on purpose" + ("" if support.setting is None else f" (setting {support.setting:.3g})")
+    return f"{support.changed:.1%} of all weight {support.done}"
 
 
 def worst_support(supports: Iterable[Support]) -> Support:
@@ -469,6 +474,7 @@ def worst_support(supports: Iterable[Support]) -> Support:
     each = list(supports)
     tops = [support.top_share for support in each if support.top_share is not None]
     overlaps = [support.overlap for support in each if support.overlap is not None]
+    done = {support.done for support in each if support.changed > 0}
     return Support(
         min(support.ess for support in each),
         min(support.effective_players for support in each),
@@ -482,6 +488,7 @@ def worst_support(supports: Iterable[Support]) -> Support:
         max(support.negative for support in each),
         max(support.apart for support in each),
         each[0].setting if len({support.setting for support in each}) == 1 else None,
+        done.pop() if len(done) == 1 else LESSENED,
     )
 
 

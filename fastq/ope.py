@@ -57,6 +57,7 @@ from fastq.intervals import (
     LEAST_EFFECTIVE_PLAYERS,
     LEAST_MEASURED,
     LEAST_OVERLAP,
+    LESSENED,
     POOLED_PLAYERS,
     Bools,
     Clusters,
@@ -395,7 +396,8 @@ def switch_doubly_robust(
         def kept(known: Floats) -> Floats:
             return np.where(known <= threshold, known, 0.0)
 
-        return _one_step("switch_doubly_robust", rewards, weight, q, v, player, normalised=False, setting=threshold, kept=kept)
+        done = f"goes to decisions that would count more than {threshold:.3g} times, for which the model answers alone"
+        return _one_step("switch_doubly_robust", rewards, weight, q, v, player, normalised=False, setting=threshold, kept=kept, done=done)
 
     return slope(candidate(threshold) for threshold in _settings("thresholds", thresholds))
 
@@ -419,7 +421,8 @@ def shrunk_doubly_robust(
         def kept(known: Floats) -> Floats:
             return known / (1 + np.square(known) / shrinkage) if shrinkage > 0 else 0.0 * known
 
-        return _one_step("shrunk_doubly_robust", rewards, weight, q, v, player, normalised=False, setting=shrinkage, kept=kept)
+        done = f"is taken away, most from decisions that would count most (shrinkage {shrinkage:.3g})"
+        return _one_step("shrunk_doubly_robust", rewards, weight, q, v, player, normalised=False, setting=shrinkage, kept=kept, done=done)
 
     return slope(candidate(shrinkage) for shrinkage in _settings("shrinkages", shrinkages))
 
@@ -470,7 +473,8 @@ def kernel_smoothed(
         cut = ((wanted - step * scale < limits[:, 0]) | (wanted + step * scale > limits[:, 1])).any(1)
         finite = np.where(np.isfinite(weights), weights, 0.0)
         share = float(finite[cut].sum() / finite.sum()) if finite.any() else 0.0
-        supports = tuple(replace(support, setting=step, changed=share) for support in found.support)
+        done = f"stands where a bound cuts off similar actions (bandwidth {step:.3g})"
+        supports = tuple(replace(support, setting=step, changed=share, done=done) for support in found.support)
         return replace(found, estimator=f"kernel_{found.estimator}", support=supports)
 
     # 99 %: with six bandwidths, all of whose comparisons are to hold at once (the union bound of SLOPE's theorem), 95 % stops too early by chance
@@ -510,8 +514,9 @@ def _one_step(
     normalised: bool,
     setting: float | None = None,
     kept: Callable[[Floats], Floats] | None = None,
+    done: str = LESSENED,
 ) -> Terms:
-    """Doubly robust for one step; `kept`: what an estimator that changes weights makes of them."""
+    """Doubly robust for one step; `kept`: what an estimator that changes weights makes of them, `done`: that in words, as in `Support`."""
     reward, weight, value, action_value = as_table("rewards", rewards), as_vector("weights", weights), as_table("v", v), as_table("q", q)
     clusters = clusters_of(player, rewards=reward, weights=weight, v=value, q=action_value)
     known, no_law = usable_weights(weight)
@@ -528,7 +533,7 @@ def _one_step(
         support = support_of(left, measured, law, clusters)
         if kept is not None:
             gone = 1 - float(left.sum()) / float(whole.sum()) if whole.any() else 0.0
-            support = replace(support, modelled=not left.any(), changed=max(gone, 0.0), setting=setting)
+            support = replace(support, modelled=not left.any(), changed=max(gone, 0.0), setting=setting, done=done)
         supports.append(support)
         refusals.append(no_law or no_model(model, action_model) or no_support(whole, measured, clusters))
     return terms_of(estimator, clusters, numerators, denominators, supports, refusals)
@@ -837,7 +842,8 @@ def magic(
             mixture = found / found.sum()
         # correction h is in every return longer than h
         numerator[:, objective] *= np.cumsum(mixture[::-1])[::-1]
-        supports[objective] = replace(supports[objective], changed=max(0.0, 1 - float(mixture[-1])), setting=None)
+        done = "is moved to sums of fewer decisions, which the model ends"
+        supports[objective] = replace(supports[objective], changed=max(0.0, 1 - float(mixture[-1])), setting=None, done=done)
     return replace(terms, numerator=numerator, support=tuple(supports))
 
 
@@ -1141,7 +1147,16 @@ def reinforced(log: LoggedSums, target: ArrayLike, weights: ArrayLike, *, larges
         refits=refits,
         group=group[np.unique(clusters.index, return_index=True)[1]],
         support=tuple(
-            replace(support, overlap=law[0], mean_weight=law[1], changed=changed, setting=limit if changed else None, negative=float(share), apart=float(z))
+            replace(
+                support,
+                overlap=law[0],
+                mean_weight=law[1],
+                changed=changed,
+                setting=limit if changed else None,
+                negative=float(share),
+                apart=float(z),
+                done=f"is taken away, so that no decision counts more than {limit:.3g} times",
+            )
             for support, share, z in zip(terms.support, below, apart, strict=True)
         ),
         refusals=tuple(no_law or reason for reason in terms.refusals),

@@ -698,7 +698,7 @@ def test_a_target_at_its_bounds_is_told():
     (found,) = ope.estimate(ope.kernel_smoothed(actions, actions, np.ones(3_000), np.ones(3_000), [[0, 1]], np.arange(3_000)), rng=rng(), resamples=50)
     assert isinstance(found, ope.Estimate)
     assert found.verdict.startswith("do not trust: ")
-    assert "100.0% of the weight is changed on purpose (setting " in found.verdict
+    assert "100.0% of all weight stands where a bound cuts off similar actions (bandwidth " in found.verdict
     with pytest.raises(RequestError, match="q, v: expected both or neither"):
         ope.kernel_smoothed(actions, actions, actions, actions, [[0, 1]], np.arange(3_000), q=actions)
     with pytest.raises(RequestError, match="bandwidths: expected at least one number"):
@@ -806,11 +806,13 @@ def test_slope_drops_weights_that_only_add_noise():
     for found in (switched, shrunk):
         assert found.standard_error < 0.3 * plain.standard_error
         assert abs(found.value - v.mean()) < 0.05
-    assert "% of the weight is changed on purpose (setting 0.4), and the interval leaves out the bias that this brings" in switched.verdict
+    alone = "% of all weight goes to decisions that would count more than 0.4 times, for which the model answers alone"
+    assert f"{alone}, and the interval leaves out the bias that this brings" in switched.verdict
+    assert "% of all weight is taken away, most from decisions that would count most (shrinkage " in shrunk.verdict
     mild = np.where(draw.random(n) < 0.005, 12.0, 0.945)
     (told,) = ope.estimate(ope.switch_doubly_robust(reward, mild, v, v, np.arange(n), thresholds=[5.0]), rng=rng(), resamples=200)
     assert told.verdict.startswith("trust: ")
-    assert told.verdict.endswith("% of the weight is changed on purpose (setting 5)")
+    assert told.verdict.endswith("% of all weight goes to decisions that would count more than 5 times, for which the model answers alone")
     assert told.trusted
     for wrong in ([], [-1.0], [NAN]):
         with pytest.raises(RequestError, match="thresholds: expected at least one number, none of them below 0"):
@@ -848,6 +850,7 @@ def test_magic_is_the_best_mixture_on_the_simplex(normalised):
     assert 0.01 < best[-1] < 0.99
     assert values(terms) == pytest.approx([best @ returns], abs=1e-6)
     assert terms.support[0].changed == pytest.approx(1 - best[-1], abs=1e-4)
+    assert terms.support[0].done == "is moved to sums of fewer decisions, which the model ends"
     assert terms.estimator == "magic"
 
 
@@ -1206,9 +1209,12 @@ def test_the_direct_method_is_never_trusted():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"changed": 0.1}, "trust: 10.0% of the weight is changed on purpose"),
-        ({"changed": 0.02, "setting": 3.14159}, "trust: 2.0% of the weight is changed on purpose (setting 3.14)"),
-        ({"changed": 0.11}, "do not trust: 11.0% of the weight is changed on purpose, and the interval leaves out the bias that this brings"),
+        ({"changed": 0.1}, "trust: 10.0% of all weight is taken away from decisions that would count many times"),
+        ({"changed": 0.02, "done": "is moved"}, "trust: 2.0% of all weight is moved"),
+        (
+            {"changed": 0.11, "done": "is moved"},
+            "do not trust: 11.0% of all weight is moved, and the interval leaves out the bias that this brings",
+        ),
         ({"negative": 0.25}, "trust"),
         ({"apart": 3.5}, "trust"),
         (
@@ -1226,6 +1232,9 @@ def test_worst_support_keeps_a_common_setting_only():
     one, other = replace(FINE, changed=0.1, setting=2.0), replace(FINE, negative=0.2, setting=3.0)
     assert ope.worst_support([one, other]) == replace(FINE, changed=0.1, negative=0.2)
     assert ope.worst_support([one, one]).setting == 2.0
+    moved, cut = replace(FINE, changed=0.1, done="is moved"), replace(FINE, changed=0.2, done="is cut")
+    assert ope.worst_support([FINE, moved]).done == "is moved"
+    assert ope.worst_support([moved, cut]).done == FINE.done
 
 
 def test_every_public_name_is_there():
@@ -1554,7 +1563,8 @@ def test_a_weight_above_the_square_root_of_the_players_is_cut_and_told():
     np.testing.assert_allclose(found.terms.values(), ope.doubly_robust(log["rewards"], cut, found.q, found.v, log["player"]).values(), rtol=1e-12)
     changed = 1 - cut.sum() / log["weights"].sum()
     assert found.terms.support[0].changed == pytest.approx(changed)
-    assert f"{changed:.1%} of the weight is changed on purpose (setting 11)" in ope.verdict(found.terms.support[0])
+    said = ope.verdict(found.terms.support[0])
+    assert f"{changed:.1%} of all weight is taken away, so that no decision counts more than 11 times" in said
     whole = ope.double_reinforcement(**log, rng=np.random.default_rng(0), largest_weight=math.inf).terms
     assert whole.support[0].changed == 0
 
