@@ -594,7 +594,7 @@ def _exported(platform: Platform, served: pl.DataFrame) -> pl.DataFrame:
     path = Workspace(platform.root).tables / "served.parquet"
     if not path.exists():  # the tables are an earlier version's
         return served.clear().select(columns)
-    return _readable(path).select(columns).join(served.select("decision_id"), on="decision_id", how="semi", maintain_order="left")
+    return _readable(path, columns).join(served.select("decision_id"), on="decision_id", how="semi", maintain_order="left")
 
 
 def _strays(path: Path, served: pl.DataFrame, exported: pl.DataFrame, objectives: list[str]) -> pl.DataFrame:
@@ -608,19 +608,21 @@ def _strays(path: Path, served: pl.DataFrame, exported: pl.DataFrame, objectives
     about = parquet.read_metadata(path)
     at = about.schema.to_arrow_schema().get_field_index("decided_at")
     ends = [about.row_group(k).column(at).statistics for k in range(about.num_row_groups)]
-    refused = _readable(path.with_name("quarantine.parquet")).filter(pl.col("table") == "decisions").select("decision_id")
-    doubtful = served.join(exported, on="decision_id", how="anti").join(refused, on="decision_id", how="anti")
+    doubtful = served.join(exported, on="decision_id", how="anti")
     if ends and all(end is not None and end.has_min_max for end in ends):
         doubtful = doubtful.filter(pl.col("decided_at").is_between(min(end.min for end in ends), max(end.max for end in ends)))
+    if not doubtful.is_empty():
+        refused = _readable(path.with_name("quarantine.parquet"), ["table", "decision_id"]).filter(pl.col("table") == "decisions")
+        doubtful = doubtful.join(refused, on="decision_id", how="anti")
     if doubtful.is_empty():
         return exported.clear()
     rows = pl.scan_parquet(path, glob=False).join(doubtful.lazy(), on="decision_id", how="semi")
     return rows.select("decision_id", "assignment", *objectives).collect()
 
 
-def _readable(path: Path) -> pl.DataFrame:
+def _readable(path: Path, columns: list[str]) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path, glob=False)
+        return pl.read_parquet(path, columns=columns, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
         raise WorkspaceError(f"{path}: damaged ({_line(error)}); run `fastq validate` again") from None
 
