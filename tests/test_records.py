@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
 from fastq.errors import LogsError, WorkspaceError
+from fastq.forgetting import strike_table
 from fastq.platform import Logs, Platform, platform_from_tree
 from fastq.records import Counts, json_fields, read_records, read_served, read_tables, write_tables
 from fastq.workspace import Workspace
@@ -798,6 +799,9 @@ def test_a_decision_log_that_was_only_just_made_is_empty(tmp_path: Path) -> None
     sqlite3.connect(Workspace(tmp_path).served / "a.db").close()
     (Workspace(tmp_path).served / "a.db").touch()
     assert read_served(bare(tmp_path)).is_empty()
+    write(tmp_path, "decisions.parquet", good())
+    write_tables(read_records(bare(tmp_path)), Workspace(tmp_path))  # asks it by itself which decisions were served
+    assert read_tables(bare(tmp_path)).decisions.height == good().height
 
 
 # ---- tables on disk -------------------------------------------------------------------------------------------------
@@ -815,6 +819,20 @@ def test_tables_are_read_back_as_they_were_written_and_replaced_whole(tmp_path: 
         assert_frame_equal(again.activity.collect(), records.activity.collect())
         assert (again.counts, again.metrics, again.warnings) == (records.counts, records.metrics, records.warnings)
     assert {p.name for p in Workspace(tmp_path).state.iterdir()} <= {"tables", "tables.lock", "staged", "staged.lock", "format.json"}
+
+
+def test_what_was_served_lies_by_itself_and_is_read_back_among_the_others(tmp_path: Path) -> None:
+    write(tmp_path, "decisions.parquet", good())
+    serve(tmp_path, [("s1", "p1", AT, 0.25, ACTION), ("s2", "p9", AT, None, ACTION)])
+    records, kept = read_records(bare(tmp_path)), Workspace(tmp_path).tables / "served.parquet"
+    write_tables(records, Workspace(tmp_path))
+    assert pl.read_parquet(kept)["decision_id"].to_list() == ["s1", "s2"]
+    assert_frame_equal(read_tables(bare(tmp_path)).decisions, records.decisions)
+    assert strike_table(kept, "p9", []) == 1
+    assert read_tables(bare(tmp_path)).decisions["decision_id"].to_list() == [i for i in records.decisions["decision_id"] if i != "s2"]
+    kept.write_bytes(b"junk")
+    with pytest.raises(WorkspaceError, match="damaged"):
+        read_tables(bare(tmp_path))
 
 
 def test_tables_that_are_missing_of_another_platform_or_damaged_are_refused_with_the_mend(tmp_path: Path) -> None:

@@ -61,7 +61,11 @@ def without_shrinkage() -> Any:
 
 def each_policy_alone() -> Any:
     """Whatever the log tells of who acts: a policy's decisions are compared among themselves, by its own noise."""
-    return mock.patch.object(learner, "TOLD", 0.0)
+
+    def estimated(windows: Any, seen: Any, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return torch.softmax(seen.assignment[torch.from_numpy(rows)].double(), -1).numpy(), np.zeros(len(rows), bool)
+
+    return mock.patch.object(learner, "chance_to_act", estimated)
 
 
 def without_modifiers() -> Any:
