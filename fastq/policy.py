@@ -424,9 +424,8 @@ class Policy:
         if not own:
             return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
         unexplained, most = float(w @ np.array(own["covariance"]) @ w), 1 / own["horizon"]
-        begins = apart.square() @ torch.from_numpy(
-            np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
-        )  # one number for all dimensions in older bundles
+        share = np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
+        begins = apart.square() @ torch.from_numpy(share)
         return unexplained * most * -torch.expm1(-begins / most)
 
     def score(self, enc: Encoded | Situation, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:

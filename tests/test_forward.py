@@ -1,5 +1,7 @@
 """The networks in NumPy, which answer, against the modules, which learn."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -20,14 +22,18 @@ def test_both_ways_through_the_networks_see_the_same(policy, data, rows):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5, err_msg=name)
 
 
-def test_both_ways_find_actions_that_are_as_good(policy, data):
+@pytest.mark.parametrize("reach", [1.0, 0.4])
+def test_both_ways_find_actions_that_are_as_good(policy, data, reach):
     """Where two candidates are all but equal, rounding may choose either; so what is compared is what they are worth."""
+    policy = replace(policy, details=policy.details | {"reach": reach})
     low, high = policy.edges({policy.platform.dimension_names[1]: {"high": float(policy.platform.bounds[1].mean())}})
     at = policy.look(policy.encode(data.states(np.arange(200))))
     ours, theirs = policy._search(at, low, high), policy.best_units(at, policy.platform.weights, low, high).numpy()
     worth = policy.score(at, policy.units.raw(np.stack([ours, theirs], 1)))["total"]
     np.testing.assert_allclose(worth[:, 0], worth[:, 1], rtol=1e-9, atol=1e-9)
     assert (np.abs(ours - theirs).max(1) < 1e-9).mean() > 0.99
+    gone = policy._distance(at, torch.from_numpy(ours)[:, None]).max()
+    assert gone > 0.5 * reach
     assert (policy.units.raw(ours) <= high + 1e-9).all() and (policy.units.raw(ours) >= low - 1e-9).all()
 
 
