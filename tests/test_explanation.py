@@ -296,9 +296,9 @@ def test_an_interval_widens_with_the_distance_of_the_actions(arena):
     policy, states, _ = arena
     own = policy.details["own_response"]
     assert min(own["share"]) > 0
-    older = replace(policy, details={"own_response": own | {"share": own["share"][0]}})  # one share for all dimensions
-    alike = replace(policy, details={"own_response": own | {"share": own["share"][:1] * len(own["share"])}})
-    before = replace(policy, details={})
+    older = replace(policy, details=policy.details | {"own_response": own | {"share": own["share"][0]}})  # one share for all dimensions
+    alike = replace(policy, details=policy.details | {"own_response": own | {"share": own["share"][:1] * len(own["share"])}})
+    before = replace(policy, details={"reach": policy.details["reach"]})  # the same reach, so that the same is recommended
     best = policy.best(policy.encode(states))
     halves = []
     for k in (0.1, 0.3, 0.9):
