@@ -265,7 +265,7 @@ class ValueAndActor(Stage):
         self.values, self.actor, self.target = policy.values, policy.actor, Values(sizes)
         self.target.load_state_dict(self.values.state_dict())
         self.target.requires_grad_(False)
-        self.data, self.polynomial, self.caution = data, policy.polynomial, policy.platform.training.caution
+        self.data, self.polynomial, self.caution = data, policy.polynomial, policy.caution
         self.best_weights = {name: value.clone() for name, value in self.state_dict().items()}
         self.automatic_optimization = False
 

@@ -39,6 +39,7 @@ ROUNDS = ((64, 1.0), (32, 0.15), (16, 0.04))  # candidates per round, and the sh
 CHUNKS = (4, 8, 16, 32, 64, 512, 4096)  # states per batch: a row's floats depend on the size of its batch and its place there, so sizes are fixed
 NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
 REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts, where logs cannot say
+CAUTION, CAUTION_AMONG_ITEMS = 0.5, 4.0  # where no reach bounds how far one may go, doubt has to; measured in infra/log.md
 OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
 RARE = 0.05  # a policy that acts in less than this share of such states is no evidence there
 NEIGHBOURS = 5  # logged decisions that count as the nearest
@@ -224,6 +225,12 @@ class Policy:
         )
 
     @property
+    def caution(self) -> float:
+        """Standard deviations of doubt that an action's total is lessened by."""
+        given = self.platform.training.caution
+        return given if given is not None else CAUTION if self.catalogue is None else CAUTION_AMONG_ITEMS
+
+    @property
     def farthest(self) -> float:
         """How far an action may lie from the nearest policy that acts, in standard deviations of its own noise: what `fastq.learner.evidenced_reach` found."""
         return float(self.details.get("reach", REACH))
@@ -266,7 +273,7 @@ class Policy:
     def _search(self, at: Situation, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """`best_units` for answers, under the platform's own weights."""
         edges = self.units.standard(low), self.units.standard(high)
-        weights, caution = np.stack([self.platform.weights, self.multipliers]), self.platform.training.caution
+        weights, caution = np.stack([self.platform.weights, self.multipliers]), self.caution
         found = [
             forward.best(self._frozen, piece, weights, caution, edges, [(_directions(piece.proposal.shape[1], n).T, share) for n, share in ROUNDS], OUTSIDE)
             for start in range(0, len(at), BLOCK)
@@ -341,7 +348,7 @@ class Policy:
         level, slope = torch.einsum("bmt,tm->bt", at.level, prices), torch.einsum("bmtp,tm->bpt", at.slope, prices)
         value, guardrail = (level[:, None] + difference @ slope).unbind(-1)  # weighted before candidates are met, which are many
         variance = ((difference @ doubt) * difference) @ difference.new_ones(difference.shape[-1])  # so short a sum is quicker as a product
-        caution = self.platform.training.caution * variance.clamp(min=0).sqrt()
+        caution = self.caution * variance.clamp(min=0).sqrt()
         return {"value": value, "caution": caution, "guardrail": guardrail, "total": value - caution - guardrail}
 
     def best_units(self, at: Situation, w: np.ndarray, low: np.ndarray, high: np.ndarray) -> Tensor:

@@ -145,6 +145,20 @@ def test_the_score_is_value_less_caution_less_guardrail(policy, states):
     assert (score["total"][:, 0] >= theirs.max(1) - 1e-6).all(), "the best candidate is behind the action of a policy that acts in such a state"
 
 
+def test_doubt_weighs_what_the_file_says_and_more_among_items_where_no_reach_bounds_them(policy, states):
+    enc, experts = policy.encode(states), policy.expert_actions(policy.encode(states))
+
+    def given(caution):
+        training = policy.platform.training.model_copy(update={"caution": caution})
+        return replace(policy, platform=policy.platform.model_copy(update={"training": training}))
+
+    one, three = (given(caution).score(enc, experts)["caution"] for caution in (1.0, 3.0))
+    np.testing.assert_allclose(three, 3 * one, rtol=1e-12)
+    np.testing.assert_allclose(policy.score(enc, experts)["caution"], 0.5 * one, rtol=1e-12)
+    assert replace(policy, catalogue=object()).caution == 4.0
+    assert replace(given(1.0), catalogue=object()).caution == 1.0
+
+
 def test_doubt_of_an_action_against_itself_is_nothing_and_grows_outwards(policy, states):
     enc = policy.encode(states)
     mean = policy.expert_actions(enc)[:, :1]
