@@ -117,12 +117,14 @@ def modules() -> dict[str, str]:
 # ---- the command line ------------------------------------------------------------------------------------------------------
 def commands() -> str:
     """Each command as its own `--help` has it."""
+    from typer.core import TyperGroup
     from typer.main import get_command
 
     from fastq.cli import app
 
     lines = ["# Commands", "Every command runs in the workspace: the current directory, or `--workspace DIR`.", ""]
     front = get_command(app)
+    assert isinstance(front, TyperGroup), "an application of several commands is a group"
     context = front.make_context("fastq", [], resilient_parsing=True)
 
     def told(name: str, command: Any, parent: Any, rank: int) -> None:
@@ -139,7 +141,7 @@ def commands() -> str:
         for each, inner in getattr(command, "commands", {}).items():
             told(f"{name} {each}", inner, at, rank + 1)
 
-    for name, command in front.commands.items():  # type: ignore[attr-defined]  # a click group, which Typer gives as a plain command
+    for name, command in front.commands.items():
         told(f"fastq {name}", command, context, 2)
     return "\n".join(lines) + "\n"
 

@@ -211,7 +211,10 @@ def own_response(unexplained: np.ndarray, noise: np.ndarray, weights: np.ndarray
 
 
 def positive_mean(found: np.ndarray, error: np.ndarray, prior: np.ndarray) -> np.ndarray:
-    """Posterior mean of positive numbers with exponential priors of mean `prior`, found with a normal `error`: that of a normal law cut off at 0."""
+    """Posterior mean of positive numbers with exponential priors of mean `prior`, found with a normal `error`: that of a normal law cut off at 0.
+
+    By the scaled complementary error function: `scipy.stats.truncnorm` loses all digits where nearly all of the law is cut off.
+    """
     centre = found - error**2 / prior
     cut = -centre / error
     hazard = np.sqrt(2 / np.pi) / erfcx(cut / np.sqrt(2))
@@ -411,7 +414,7 @@ def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: n
     told, logged, reach = rows[chosen], logged[chosen], REACHES[-1]
     for reach in REACHES:
         reaching = replace(policy, details={"reach": reach})
-        at = situation_of(reaching, seen[torch.from_numpy(told)])
+        at = situation_of(reaching, seen[told])
         weight = np.sort(reaching.density(windows.action[told], reaching.best(at)) / logged)
         if not np.isfinite(weight).all():  # served without noise
             return REACH
@@ -514,7 +517,7 @@ def published(lesson: Lesson) -> tuple[Policy, Represented, dict[str, Any]]:
     seen = represent(policy.network, states)
     policy = replace(policy, reference=reference_rows(windows, seen, lesson.learned, platform.training.seed))
     sample = np.random.default_rng(platform.training.seed).permutation(lesson.learned)[:GUARDRAIL_SAMPLE]
-    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, seen[torch.from_numpy(sample)]))}, "history": history}
+    return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, seen[sample]))}, "history": history}
 
 
 def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represented, dict[str, Any]]:
@@ -565,7 +568,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
         linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, seen, windows, features, scale), learned)
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[torch.from_numpy(sample)])))
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[sample])))
     targets = level_targets(policy, seen, windows, features, scale)
     linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, targets, learned)
 
@@ -589,14 +592,14 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     for part in (policy.values, policy.actor):
         part.eval().requires_grad_(False)
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
-        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[torch.from_numpy(sample)])))
+        policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[sample])))
     policy = replace(policy, details=policy.details | {"own_response": critic.own_response})
     return (
         policy,
         seen,
         policy.details
         | {
-            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen[torch.from_numpy(sample)]))},
+            "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen[sample]))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
             "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked) | {"compared": critic.compared},
             "confirmed": {
@@ -628,7 +631,7 @@ def diagnostics(policy: Policy, seen: Represented, windows: Windows, features: n
     told = evenly(rows[np.isfinite(returned).all(1) & np.isfinite(features[rows]).all(1)], LOOKED_AT)
     answer: dict[str, float] = {"compared_decisions": len(told), "compared_horizon": steps}
     if len(told):
-        at = policy.situation_of(seen[torch.from_numpy(told)])
+        at = policy.situation_of(seen[told])
         value = policy.totals(at, torch.from_numpy(features[told])[:, None].double())[:, 0, :, 0].numpy()
         followed = returned[np.isin(rows, told)]
         for j, name in enumerate(platform.objectives):
@@ -639,7 +642,7 @@ def diagnostics(policy: Policy, seen: Represented, windows: Windows, features: n
     sample = evenly(rows, GUARDRAIL_SAMPLE)
     if policy.catalogue is None and len(sample):
         low, high = platform.bounds.T
-        best = policy.best(policy.situation_of(seen[torch.from_numpy(sample)]))
+        best = policy.best(policy.situation_of(seen[sample]))
         on_bound = np.minimum(best - low, high - best) < AT_EDGE * (high - low)
         answer |= {f"at_bounds/{name}": float(share) for name, share in zip(platform.dimension_names, on_bound.mean(0), strict=True)}
     return answer

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -123,8 +124,9 @@ class Represented:
     expected: Tensor  # [B, K, P] each policy's expected action features here
     assignment: Tensor  # [B, K] logits: which policy acts in such a state
 
-    def __getitem__(self, rows: slice | Tensor) -> Represented:
-        return Represented(self.b[rows], self.psi[rows], self.expected[rows], self.assignment[rows])
+    def __getitem__(self, rows: slice | np.ndarray) -> Represented:
+        index = rows if isinstance(rows, slice) else torch.as_tensor(rows)
+        return Represented(self.b[index], self.psi[index], self.expected[index], self.assignment[index])
 
 
 class Representation(nn.Module):

@@ -45,8 +45,8 @@ class PaperPolicy(Policy):
     """
 
     network: PublishedRepresentation  # type: ignore[assignment]  # the three networks are what the two forms do not share
-    values: PublishedCritic  # type: ignore[assignment]  # as above
-    actor: PublishedActor  # type: ignore[assignment]  # as above
+    values: PublishedCritic  # type: ignore[assignment]  # the published twins, with shares instead of parts
+    actor: PublishedActor  # type: ignore[assignment]  # the published actor, which knows no reach
 
     @staticmethod
     def networks(sizes: Sizes) -> tuple[Any, Any, Any]:
@@ -162,7 +162,7 @@ class PublishedStageOne(RepresentationModule):
 
     def losses(self, index: Tensor, hide: Tensor | None, lam: float) -> tuple[Any, dict[str, Tensor]]:
         x, v, _ = self.states.gather(index, hide)
-        b, action, assignment = self.network.branches(x, v)  # type: ignore[operator]  # the published network, as above
+        b, action, assignment = self.network.branches(x, v)  # type: ignore[operator]  # the inherited stage's network is the default's, this one's the published
         branch = torch.arange(b.shape[1]).repeat(len(b))  # the published label: which branch made the vector, though every row goes through all of them
         # departure 2: cross entropy on logits, all branches in one batch; on a sigmoid and one branch at a time it cannot learn (anchors 7 and 8)
         logits = self.network.adversary(equations.reverse_gradient(b.flatten(0, 1), lam))

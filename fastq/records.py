@@ -676,7 +676,7 @@ def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] |
 
 
 def _columns_there(database: sqlite3.Connection, table: str) -> set[str]:
-    """None where a server was stopped before it had made the table."""
+    """Of a table in a server's log; none where the server was stopped before it had made that table."""
     return {column for (column,) in database.execute("select name from pragma_table_info(?)", (table,))}
 
 

@@ -7,6 +7,7 @@ encoder stands for the LSTM. Sizes and strengths: `networks.Sizes`, `platform.Tr
 
 from __future__ import annotations
 
+import abc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -176,7 +177,7 @@ class Lesson:
     part: Part = ALONE
 
 
-class Stage(lightning.LightningModule):
+class Stage(lightning.LightningModule, abc.ABC):
     """One stage of training, as `fit` and its record know it: where it is, what it was worth after each epoch, and its best weights so far."""
 
     best_weights: dict[str, Tensor]  # set where the networks are
@@ -190,8 +191,9 @@ class Stage(lightning.LightningModule):
         self.each_epoch: Callable[[Stage], None] = lambda _: None
         self.optimizers_: list[torch.optim.Optimizer] = []
 
+    @abc.abstractmethod
     def new_optimizers(self) -> list[torch.optim.Optimizer]:
-        raise NotImplementedError
+        """As they are before the first step, one for each network that is stepped by itself."""
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         """The same ones whenever they are asked for: those that a record filled are those that Lightning takes."""
