@@ -150,8 +150,8 @@ class PlayerRows:
     """The offline feature table: where the rows of each player lie, and what is to stand in them.
 
     spans: player_id, part (of the activity), first and last (periods), row (of the first period; the others follow it); sorted by player_id.
-    acted: the last decision of each player and period, with its `row`. events: the activity in its parts. ready: what `cells_of` gives of each
-    part, where another machine has worked it out.
+    acted: the last decision of each player and period, with its `row`. events: the activity in its parts. newest: when the last of them happened,
+    microseconds since 1970. ready: what `cells_of` gives of each part, where another machine has worked it out.
     Row 0 is empty and stands for every period before a player's first. The table itself is laid when it is asked for.
     """
 
@@ -161,6 +161,7 @@ class PlayerRows:
     spans: pl.DataFrame
     acted: pl.DataFrame
     events: tuple[pl.LazyFrame, ...]
+    newest: int | None = None
     ready: tuple[pl.LazyFrame, ...] | None = None
 
     def __len__(self) -> int:
@@ -178,23 +179,33 @@ class PlayerRows:
         decided.fill(0)
         if counts is not None:
             counts.fill(0)
-        if measures:
-            for part, events in enumerate(self.events):
-                places = self.spans.lazy().filter(pl.col("part") == part).select("player_id", since_first=pl.col("row") - pl.col("first"))
-                if self.ready is not None:
-                    cells = self.ready[part].join(places, on="player_id").with_columns(row=pl.col("since_first") + pl.col("period")).collect()
-                else:  # a row's number groups faster than a player's name and a period
-                    placed = events.collect().lazy().join(places, on="player_id", maintain_order="left")
-                    placed = placed.with_columns(row=pl.col("since_first") + _moment(self.platform, "occurred_at"))
-                    cells = _in_order(aggregate_events(self.platform, placed, ["row"], counts=counts is not None))
-                at = cells["row"].to_numpy()
-                matrix[at, : len(measures)] = cells.select(pl.col(measures).cast(pl.Float32)).to_numpy(order="c")
-                if counts is not None:
-                    counts[at] = cells.select(pl.col([f"{name}#" for name in measures]).cast(pl.Float32)).to_numpy(order="c")
+        for part in range(len(self.events) if measures else 0):
+            at, cells, number = self._cells(part, counted=counts is not None)
+            matrix[at, : len(measures)] = cells
+            if counts is not None:
+                counts[at] = number
         at = self.acted["row"].to_numpy()
         matrix[at, len(measures) : matrix.shape[1] - n_objectives] = action_matrix(self.platform, self.acted, self.catalogue)
         matrix[at, matrix.shape[1] - n_objectives :] = self.acted.select(pl.col(list(self.platform.objectives)).cast(pl.Float64)).to_numpy()
         decided[at] = self.acted["decided"].to_numpy()
+
+    def grid(self, part: int) -> Grid:
+        """The periods of the players of a part of the events."""
+        return Grid.of(self.spans.filter(pl.col("part") == part))
+
+    def _cells(self, part: int, *, counted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Rows of the table that a part of the events tells of, their cells [rows, measures] and, if asked for, numbers of events [rows, measures]."""
+        names, spans = list(self.platform.state.measures), self.spans.filter(pl.col("part") == part)
+        grid = Grid.of(spans)
+        row = np.arange(len(grid)) + np.repeat(spans["row"].to_numpy() - grid.begin[:-1], np.diff(grid.begin))
+        if self.ready is not None:
+            ready = self.ready[part].collect()
+            number = ready.select(f"{name}#" for name in names).to_numpy() if counted else None
+            return row[grid.places(ready["player_id"], ready["period"].to_numpy())], ready.select(names).to_numpy(), number
+        events = self.events[part].select("player_id", "occurred_at", *names).collect()
+        cells, number = np.empty((len(grid), len(names)), np.float32), np.empty((len(grid), len(names)), np.float32) if counted else None
+        aggregate(self.platform, events, grid.places(events["player_id"], periods(self.platform, events["occurred_at"])), cells, number)
+        return row, cells, number
 
     @cached_property
     def _laid(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -231,39 +242,95 @@ class PlayerRows:
         return grid.hstack(attributes_at(self.platform, self.players, grid["player_id"], grid["event_timestamp"]))
 
 
-def _aggregates(measures: dict[str, Measure], *, counts: bool) -> list[pl.Expr]:
-    """One expression per measure and, if asked for, one for the number of events behind it; a period without a value is null."""
-    expressions = []
-    for name, measure in measures.items():
-        column = pl.col(name)
-        values = {
-            "sum": pl.when(column.count() > 0).then(column.sum()),
-            "mean": column.mean(),
-            "min": column.min(),
-            "max": column.max(),
-            "last": column.drop_nulls().last(),
-            "count": pl.when(column.count() > 0).then(column.count().cast(pl.Float64)),
-        }
-        expressions += [values[measure.aggregate].alias(name), *([column.count().alias(f"{name}#")] if counts else [])]
-    return expressions
+@dataclass(frozen=True)
+class Grid:
+    """A place for each period of some players, from the first to the last one of each.
+
+    ids: of P players, sorted; first [P]: the first period of each; begin [P + 1]: the place of that one, and at last how many places there are.
+    """
+
+    ids: pl.Series
+    first: np.ndarray
+    begin: np.ndarray
+
+    @classmethod
+    def of(cls, spans: pl.DataFrame) -> Grid:
+        """Of spans as `PlayerRows` has them."""
+        first, last = spans["first"].to_numpy(), spans["last"].to_numpy()
+        return cls(spans["player_id"], first, np.concatenate([[0], (last - first + 1).cumsum()]))
+
+    def __len__(self) -> int:
+        return int(self.begin[-1])
+
+    def players(self, player_ids: pl.Series) -> np.ndarray:
+        """[N] int64 position of each id among `ids`, where all of them are to be found."""
+        return player_ids.cast(pl.Enum(self.ids)).to_physical().cast(pl.Int64).to_numpy()  # a third of what a join takes
+
+    def places(self, player_ids: pl.Series, period: np.ndarray) -> np.ndarray:
+        """[N] int64 place of each player's period."""
+        return (self.begin[:-1] - self.first)[self.players(player_ids)] + period
 
 
-def aggregate_events(platform: Platform, events: pl.LazyFrame, keys: Sequence[str] = ("player_id", "period"), *, counts: bool = True) -> pl.LazyFrame:
-    """Events to one row per key: every measure and, with `counts`, `measure#`, the number of events behind it."""
-    measures = platform.state.measures
-    events = events.with_columns(_moment(platform, "occurred_at"))
+def periods(platform: Platform, moments: pl.Series) -> np.ndarray:
+    """[N] int64 period of each moment."""
+    return moments.dt.epoch("us").to_numpy() // microseconds(platform)
+
+
+def aggregate(platform: Platform, events: pl.DataFrame, cell: np.ndarray, cells: np.ndarray, counts: np.ndarray | None = None) -> None:
+    """Write what N events say into `cells` [n, measures], NaN where none says anything, and how many say it into `counts` [n, measures].
+
+    cell [N] int64: which one each belongs to. This is what every cell of every state is made by; events are added in the order in which they
+    stand, so that the same ones give the same bits.
+    """
+    n, measures = len(cells), platform.state.measures
     if any(measure.aggregate == "last" for measure in measures.values()):
-        events = events.sort("occurred_at", maintain_order=True)
-    return events.group_by(keys).agg(_aggregates(measures, counts=counts))
+        in_time = np.argsort(events["occurred_at"].to_numpy(), kind="stable")
+        events, cell = events[in_time], cell[in_time]
+    every = np.bincount(cell, minlength=n)
+    for j, (name, measure) in enumerate(measures.items()):
+        values = events[name].cast(pl.Float64).to_numpy()
+        known = ~np.isnan(values)
+        at, number = cell, every
+        if not known.all():
+            at, values = cell[known], values[known]
+            number = np.bincount(at, minlength=n)
+        cells[:, j] = np.where(number > 0, _aggregated(measure, at, values, number), np.nan)
+        if counts is not None:
+            counts[:, j] = number
+
+
+def _aggregated(measure: Measure, at: np.ndarray, values: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """[n] what comes of the values for each place, of which there are `number`; anything where that is 0."""
+    n = len(number)
+    if measure.aggregate in ("min", "max"):
+        which, found = (np.minimum, np.full(n, np.inf)) if measure.aggregate == "min" else (np.maximum, np.full(n, -np.inf))
+        which.at(found, at, values)
+        return found
+    if measure.aggregate == "last":
+        found = np.empty(n)
+        found[at] = values  # of several for one place NumPy keeps the last
+        return found
+    if measure.aggregate == "count":
+        return number
+    total = np.bincount(at, values, n)
+    return total if measure.aggregate == "sum" else total / np.maximum(number, 1)
 
 
 def cells_of(platform: Platform, events: pl.LazyFrame) -> pl.DataFrame:
-    """What the events of a part say of each period in which something happened, with the numbers of events; the same wherever it is worked out."""
-    return _in_order(aggregate_events(platform, events.collect().lazy()))
-
-
-def _in_order(cells: pl.LazyFrame) -> pl.DataFrame:
-    return cells.collect(engine="in-memory")  # the streaming engine adds in an order of chance
+    """What the events of a part say of each period in which something happened: player_id, period, and of each measure `measure` and `measure#`, how many
+    events say it; the same wherever it is worked out.
+    """
+    seen, names = events.collect(), list(platform.state.measures)
+    period = periods(platform, seen["occurred_at"])
+    spans = seen.select("player_id", period=pl.Series(period)).group_by("player_id").agg(first=pl.col("period").min(), last=pl.col("period").max())
+    grid = Grid.of(spans.sort("player_id"))
+    place = grid.places(seen["player_id"], period)
+    cells, counts = np.empty((len(grid), len(names))), np.empty((len(grid), len(names)), np.int64)
+    aggregate(platform, seen, place, cells, counts)
+    there = np.flatnonzero(np.bincount(place, minlength=len(grid)))
+    player = np.searchsorted(grid.begin, there, "right") - 1
+    about = {"player_id": grid.ids[player], "period": grid.first[player] + there - grid.begin[player]}
+    return pl.DataFrame(about | {name: cells[there, j] for j, name in enumerate(names)} | {f"{name}#": counts[there, j] for j, name in enumerate(names)})
 
 
 def action_matrix(platform: Platform, frame: pl.DataFrame, catalogue: Catalogue | None) -> np.ndarray:
@@ -282,14 +349,18 @@ def build_rows(platform: Platform, records: Records) -> PlayerRows:
     events = parts_of(records.activity) if platform.state.measures else ()
     reach = [pl.col("period").min().alias("first"), pl.col("period").max().alias("last")]
     seen = [acted.group_by("player_id").agg(*reach).with_columns(part=pl.lit(None, pl.Int64))]
+    newest = None
     for part, rows in enumerate(events):
-        lived = rows.select("player_id", _moment(platform, "occurred_at")).group_by("player_id").agg(*reach).collect(engine="streaming")
-        seen.append(lived.with_columns(part=pl.lit(part, pl.Int64)))
+        happened = rows.select("player_id", _moment(platform, "occurred_at"), at=pl.col("occurred_at").dt.epoch("us"))
+        lived = happened.group_by("player_id").agg(*reach, pl.col("at").max()).collect(engine="streaming")
+        seen.append(lived.select("player_id", "first", "last", part=pl.lit(part, pl.Int64)))
+        latest: int | None = lived["at"].max()  # type: ignore[assignment]  # polars types a maximum as any Python literal
+        newest = max((at for at in (newest, latest) if at is not None), default=None)
     spans = pl.concat(seen).group_by("player_id").agg(pl.col("first").min(), pl.col("last").max(), pl.col("part").max()).sort("player_id")
     spans = spans.with_columns(row=1 + (pl.col("last") - pl.col("first") + 1).cum_sum().shift(1, fill_value=0))
     places = acted.select("player_id").join(spans, on="player_id", how="left", maintain_order="left")
     acted = acted.with_columns(row=places["row"] + acted["period"] - places["first"])
-    return PlayerRows(platform, catalogue, records.players, spans, acted, events)
+    return PlayerRows(platform, catalogue, records.players, spans, acted, events, newest)
 
 
 def attributes_at(platform: Platform, players: pl.DataFrame | None, player_ids: pl.Series, at: pl.Series) -> pl.DataFrame:
@@ -524,21 +595,22 @@ def with_events(platform: Platform, frame: pl.DataFrame, events: pl.DataFrame) -
         for player, log, moment in about:
             heard[where[player]][log] = max(moment, heard[where[player]].get(log, NEVER))
     window, counts, decided = states.window, states.counts, states.decided
-    cells = aggregate_events(platform, events.lazy()).collect()
-    row, when = np.array([where[player] for player in cells["player_id"]], np.int64), cells["period"].to_numpy()
+    whose = np.array([where[player] for player in events["player_id"]], np.int64)
+    (row, when), cell = np.unique(np.stack([whose, periods(platform, events["occurred_at"])]), axis=1, return_inverse=True)
+    told, told_by = np.empty((len(row), len(platform.state.measures))), np.empty((len(row), len(platform.state.measures)), np.int64)
+    aggregate(platform, events, cell.ravel(), told, told_by)
     newest = states.period.copy()
     if platform.state.measures:  # without any, events have no place in a row
         np.maximum.at(newest, row, when)
     window, counts, decided, period = _advanced(window, counts, decided, states.period, newest)
     slot = when - period[row] + platform.state.window - 1
-    for j, (name, measure) in enumerate(platform.state.measures.items()):
-        inside = (slot >= 0) & (cells[f"{name}#"].to_numpy() > 0)
-        r, s = row[inside], slot[inside]
-        new, extra = cells[name].cast(pl.Float64).to_numpy()[inside], cells[f"{name}#"].to_numpy()[inside]
+    for j, measure in enumerate(platform.state.measures.values()):
+        inside = (slot >= 0) & (told_by[:, j] > 0)
+        r, s, new, extra = row[inside], slot[inside], told[inside, j], told_by[inside, j]
         window[r, s, j] = _combined(measure, window[r, s, j].astype(float), counts[r, s, j], new, extra)
         counts[r, s, j] += extra
     seen_at = states.seen_at.copy()
-    np.maximum.at(seen_at, [where[player] for player in events["player_id"]], events["occurred_at"].dt.epoch("us").to_numpy())
+    np.maximum.at(seen_at, whose, events["occurred_at"].dt.epoch("us").to_numpy())
     return online_table(platform, replace(states, window=window, counts=counts, decided=decided, period=period, seen_at=seen_at))
 
 

@@ -13,7 +13,6 @@ import tempfile
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import polars as pl
@@ -22,10 +21,11 @@ import psutil
 from fastq.errors import LogsError, WorkspaceError
 from fastq.features import (
     Catalogue,
+    Grid,
     PlayerRows,
     PlayerStates,
     action_matrix,
-    aggregate_events,
+    aggregate,
     attribute_rows,
     attributes_at,
     known_delay,
@@ -38,6 +38,7 @@ from fastq.workspace import Workspace
 
 RECENT = (1, 7)  # periods at a window's end that are described by means of their own, beside the whole window
 FARTHEST = 8.0  # standard deviations of a described state
+LONG_AGO, FOREVER = int(np.iinfo(np.int64).min // 2), int(np.iinfo(np.int64).max)  # microseconds since 1970 of what never was, and never will be
 ROUNDED = 5e-3  # by which probabilities that platforms log to three digits may miss a sum of 1
 
 
@@ -218,27 +219,82 @@ def held_out_players(player_ids: list[str], share: float, seed: int) -> np.ndarr
 
 @dataclass(frozen=True)
 class _Lived:
-    """What a part of the events tells about the decisions `at` of its players."""
+    """What a part of the events tells about decisions of its players: `at` names those.
 
-    begun: pl.DataFrame  # see `_partial_rows`
-    versions: pl.DataFrame  # see `_late_versions`
-    seen: pl.DataFrame  # at; before, after: the last event up to the decision, the first one after it
+    begun, cells [B, measures]: the decisions of whose period something was known already, and what. versions [V, 2], older [V, measures]: (at, period) of
+    older periods of which not all was known, and what was. before, after: the last event up to each decision of `at`, and the first one after it;
+    `LONG_AGO` and `FOREVER` where there is none.
+    """
+
+    begun: np.ndarray
+    cells: np.ndarray
+    versions: np.ndarray
+    older: np.ndarray
+    at: np.ndarray
+    before: np.ndarray
+    after: np.ndarray
 
 
-def _lived(platform: Platform, decisions: pl.DataFrame, events: pl.DataFrame) -> _Lived:
-    events = events.with_columns(period=pl.col("occurred_at").dt.epoch("us").floordiv(microseconds(platform)))
-    happened = events.select("player_id", happened=pl.col("occurred_at").dt.epoch("us")).sort("happened")
-    asked = decisions.select("player_id", "moment", "at").sort("moment")
+def _lived(platform: Platform, grid: Grid, decisions: pl.DataFrame, events: pl.DataFrame) -> _Lived:
+    """`decisions` of the players of `grid` in the order of `at`, which is that of players and time."""
+    n, width, length = len(grid), len(platform.state.measures), microseconds(platform)
+    happened, heard = (events[name].dt.epoch("us").to_numpy() for name in ("occurred_at", "known_at"))
+    period, player = happened // length, grid.players(decisions["player_id"])
+    cell, asked = grid.places(events["player_id"], period), grid.begin[player] - grid.first[player] + decisions["period"].to_numpy()
+    at, moment = decisions["at"].to_numpy(), decisions["moment"].to_numpy()
 
-    def nearest(strategy: Literal["backward", "forward"], *, at_the_moment: bool) -> pl.DataFrame:
-        found = asked.join_asof(
-            happened, left_on="moment", right_on="happened", by="player_id", strategy=strategy, allow_exact_matches=at_the_moment, check_sortedness=False
-        )
-        return found.select("at", "happened")
+    beside, mine = _beside(cell, asked, n)
+    sooner = happened[beside] <= moment[mine]
+    first, last = np.full(n, FOREVER), np.full(n, LONG_AGO)
+    np.minimum.at(first, cell, happened)
+    np.maximum.at(last, cell, happened)
+    place = np.arange(n)
+    full = last > LONG_AGO
+    back, ahead = np.maximum.accumulate(np.where(full, place, -1)), np.minimum.accumulate(np.where(full, place, n)[::-1])[::-1]
+    back, ahead = np.append(back, -1)[asked - 1], np.append(ahead, n)[asked + 1]  # the nearest other periods in which something happened
+    before = np.where(back >= grid.begin[player], last[back], LONG_AGO)
+    after = np.where(ahead < grid.begin[player + 1], np.append(first, FOREVER)[ahead], FOREVER)
+    np.maximum.at(before, mine[sooner], happened[beside[sooner]])
+    np.minimum.at(after, mine[~sooner], happened[beside[~sooner]])
 
-    before, after = nearest("backward", at_the_moment=True), nearest("forward", at_the_moment=False)
-    seen = before.select("at", before="happened").join(after.select("at", after="happened"), on="at")
-    return _Lived(_partial_rows(platform, decisions, events), _late_versions(platform, decisions, events), seen)
+    known = (happened[beside] < moment[mine]) & (heard[beside] < moment[mine])
+    begun, mine = np.unique(mine[known], return_inverse=True)
+    cells = np.empty((len(begun), width))
+    aggregate(platform, events[beside[known]], mine, cells)
+
+    late = heard >= (period + 1) * length
+    complete = np.full(n, LONG_AGO)  # when the last late event of a period was known
+    np.maximum.at(complete, cell[late], heard[late])
+    touched = np.flatnonzero(complete > LONG_AGO)
+    begin = np.searchsorted(touched, np.maximum(asked - platform.state.window, grid.begin[player]))
+    number = np.searchsorted(touched, asked) - begin
+    whose, nth = _spread(number)
+    old = touched[begin[whose] + nth]
+    open_still = complete[old] >= moment[whose]
+    whose, old = whose[open_still], old[open_still]
+    order = np.argsort(old, kind="stable")
+    whose, old = whose[order], old[order]
+    beside, which = _beside(cell, old, n)
+    known = heard[beside] < moment[whose[which]]
+    older = np.empty((len(old), width))
+    aggregate(platform, events[beside[known]], which[known], older)
+    versions = np.stack([at[whose], grid.first[player[whose]] + old - grid.begin[player[whose]]], 1)
+    return _Lived(at[begun], cells, versions, older, at, before, after)
+
+
+def _spread(number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each index as often as `number` [N] says, and of each how many of the same came before."""
+    whose = np.repeat(np.arange(len(number)), number)
+    return whose, np.arange(len(whose)) - np.repeat(number.cumsum() - number, number)
+
+
+def _beside(cell: np.ndarray, asked: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every pair of an event and a question about its cell, in the order of the events: indices into `cell` and into `asked`, which ascends; n cells."""
+    number = np.bincount(asked, minlength=n)
+    begin = number.cumsum() - number
+    event = np.flatnonzero(number[cell])
+    which, nth = _spread(number[cell[event]])
+    return event[which], begin[cell[event[which]]] + nth
 
 
 def _churned(platform: Platform, decisions: pl.DataFrame, lived: list[_Lived], newest: int | None, following: np.ndarray) -> np.ndarray:
@@ -253,38 +309,12 @@ def _churned(platform: Platform, decisions: pl.DataFrame, lived: list[_Lived], n
         return np.zeros(n, bool)
     gap = platform.state.churn * microseconds(platform)
     moment = decisions["moment"].to_numpy()
-    last, back = np.full(n, np.iinfo(np.int64).min // 2), np.full(n, np.iinfo(np.int64).max)
+    last, back = np.full(n, LONG_AGO), np.full(n, FOREVER)
     for part in lived:
-        at = part.seen["at"].to_numpy()
-        last[at], back[at] = (
-            part.seen["before"].fill_null(np.iinfo(np.int64).min // 2).to_numpy(),
-            part.seen["after"].fill_null(np.iinfo(np.int64).max).to_numpy(),
-        )
+        last[part.at], back[part.at] = part.before, part.after
     gone_at = np.where(moment - last < gap, last, moment) + gap
     end = max(int(moment.max()), newest)
     return (back >= gone_at) & (gone_at <= np.where(following >= 0, moment[following], end))
-
-
-def _partial_rows(platform: Platform, decisions: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
-    """What was known of the period under way, of which something had happened: `at` (the decision), measures."""
-    pairs = decisions.lazy().select("player_id", "period", "at", "decided_at").join(events.lazy(), on=["player_id", "period"], maintain_order="right")
-    pairs = pairs.filter((pl.col("occurred_at") < pl.col("decided_at")) & (pl.col("known_at") < pl.col("decided_at")))
-    return aggregate_events(platform, pairs, keys=["at"], counts=False).collect(engine="in-memory")
-
-
-def _late_versions(platform: Platform, decisions: pl.DataFrame, events: pl.DataFrame) -> pl.DataFrame:
-    """Older periods as they were known at a decision, where events of theirs arrived only later: `at`, `period`, measures."""
-    length = microseconds(platform)
-    late = events.lazy().filter(pl.col("known_at").dt.epoch("us") >= (pl.col("period") + 1) * length)
-    late = late.group_by("player_id", "period").agg(known=pl.col("known_at").max())
-    touched = decisions.lazy().select("player_id", "at", "decided_at", now="period").join(late, on="player_id")
-    touched = touched.filter(
-        (pl.col("period") < pl.col("now")) & (pl.col("period") > pl.col("now") - platform.state.window - 1) & (pl.col("known") >= pl.col("decided_at"))
-    )
-    touched = touched.select("player_id", "period", "at", "decided_at").collect(engine="in-memory").lazy()
-    known = touched.join(events.lazy(), on=["player_id", "period"], maintain_order="right").filter(pl.col("known_at") < pl.col("decided_at"))
-    cells = aggregate_events(platform, known, keys=["at", "period"], counts=False)
-    return touched.select("at", "period").join(cells, on=["at", "period"], how="left").collect(engine="in-memory")
 
 
 def _proposal_arrays(
@@ -372,48 +402,40 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
     opening, first_of_player = (decisions.select(pl.col("at").first().over("player_id", *of)).to_series().to_numpy() for of in (["moment"], []))
     last_policy = np.where(opening > first_of_player, policy[opening - 1], -1)
 
-    lived, newest = [], None
-    for part, mine in decisions.with_columns(part=placed["part"]).drop_nulls("part").partition_by("part", as_dict=True).items():
-        events = rows.events[part[0]].collect()
-        lived.append(_lived(platform, mine, events))
-    if rows.events:
-        newest = max((m for m in (p.select(pl.col("occurred_at").dt.epoch("us").max()).collect().item() for p in rows.events) if m is not None), default=None)
+    parts = decisions.with_columns(part=placed["part"]).drop_nulls("part").partition_by("part", as_dict=True)
+    lived = [_lived(platform, rows.grid(part), mine, rows.events[part].collect()) for (part,), mine in parts.items()]
+    nothing = np.empty(0, np.int64), np.empty((0, n_measures)), np.empty((0, 2), np.int64), np.empty((0, n_measures))
+    told = zip(nothing, *((part.begun, part.cells, part.versions, part.older) for part in lived), strict=True)
+    begun, cells, versions, older = (np.concatenate(each) for each in told)
+    in_order = np.lexsort(versions.T[::-1])
+    versions, older = versions[in_order], older[in_order]
 
     opening_of_day = decisions.select(pl.col("at").first().over("player_id", "period")).to_series().to_numpy()
-    earlier = pl.DataFrame({"at": np.arange(n), "previous": opening - 1}).filter(pl.Series(opening - 1 >= opening_of_day))
-    measures = dict.fromkeys(platform.state.measures, pl.Float64)
-    begun = pl.concat([pl.DataFrame(schema={"at": pl.Int64, **measures}), *(part.begun for part in lived)], how="vertical_relaxed")
-    begun = begun.join(earlier, on="at", how="full", coalesce=True).sort("at")
-    versions = pl.concat([pl.DataFrame(schema={"at": pl.Int64, "period": pl.Int64, **measures}), *(part.versions for part in lived)], how="vertical_relaxed")
-    versions = versions.sort("at", "period")
+    previous = np.where(opening - 1 >= opening_of_day, opening - 1, -1)  # an earlier one of the same period
+    under_way = previous >= 0
+    under_way[begun] = True
 
     grid = len(rows)
-    matrix = _empty((grid + len(begun) + len(versions), row_width(platform, rows.catalogue)), Workspace(platform.root), memory)
+    matrix = _empty((grid + int(under_way.sum()) + len(versions), row_width(platform, rows.catalogue)), Workspace(platform.root), memory)
     decided = np.zeros(len(matrix), np.int64)
     rows.lay(matrix[:grid], decided[:grid])
     matrix[grid:] = np.nan
 
-    at, size = begun["at"].to_numpy(), grid
-    block = matrix[size : size + len(begun)]
-    block[:, :n_measures] = begun.select(pl.col(list(measures)).cast(pl.Float32)).to_numpy().reshape(len(begun), n_measures)
-    previous = begun["previous"].fill_null(-1).to_numpy().astype(np.int64)
-    acted = previous >= 0
-    block[acted, n_measures : block.shape[1] - n_objectives] = action[previous[acted]]
-    block[acted, block.shape[1] - n_objectives :] = reward[previous[acted]]
-    if n:
-        decided[size : size + len(begun)] = np.where(acted, moment[previous], 0)
-    partial = np.full(n, -1, np.int64)
-    partial[at] = size + np.arange(len(begun))
-    size += len(begun)
+    partial = np.where(under_way, grid - 1 + under_way.cumsum(), -1)
+    acted = np.flatnonzero(previous >= 0)
+    matrix[partial[begun], :n_measures] = cells
+    matrix[partial[acted], n_measures : matrix.shape[1] - n_objectives] = action[previous[acted]]
+    matrix[partial[acted], matrix.shape[1] - n_objectives :] = reward[previous[acted]]
+    decided[partial[acted]] = moment[previous[acted]]
 
-    whose, when = versions["at"].to_numpy(), versions["period"].to_numpy()
+    whose, when = versions.T
     window_slot = when - decisions["period"].to_numpy()[whose] + platform.state.window  # slot in a window that ends one period before
     original = first[whose] + when - placed["first"].to_numpy()[whose]
-    block = matrix[size:]
-    block[:] = matrix[original]
-    block[:, :n_measures] = versions.select(pl.col(list(measures)).cast(pl.Float32)).to_numpy().reshape(len(versions), n_measures)
-    decided[size:] = decided[original]
-    late = np.stack([whose, window_slot, size + np.arange(len(versions))], 1).astype(np.int64)
+    version = len(matrix) - len(versions) + np.arange(len(versions))
+    matrix[version] = matrix[original]
+    matrix[version, :n_measures] = older
+    decided[version] = decided[original]
+    late = np.stack([whose, window_slot, version], 1)
 
     proposals, law, chance = _proposal_arrays(platform, records, decisions, policies, action, policy, rows.catalogue)
     return Windows(
@@ -442,6 +464,6 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
         reward=reward,
         following=following,
         elapsed=elapsed,
-        terminated=_churned(platform, decisions, lived, newest, following),
+        terminated=_churned(platform, decisions, lived, rows.newest, following),
         attributes=attributes_at(platform, records.players, decisions["player_id"], decisions["decided_at"]),
     )
