@@ -26,7 +26,7 @@ import polars as pl
 
 from fastq.errors import RequestError
 from fastq.platform import OWN_POLICY, CatalogueAction, Measure, Platform
-from fastq.records import Records, parts_of
+from fastq.records import Records, parts_of, several
 
 EMBEDDING_RANK = 16  # directions kept of a catalogue's one-hot and numeric item features
 CLIP = 8.0  # standard deviations; beyond them a heavy-tailed measure would drown the rest of the state
@@ -179,11 +179,14 @@ class PlayerRows:
         decided.fill(0)
         if counts is not None:
             counts.fill(0)
-        for part in range(len(self.events) if measures else 0):
+
+        def lay_part(part: int) -> None:
             at, cells, number = self._cells(part, counted=counts is not None)
             matrix[at, : len(measures)] = cells
             if counts is not None:
                 counts[at] = number
+
+        several(lay_part, len(self.events) if measures else 0)
         at = self.acted["row"].to_numpy()
         matrix[at, len(measures) : matrix.shape[1] - n_objectives] = action_matrix(self.platform, self.acted, self.catalogue)
         matrix[at, matrix.shape[1] - n_objectives :] = self.acted.select(pl.col(list(self.platform.objectives)).cast(pl.Float64)).to_numpy()
@@ -347,20 +350,20 @@ def build_rows(platform: Platform, records: Records) -> PlayerRows:
     decisions = records.decisions.with_columns(_moment(platform, "decided_at"), decided=pl.col("decided_at").dt.epoch("us"))
     acted = decisions.group_by("player_id", "period", maintain_order=True).last()
     events = parts_of(records.activity) if platform.state.measures else ()
-    reach = [pl.col("period").min().alias("first"), pl.col("period").max().alias("last")]
-    seen = [acted.group_by("player_id").agg(*reach).with_columns(part=pl.lit(None, pl.Int64))]
-    newest = None
-    for part, rows in enumerate(events):
-        happened = rows.select("player_id", _moment(platform, "occurred_at"), at=pl.col("occurred_at").dt.epoch("us"))
-        lived = happened.group_by("player_id").agg(*reach, pl.col("at").max()).collect(engine="streaming")
-        seen.append(lived.select("player_id", "first", "last", part=pl.lit(part, pl.Int64)))
-        latest: int | None = lived["at"].max()  # type: ignore[assignment]  # polars types a maximum as any Python literal
-        newest = max((at for at in (newest, latest) if at is not None), default=None)
-    spans = pl.concat(seen).group_by("player_id").agg(pl.col("first").min(), pl.col("last").max(), pl.col("part").max()).sort("player_id")
+
+    def seen(rows: pl.LazyFrame, at: str, part: int | None) -> pl.DataFrame:
+        reach = pl.col(at).min().alias("first"), pl.col(at).max().alias("last"), pl.lit(part, pl.Int64).alias("part")
+        return rows.group_by("player_id").agg(*reach).collect(engine="in-memory")
+
+    lived = several(lambda part: seen(events[part].select("player_id", "occurred_at"), "occurred_at", part), len(events))
+    newest = pl.concat([players["last"] for players in lived]).dt.epoch("us").max() if lived else None
+    together = pl.concat([seen(decisions.lazy(), "decided_at", None), *lived]).group_by("player_id")
+    spans = together.agg(pl.col("first").min(), pl.col("last").max(), pl.col("part").max())
+    spans = spans.with_columns(_moment(platform, c).alias(c) for c in ("first", "last")).sort("player_id")
     spans = spans.with_columns(row=1 + (pl.col("last") - pl.col("first") + 1).cum_sum().shift(1, fill_value=0))
     places = acted.select("player_id").join(spans, on="player_id", how="left", maintain_order="left")
     acted = acted.with_columns(row=places["row"] + acted["period"] - places["first"])
-    return PlayerRows(platform, catalogue, records.players, spans, acted, events, newest)
+    return PlayerRows(platform, catalogue, records.players, spans, acted, events, newest)  # type: ignore[arg-type]  # polars types a maximum as any literal
 
 
 def attributes_at(platform: Platform, players: pl.DataFrame | None, player_ids: pl.Series, at: pl.Series) -> pl.DataFrame:

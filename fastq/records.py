@@ -10,14 +10,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
+import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -29,6 +32,7 @@ from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, nam
 from fastq.staging import Staged, stage
 from fastq.workspace import Workspace, is_full
 
+_T = TypeVar("_T")
 Table = Literal["decisions", "activity", "players", "proposals", "items"]
 Severity = Literal["stop", "quarantine", "warn"]
 
@@ -40,6 +44,7 @@ KEYS: dict[Table, list[str]] = {
     "proposals": ["decision_id", "policy"],
     "items": ["item_id"],
 }
+AT_ONCE = 4  # parts at most that are looked at together
 CONFLICT, EXECUTED, LOG, KNOWN, DIFFERS = "?conflict", "?executed", "?log", "?known", "?differs"  # columns beside a row's own, as in `sources`
 BOUND_TOLERANCE = 1e-6  # of a dimension's range: actions logged in float32 miss their own bounds by less
 PROBABILITY_TOLERANCE = 1e-6
@@ -171,6 +176,14 @@ def parts_of(rows: Parts | pl.DataFrame | None) -> tuple[pl.LazyFrame, ...]:
     return rows.parts if isinstance(rows, Parts) else () if rows is None else (rows.lazy(),)
 
 
+def several(work: Callable[[int], _T], parts: int) -> list[_T]:
+    """`work` of every part, in their order, some at a time: Polars and NumPy leave the interpreter to others meanwhile. How many bounds the memory."""
+    if parts == 1:
+        return [work(0)]
+    with ThreadPoolExecutor(min(AT_ONCE, os.cpu_count() or 1)) as threads:
+        return list(threads.map(work, range(parts)))
+
+
 @dataclass(frozen=True)
 class RowRule:
     """A rule for each row: `broken` is true where it fails, `reason` then says what is wrong and names the column."""
@@ -179,6 +192,7 @@ class RowRule:
     broken: pl.Expr
     reason: pl.Expr
     severity: Severity
+    within: tuple[str, float, float] | None = None  # a column, and a range of its numbers in which none breaks it
 
 
 @dataclass(frozen=True)
@@ -233,10 +247,18 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
     columns = columns_of(platform, table)
     rules: list[RowRule] = []
 
-    def rule(column: str, name: str, broken: pl.Expr, complaint: str, value: pl.Expr | None = None, severity: Severity = "quarantine") -> None:
+    def rule(
+        column: str,
+        name: str,
+        broken: pl.Expr,
+        complaint: str,
+        value: pl.Expr | None = None,
+        severity: Severity = "quarantine",
+        within: tuple[float, float] | None = None,
+    ) -> None:
         value = pl.col(column) if value is None else value
         reason = pl.concat_str(pl.lit(f"{column} "), value.cast(pl.String) + " ", pl.lit(complaint), ignore_nulls=True)
-        rules.append(RowRule(f"{table}.{column}.{name}", broken.fill_null(value=False), reason, severity))
+        rules.append(RowRule(f"{table}.{column}.{name}", broken.fill_null(value=False), reason, severity, (column, *within) if within else None))
 
     for column, what in columns.items():
         value = pl.col(column)
@@ -246,8 +268,8 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
         if not what.nullable:
             rule(column, "present", value.is_null() & text.is_null(), "is missing")
         if what.kind == "number" and column not in ("propensity", "assignment"):
-            rule(column, "finite", ~value.is_finite(), "is not a finite number")
-            rule(column, "size", value.is_finite() & (value.abs() > LARGEST), f"is larger than {LARGEST:g}")
+            rule(column, "finite", ~value.is_finite(), "is not a finite number", within=(-LARGEST, LARGEST))
+            rule(column, "size", value.is_finite() & (value.abs() > LARGEST), f"is larger than {LARGEST:g}", within=(-LARGEST, LARGEST))
     if key := KEYS[table]:
         rule(key[0], "unique", pl.col(CONFLICT), f"has an earlier row with the same {' and '.join(key)} and other content; the first one stays")
     if "policy" in columns:
@@ -259,9 +281,9 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
         for name, measure in platform.state.measures.items():
             value = pl.col(name)
             if measure.min is not None:
-                rule(name, "min", value.is_finite() & (value < measure.min), f"is below its min {measure.min:g}")
+                rule(name, "min", value.is_finite() & (value < measure.min), f"is below its min {measure.min:g}", within=(measure.min, math.inf))
             if measure.max is not None:
-                rule(name, "max", value.is_finite() & (value > measure.max), f"is above its max {measure.max:g}")
+                rule(name, "max", value.is_finite() & (value > measure.max), f"is above its max {measure.max:g}", within=(-math.inf, measure.max))
         rule("recorded_at", "order", pl.col("recorded_at") < pl.col("occurred_at"), "is before occurred_at", severity="warn")
     for column in {"decided_at", "occurred_at"}.intersection(columns):
         # a day of slack, for clocks differ and a local time may pass for UTC
@@ -270,8 +292,27 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
     return rules
 
 
+def _suspect(rules: Sequence[RowRule]) -> pl.Expr:
+    """Whether a row may break one of the rules: true wherever one is broken, and what a number has to be is one question of its range."""
+    ranges: dict[str, tuple[float, float]] = {}
+    for column, low, high in (rule.within for rule in rules if rule.within):
+        least, most = ranges.get(column, (-math.inf, math.inf))
+        ranges[column] = max(least, low), min(most, high)
+    outside = [~pl.col(column).is_between(low, high).fill_null(value=True) for column, (low, high) in ranges.items()]
+    return pl.any_horizontal(*outside, *(rule.broken for rule in rules if not rule.within))
+
+
 class _Add(Protocol):
-    def __call__(self, column: str, name: str, broken: pl.Expr, complaint: str, value: pl.Expr | None = None, severity: Severity = "quarantine") -> None: ...
+    def __call__(
+        self,
+        column: str,
+        name: str,
+        broken: pl.Expr,
+        complaint: str,
+        value: pl.Expr | None = None,
+        severity: Severity = "quarantine",
+        within: tuple[float, float] | None = None,
+    ) -> None: ...
 
 
 def _add_policy_rules(rule: _Add, platform: Platform) -> None:
@@ -292,8 +333,9 @@ def _add_action_rules(rule: _Add, platform: Platform, around: Surroundings) -> N
         return
     for name, d in platform.action.dimensions.items():
         value, slack = pl.col(name), BOUND_TOLERANCE * (d.high - d.low)
-        outside = value.is_finite() & ~value.is_between(d.low - slack, d.high + slack)
-        rule(name, "bounds", outside, f"is outside its bounds {d.low:g} to {d.high:g} {d.unit}".rstrip())
+        within = d.low - slack, d.high + slack
+        outside = value.is_finite() & ~value.is_between(*within)
+        rule(name, "bounds", outside, f"is outside its bounds {d.low:g} to {d.high:g} {d.unit}".rstrip(), within=within)
         if d.step:
             nearest = d.low + ((value - d.low) / d.step).round() * d.step
             rule(name, "grid", value.is_finite() & ~outside & ((nearest - value).abs() > slack), f"is not on its grid of {d.step:g}", severity="warn")
@@ -397,14 +439,12 @@ def _judge(
     )
     rules = row_rules(platform, table, around)
     severe, mild = ([rule for rule in rules if (rule.severity == "quarantine") is how] for how in (True, False))
-    bad = pl.any_horizontal(rule.broken for rule in severe)
+    bad, suspect = pl.any_horizontal(rule.broken for rule in severe), _suspect(severe)
     # each event is one to a count that has no column of its own
     counted = [m for m, measure in platform.state.measures.items() if table == "activity" and measure.aggregate == "count" and m not in staged.found]
     ones = [pl.lit(1.0).alias(m) for m in counted]
-    failed = dict.fromkeys((rule.name for rule in rules), 0)
-    counts, differing = Counts(0, 0, staged.left_out), 0
-    accepted, refused, ids = list[pl.LazyFrame](), list[pl.LazyFrame](), list[pl.LazyFrame]()
-    for part in range(staged.parts):
+
+    def split(part: int) -> _Split:
         rows = staged.part(part).with_columns(ones)
         if table == "proposals" and decisions:
             known, asked = (_same_keys(ids, part, staged) for ids in (decisions.accepted, decisions.asked))
@@ -418,20 +458,28 @@ def _judge(
             mine = beside.filter(staged.mine(part)).with_columns(ones)
             mine = mine if since is None else mine.filter(_from(platform, table, since, asked))
             rows = _with_heard(platform, rows, mine) if table == "activity" else _with_served(platform, rows, mine)
-        if table == "decisions" and since is not None:
-            ids.append(rows.select("decision_id"))
         differ = pl.col(DIFFERS).sum() if DIFFERS in rows.collect_schema().names() else pl.lit(0)
-        asking = [pl.len().alias("?rows"), bad.sum().alias("?bad"), differ.alias(DIFFERS), *(rule.broken.sum().alias(rule.name) for rule in mild)]
-        height, spoiled, differs, *broken = (number or 0 for number in rows.select(asking).collect().row(0))
-        differing += differs
-        if spoiled:  # most parts hold no bad row, and which rule each breaks is asked of these alone
-            broken += rows.filter(bad).select(rule.broken.sum().alias(rule.name) for rule in severe).collect().row(0)
-        failed |= {rule.name: failed[rule.name] + (number or 0) for rule, number in zip([*mild, *severe], broken, strict=False)}
+        asking = [pl.len().alias("?rows"), suspect.any().alias("?bad"), differ.alias(DIFFERS), *(rule.broken.sum().alias(rule.name) for rule in mild)]
+        height, suspected, differs, *broken = (number or 0 for number in rows.select(asking).collect(engine="in-memory").row(0))
+        failed = {rule.name: number for rule, number in zip(mild, broken, strict=True)}
+        spoiled, refused, good = 0, None, rows
+        if suspected:  # most parts hold no bad row, and which rule each breaks is asked of these alone
+            asking = [pl.len().alias("?rows"), *(rule.broken.sum().alias(rule.name) for rule in severe)]
+            spoiled, *broken = (number or 0 for number in rows.filter(bad).select(asking).collect(engine="in-memory").row(0))
+            failed |= {rule.name: number for rule, number in zip(severe, broken, strict=True)}
         if spoiled:
-            refused.append(_quarantine(rows.filter(bad).sort(FILE, ROW, nulls_last=True, maintain_order=True), table, rules, staged.files))
-            rows = rows.filter(~bad)
-        accepted.append(_canonical(platform, table, rows))
-        counts = Counts(counts.accepted + height - spoiled, counts.quarantined + spoiled, counts.repeated + repeated)
+            refused = _quarantine(rows.filter(bad).sort(FILE, ROW, nulls_last=True, maintain_order=True), table, rules, staged.files)
+            good = rows.filter(~bad)
+        counts = Counts(height - spoiled, spoiled, repeated)
+        return _Split(_canonical(platform, table, good), refused, counts, failed, differs, rows.select("decision_id") if table == "decisions" else None)
+
+    splits = several(split, staged.parts)
+    accepted, ids = [found.accepted for found in splits], [found.ids for found in splits if found.ids is not None and since is not None]
+    refused = [found.refused for found in splits if found.refused is not None]
+    counts = Counts(*(sum(getattr(found.counts, each) for found in splits) for each in ("accepted", "quarantined", "repeated")))
+    counts = replace(counts, repeated=counts.repeated + staged.left_out)
+    failed = {rule.name: sum(found.failed.get(rule.name, 0) for found in splits) for rule in rules}
+    differing = sum(found.differing for found in splits)
     refused = refused or [_quarantine(staged.part(0).head(0).with_columns(*ones, _no(CONFLICT), _no(KNOWN)), table, rules, staged.files)]
     findings = []
     if table != "items":
@@ -447,6 +495,18 @@ def _judge(
     findings.append(Finding(f"{table}.columns.used", len(staged.ignored), others))
     findings.append(Finding(f"{table}.files.same", len(staged.noticed), f"{table}: {'; '.join(staged.noticed)}"))
     return _Table(Parts(tuple(accepted)), Parts(tuple(refused)), counts, findings, Parts(tuple(ids)))
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A part of a table, judged: as `_Table`; failed: how many rows break each rule, differing: how many say something else than was served."""
+
+    accepted: pl.LazyFrame
+    refused: pl.LazyFrame | None
+    counts: Counts
+    failed: dict[str, int]
+    differing: int
+    ids: pl.LazyFrame | None
 
 
 def _no(column: str) -> pl.Expr:
@@ -486,9 +546,10 @@ def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, in
     names = rows.collect_schema().names()
     content = [c for c in names if c not in (FILE, ROW) and (c != OTHERS or not key)]
     alike = pl.col(key[0]).hash() if len(key) == 1 else pl.struct(key).hash() if key else pl.col("player_id").hash() ^ pl.col("occurred_at").hash()
-    suspects = rows.select(FILE, ROW, alike.is_duplicated().alias("?suspect")).filter("?suspect").drop("?suspect").collect(engine="in-memory")
-    if suspects.is_empty():
+    height, different = rows.select(pl.len(), alike.n_unique().alias("?different")).collect(engine="in-memory").row(0)
+    if height == different:
         return rows.with_columns(_no(CONFLICT)), 0
+    suspects = rows.select(FILE, ROW, alike.is_duplicated().alias("?suspect")).filter("?suspect").drop("?suspect").collect(engine="in-memory")
     # few, so whole rows are compared among these only
     twins = rows.join(suspects.lazy(), on=[FILE, ROW], how="semi", maintain_order="left").collect()
     conflict = ~pl.struct(key).is_first_distinct() & pl.col(key[0]).is_not_null() if key else pl.lit(value=False)
@@ -568,7 +629,8 @@ def _look_at_decisions(platform: Platform, accepted: Mapping[Table, Parts], now:
         strangers = int(asked.select(pl.len()).collect(engine="streaming").item())
         found("player_id.described", strangers, f"{_rows(strangers)} of players who are not in the players log; their attributes are unknown")
     if (activity := accepted.get("activity")) is not None:
-        begun = pl.concat([part.group_by("player_id").agg(pl.col("known_at").min().alias("?first")).collect() for part in activity.parts])
+        parts = [part.group_by("player_id").agg(pl.col("known_at").min().alias("?first")) for part in activity.parts]
+        begun = pl.concat(several(lambda part: parts[part].collect(engine="in-memory"), len(parts)))
         asked = accepted["decisions"].lazy().join(begun.lazy(), on="player_id", how="left")
         unseen = (pl.col("?first") < pl.col("decided_at")).fill_null(value=False).not_().sum()
         early = int(asked.select(unseen).collect(engine="streaming").item() or 0)

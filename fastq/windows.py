@@ -8,6 +8,7 @@ Termination is data: `discount` is 0 where the player churned.
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import tempfile
 import zlib
@@ -33,7 +34,7 @@ from fastq.features import (
     row_width,
 )  # fmt: skip
 from fastq.platform import OWN_POLICY, Platform
-from fastq.records import Records
+from fastq.records import Records, several
 from fastq.workspace import Workspace
 
 RECENT = (1, 7)  # periods at a window's end that are described by means of their own, beside the whole window
@@ -351,7 +352,8 @@ def _empty(shape: tuple[int, int], workspace: Workspace, memory: int | None) -> 
     """A float32 matrix to be filled: in memory or, beyond the limit, in a file without a name, which is gone with whoever holds it."""
     size = 4 * shape[0] * shape[1]
     if size <= (psutil.virtual_memory().available // 2 if memory is None else memory):
-        return np.empty(shape, np.float32)
+        # NumPy would ask for huge pages, for which the kernel first tidies up what reading the logs has left: five times what filling them takes
+        return np.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.float32).reshape(shape)
     workspace.make()
     try:
         with tempfile.TemporaryFile(dir=workspace.state) as file:
@@ -402,8 +404,13 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
     opening, first_of_player = (decisions.select(pl.col("at").first().over("player_id", *of)).to_series().to_numpy() for of in (["moment"], []))
     last_policy = np.where(opening > first_of_player, policy[opening - 1], -1)
 
-    parts = decisions.with_columns(part=placed["part"]).drop_nulls("part").partition_by("part", as_dict=True)
-    lived = [_lived(platform, rows.grid(part), mine, rows.events[part].collect()) for (part,), mine in parts.items()]
+    parts = decisions.with_columns(part=placed["part"]).drop_nulls("part").partition_by("part")
+
+    def live(i: int) -> _Lived:
+        part = int(parts[i]["part"][0])
+        return _lived(platform, rows.grid(part), parts[i], rows.events[part].collect(engine="in-memory"))
+
+    lived = several(live, len(parts))
     nothing = np.empty(0, np.int64), np.empty((0, n_measures)), np.empty((0, 2), np.int64), np.empty((0, n_measures))
     told = zip(nothing, *((part.begun, part.cells, part.versions, part.older) for part in lived), strict=True)
     begun, cells, versions, older = (np.concatenate(each) for each in told)
