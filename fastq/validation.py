@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import polars as pl
 
 from fastq.platform import Platform
-from fastq.records import TABLES, AnyRecords, Counts, Parts, Severity, row_rules, table_rules
+from fastq.records import TABLES, AnyRecords, Counts, Parts, Severity, row_rules, several, table_rules
 from fastq.workspace import Workspace, replacing
 
 SAMPLE = 100_000  # rows at most that a distribution is told from
@@ -112,19 +113,25 @@ def _values(platform: Platform, records: AnyRecords, after: datetime | None = No
     if dimensions := platform.dimension_names:
         # policies that seldom act are told from as many rows as the others, so each has a sample of its own
         often = dict(decisions.lazy().group_by("policy").len().collect(engine="streaming").rows())
-        for policy in platform.policies:
-            some = _every(decisions.filter(pl.col("policy") == policy), dimensions, often.get(policy, 0))
+        theirs = {policy: (pl.col("policy") == policy, often.get(policy, 0)) for policy in platform.policies}
+        for policy, some in _every(decisions, dimensions, theirs).items():
             found |= {f"decisions.{policy}.{dimension}": some[dimension].to_numpy() for dimension in dimensions}
     if measures := list(platform.state.measures):
-        some = _every(events, measures, records.counts.get("activity", Counts(0, 0, 0)).accepted)
+        accepted = records.counts.get("activity", Counts(0, 0, 0)).accepted
+        some = _every(events, measures, {"all": (pl.lit(value=True), accepted)})["all"]
         found |= {f"activity.{measure}": some[measure].drop_nulls().to_numpy() for measure in measures}
     return found
 
 
-def _every(rows: Parts, columns: list[str], height: int) -> pl.DataFrame:
-    """Some of the rows, evenly from all of them."""
-    sampled = [part.select(columns).gather_every(max(1, height // SAMPLE)).collect() for part in rows.parts]
-    return pl.concat(sampled) if sampled else pl.DataFrame(schema=dict.fromkeys(columns, pl.Float64))
+def _every(rows: Parts, columns: list[str], of: Mapping[str, tuple[pl.Expr, int]]) -> dict[str, pl.DataFrame]:
+    """By name: some of the rows for which an expression is true, of which there are so many, evenly from all of them."""
+
+    def sampled(part: int) -> list[pl.DataFrame]:
+        some = (rows.parts[part].filter(which).select(columns).gather_every(max(1, height // SAMPLE)) for which, height in of.values())
+        return pl.collect_all(some, engine="in-memory")
+
+    none = [pl.DataFrame(schema=dict.fromkeys(columns, pl.Float64)) for _ in of]
+    return {name: pl.concat(each) for name, each in zip(of, zip(none, *several(sampled, len(rows.parts)), strict=True), strict=True)}
 
 
 def _shares(values: np.ndarray, edges: list[float]) -> np.ndarray:

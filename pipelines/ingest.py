@@ -12,7 +12,7 @@ from fastq.errors import GateRefused
 from fastq.platform import Platform
 from fastq.workspace import Workspace
 from pipelines.turn import ONCE_A_TURN, RETRIES, Progress, begin, forget, platform_of, progress, running
-from pipelines.validate import judged
+from pipelines.validate import judged, read
 
 
 @task(name="ingest", **RETRIES, **ONCE_A_TURN)
@@ -20,13 +20,13 @@ def ingest_logs(workspace: str, turn: str, since: str | None) -> dict[str, Any]:
     """Read, judge and keep; a refused log overwrites nothing. `turn` makes the result this turn's own."""
     platform = platform_of(workspace)
     progress.get()("reading and judging the logs", 0, 1, {})
-    read = records.judge(platform, datetime.fromisoformat(since) if since else None)
-    document = judged(platform, read)
+    found = read(platform, datetime.fromisoformat(since) if since else None)
+    document = judged(platform, found)
     if not document["passed"]:
         raise GateRefused(f"the logs were refused (report: {document['report']})", document["reasons"])
     kept = Workspace(platform.root)
-    reference = validation.profile(platform, read)
-    records.write_tables(read.records(), kept)
+    reference = validation.profile(platform, found)
+    records.write_tables(found.records(), kept)
     if since is None:  # a stretch of the logs is no measure for the whole
         validation.write_profile(kept, reference)
     overlap.write_overlaps(kept, [overlap.Overlap(**pair) for pair in document["overlap"]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import threading
 import uuid
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -12,9 +14,20 @@ from prefect import flow, task
 
 from fastq import overlap, records, report, validation
 from fastq.platform import Platform
-from fastq.records import AnyRecords
+from fastq.records import AnyRecords, Judged
 from fastq.workspace import Workspace, replacing
 from pipelines.turn import EACH_TIME, RETRIES, Progress, platform_of, progress, relative, running
+
+AHEAD = ("great_expectations", "sklearn.ensemble", "sklearn.model_selection", "matplotlib.figure")  # what the verdict, the overlap and the report import
+
+
+def read(platform: Platform, since: datetime | None = None) -> Judged:
+    """The logs, judged, as `records.judge` does; what to say of them takes seconds to import, and is imported meanwhile."""
+    ahead = threading.Thread(target=lambda: [importlib.import_module(name) for name in AHEAD], daemon=True)  # an error does not wait for it
+    ahead.start()
+    found = records.judge(platform, since)
+    ahead.join()  # two threads that import what imports each other may see halves of it
+    return found
 
 
 def judged(platform: Platform, read: AnyRecords) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def judged(platform: Platform, read: AnyRecords) -> dict[str, Any]:
 def read_and_judge(workspace: str) -> dict[str, Any]:
     platform = platform_of(workspace)
     progress.get()("reading and judging the logs", 0, 1, {})
-    document = judged(platform, records.judge(platform))
+    document = judged(platform, read(platform))
     progress.get()("reading and judging the logs", 1, 1, {})
     return document
 

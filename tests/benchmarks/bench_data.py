@@ -153,11 +153,11 @@ def windows(workspace: Path) -> dict:
 
 def validate(workspace: Path) -> dict:
     """The whole gate, nothing of the log read before: judge, hold against earlier logs, the verdict of Great Expectations, overlap, report and quarantine."""
-    from fastq import load_platform, records
-    from pipelines.validate import judged
+    from fastq import load_platform
+    from pipelines.validate import judged, read
 
     platform = load_platform(workspace)
-    document = judged(platform, records.judge(platform))
+    document = judged(platform, read(platform))
     assert document["accepted"] == pl.scan_parquet(workspace / "decisions.parquet").select(pl.len()).collect().item()
     return {"rules": len(document["rules"])}
 
