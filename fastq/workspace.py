@@ -199,16 +199,24 @@ def replacing(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     partial = Path(name)
     try:
-        yield partial
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
-    except Exception as error:
-        if is_full(error):
-            raise WorkspaceError(f"{path}: the disk is full; what was there before is there still: free some space and run the command again") from error
-        raise
+        with room(path):
+            yield partial
+            with partial.open("rb") as written:
+                os.fsync(written.fileno())
+            os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def room(where: Path | str, left: str = "what was there before is there still") -> Iterator[None]:
+    """Raises `WorkspaceError` where what is written finds the disk full, and says what is `left` then; any other error stays what it is."""
+    try:
+        yield
+    except Exception as error:
+        if is_full(error):
+            raise WorkspaceError(f"{where}: the disk is full; {left}: free some space and run the command again") from error
+        raise
 
 
 def check_target(option: str, path: Path, suffixes: Iterable[str]) -> None:
@@ -222,9 +230,10 @@ def check_target(option: str, path: Path, suffixes: Iterable[str]) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a file may not grow: a full disk, a quota, a limit on its size. Polars tells the number in its text alone."""
+    """Whether an error says that a file may not grow: a full disk, a quota, a limit on its size. Polars and databases tell it in their text alone."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return (isinstance(error, OSError) and error.errno in numbers) or any(f"os error {number})" in str(error) for number in numbers)
+    said = [*(f"os error {number})" for number in numbers), os.strerror(errno.ENOSPC), "database or disk is full"]
+    return (isinstance(error, OSError) and error.errno in numbers) or any(words in str(error) for words in said)
 
 
 def fsync_directory(directory: Path) -> None:

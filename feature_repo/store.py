@@ -26,7 +26,7 @@ from fastq import features
 from fastq.errors import ConfigurationError, FastqError, LogsError, WorkspaceError
 from fastq.features import OnlineStates, Packing
 from fastq.platform import Platform
-from fastq.workspace import Workspace, replacing
+from fastq.workspace import Workspace, replacing, room
 from feature_repo import online
 from feature_repo.definitions import ROWS_FILE, ROWS_VIEW, STATE_FIELD, STATE_FILE, STATE_VIEW, attribute_fields, definitions, feature_directory, project_name
 from feature_repo.online import Values
@@ -161,7 +161,8 @@ def _applied(platform: Platform, *, offline: bool = False) -> tuple[FeatureStore
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
         if offline and noted.exists() and noted.read_text(encoding="utf-8") == digest and (workspace.feast / "registry.db").exists():
             return store, file
-        store.apply(definitions(platform).objects())
+        with room(workspace.feast / "registry.db"):
+            store.apply(definitions(platform).objects())
         with _translated(platform, file):
             online.prepare(store, file)
         with replacing(noted) as partial:
@@ -354,12 +355,13 @@ def _present(store: PlayerStore) -> None:
 
 @contextlib.contextmanager
 def _translated(platform: Platform, file: Path | None) -> Iterator[None]:
-    """Feast and its drivers raise what they like; to us the store either answers or is unavailable."""
+    """Feast and its drivers raise what they like; to us the store either answers or is unavailable, for which a full disk is a reason of its own."""
+    where = file or platform.services.online_store.rsplit("@", 1)[-1]
     try:
-        yield
+        with room(where, "each player's state is the one before or the new one"):
+            yield
     except FastqError:
         raise
     except Exception as error:
-        where = file or platform.services.online_store.rsplit("@", 1)[-1]
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise WorkspaceError(f"{where}: the online store does not answer ({said}); check services.online_store, or run `fastq retrain`") from error
