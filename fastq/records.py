@@ -292,7 +292,7 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
     return rules
 
 
-def _suspect(rules: Sequence[RowRule]) -> pl.Expr:
+def suspect(rules: Sequence[RowRule]) -> pl.Expr:
     """Whether a row may break one of the rules: true wherever one is broken, and what a number has to be is one question of its range."""
     ranges: dict[str, tuple[float, float]] = {}
     for column, low, high in (rule.within for rule in rules if rule.within):
@@ -439,7 +439,7 @@ def _judge(
     )
     rules = row_rules(platform, table, around)
     severe, mild = ([rule for rule in rules if (rule.severity == "quarantine") is how] for how in (True, False))
-    bad, suspect = pl.any_horizontal(rule.broken for rule in severe), _suspect(severe)
+    bad, suspected = pl.any_horizontal(rule.broken for rule in severe), suspect(severe)
     # each event is one to a count that has no column of its own
     counted = [m for m, measure in platform.state.measures.items() if table == "activity" and measure.aggregate == "count" and m not in staged.found]
     ones = [pl.lit(1.0).alias(m) for m in counted]
@@ -459,11 +459,11 @@ def _judge(
             mine = mine if since is None else mine.filter(_from(platform, table, since, asked))
             rows = _with_heard(platform, rows, mine) if table == "activity" else _with_served(platform, rows, mine)
         differ = pl.col(DIFFERS).sum() if DIFFERS in rows.collect_schema().names() else pl.lit(0)
-        asking = [pl.len().alias("?rows"), suspect.any().alias("?bad"), differ.alias(DIFFERS), *(rule.broken.sum().alias(rule.name) for rule in mild)]
-        height, suspected, differs, *broken = (number or 0 for number in rows.select(asking).collect(engine="in-memory").row(0))
+        asking = [pl.len().alias("?rows"), suspected.any().alias("?bad"), differ.alias(DIFFERS), *(rule.broken.sum().alias(rule.name) for rule in mild)]
+        height, some, differs, *broken = (number or 0 for number in rows.select(asking).collect(engine="in-memory").row(0))
         failed = {rule.name: number for rule, number in zip(mild, broken, strict=True)}
         spoiled, refused, good = 0, None, rows
-        if suspected:  # most parts hold no bad row, and which rule each breaks is asked of these alone
+        if some:  # most parts hold no bad row, and which rule each breaks is asked of these alone
             asking = [pl.len().alias("?rows"), *(rule.broken.sum().alias(rule.name) for rule in severe)]
             spoiled, *broken = (number or 0 for number in rows.filter(bad).select(asking).collect(engine="in-memory").row(0))
             failed |= {rule.name: number for rule, number in zip(severe, broken, strict=True)}

@@ -21,7 +21,7 @@ from polars.testing import assert_frame_equal
 from fastq.errors import LogsError, WorkspaceError
 from fastq.forgetting import strike_table
 from fastq.platform import Logs, Platform, platform_from_tree
-from fastq.records import Counts, json_fields, read_records, read_served, read_tables, write_tables
+from fastq.records import LARGEST, Counts, Table, json_fields, read_records, read_served, read_tables, row_rules, suspect, write_tables
 from fastq.workspace import Workspace
 
 START = datetime.now(UTC).replace(hour=5, minute=0, second=0, microsecond=0) - timedelta(days=4)
@@ -872,6 +872,19 @@ row = st.fixed_dictionaries(
         "cost": numbers,
     }
 )
+
+
+near = st.sampled_from([lowest + slip for lowest in (0.0, 0.3, 1.0, 15.0, LARGEST, -LARGEST) for slip in (0.0, 1e-9, -1e-9, 1e-3, -1e-3)])
+numbers_or_none = st.lists(st.none() | near | st.floats(), min_size=1, max_size=40)
+
+
+@given(numbers_or_none, st.sampled_from([("activity", "rounds"), ("activity", "share"), ("decisions", "goal"), ("decisions", "gift"), ("decisions", "joy")]))
+def test_no_number_that_breaks_a_rule_passes_the_first_look(values: list[float | None], where: tuple[Table, str]) -> None:
+    table, column = where
+    rules = [rule for rule in row_rules(make(Path()), table) if rule.severity == "quarantine" and rule.name.startswith(f"{table}.{column}.")]
+    assert {rule.name.rsplit(".", 1)[1] for rule in rules if rule.within} >= {"finite", "size"}
+    frame = pl.DataFrame({column: pl.Series(values, dtype=pl.Float64)}).select(suspect=suspect(rules), bad=pl.any_horizontal(rule.broken for rule in rules))
+    assert frame.filter(pl.col("bad") & ~pl.col("suspect")).is_empty()
 
 
 def as_text(value: object) -> str | None:
