@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -56,7 +58,7 @@ from serving.bodies import (
 )
 from serving.decision_log import Decision, KeyReused, LogUnavailable, OutcomeConflict, UnknownDecisions, open_log
 from serving.decision_log import Request as Repeatable
-from serving.metrics import Metrics, new_metrics
+from serving.metrics import Metrics, ProxyRefusals, new_metrics
 from serving.online import Ask, NotReady, Service, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -802,12 +804,14 @@ def create_app(platform: Platform) -> FastAPI:
     paused.set_function(lambda: float(desk.service is not None and desk.service.pause is not None))
     lag = Gauge("fastq_decision_log_lag_seconds", "How long the commit under way has taken so far", registry=desk.metrics.registry)
     lag.set_function(lambda: desk.service.log.lag_seconds if desk.service else 0)
+    if proxy := os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH"):
+        desk.metrics.registry.register(ProxyRefusals(Path(proxy)))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text format."""
         desk.metrics.settle(platform)
-        return Response(generate_latest(desk.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await asyncio.to_thread(generate_latest, desk.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app
