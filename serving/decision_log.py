@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import orjson
 import polars as pl
 from filelock import FileLock, Timeout
@@ -217,6 +218,7 @@ class DecisionLog:
         self._readers: dict[Path, sqlite3.Connection] = {}
         self._reading = threading.RLock()
         self._batches: dict[Path, tuple[int, pl.DataFrame]] = {}
+        self._together: tuple[tuple[tuple[Path, int], ...], pl.DataFrame] | None = None
         self._listed: tuple[int, list[Path], list[Path]] = (-1, [], [])
         self._database = self._connect()
         self._written = 0  # rows since the last checkpoint
@@ -515,6 +517,18 @@ class DecisionLog:
             kept = self._batches[path] = (written, frame)
         return kept[1]
 
+    def _batches_together(self) -> pl.DataFrame | None:
+        """All batches as one frame sorted by player, `at`: when (us); made anew when a file came, went or was written again."""
+        files = self._batch_files()
+        if not files:
+            return None
+        written = tuple((path, path.stat().st_mtime_ns) for path in files)
+        with self._reading:
+            if self._together is None or self._together[0] != written:
+                frame = pl.concat([self._batch(path) for path in files], how="vertical_relaxed")
+                self._together = written, frame.with_columns(pl.col("decided_at").dt.epoch("us").alias("at")).sort("player_id")
+            return self._together[1]
+
     def _files(self) -> tuple[list[Path], list[Path]]:
         """The other processes' files, and the batches; the directory is listed again when it has changed."""
         changed = self.path.parent.stat().st_mtime_ns
@@ -591,17 +605,16 @@ class DecisionLog:
         for database in self._databases():
             with self._reading:
                 rows += [(r[0], r[1], r[2], r[3], orjson.loads(r[4]), r[5] > 0) for r in database.execute(query, (wanted, since))]
-        for path in self._batch_files():
-            if path.stat().st_mtime_ns // 1000 >= since:
-                frame = self._batch(path)
-                players = pl.Series(list(dict.fromkeys(player_ids)), dtype=pl.String)
-                low, high = frame["player_id"].search_sorted(players, "left"), frame["player_id"].search_sorted(players, "right")
-                for start, end in zip(low, high, strict=True):
-                    part = frame[start:end].filter(pl.col("decided_at").dt.epoch("us") >= since)
-                    rows += [
-                        (r["decision_id"], r["player_id"], r["at"], r["policy"], {c: r[c] for c in self.platform.action_columns}, True)
-                        for r in part.with_columns(pl.col("decided_at").dt.epoch("us").alias("at")).iter_rows(named=True)
-                    ]
+        if (batches := self._batches_together()) is not None:
+            players = pl.Series(list(dict.fromkeys(player_ids)), dtype=pl.String)
+            low, high = (batches["player_id"].search_sorted(players, side).to_numpy() for side in ("left", "right"))
+            if (low < high).any():
+                part = batches[np.concatenate([np.arange(start, end) for start, end in zip(low, high, strict=True)])]
+                rows += [
+                    (r["decision_id"], r["player_id"], r["at"], r["policy"], {c: r[c] for c in self.platform.action_columns}, True)
+                    for r in part.iter_rows(named=True)
+                    if r["at"] >= since
+                ]
         if not rows:
             return []
         known = self.known([r[0] for r in rows])
