@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 AT_ONCE = 64  # requests that the proxy hands a replica at a time
-PATIENCE = "25ms"  # how long others wait at the proxy before they are refused
+PATIENCE = "50ms"  # how long others wait at the proxy before they are refused
 WHOLE = "30s"  # within which all of a request must have come
 MARK = "FASTQ_SERVED_WORKSPACE"  # in the environment of every process that a server starts
 
