@@ -263,8 +263,9 @@ class DecisionLog:
                 with contextlib.suppress(sqlite3.Error):  # the disk may be full; commits say so
                     self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
         elif self._written >= CHECKPOINT:
-            self._copier = threading.Thread(target=_copy_wal, args=(self.path,), name="decision-log-checkpoint", daemon=True)
-            self._copier.start()
+            copier = threading.Thread(target=_copy_wal, args=(self.path,), name="decision-log-checkpoint", daemon=True)
+            copier.start()
+            self._copier = copier
 
     def _commit(self, jobs: list[_Job]) -> None:
         done: list[tuple[Any, BaseException | None]] | None
