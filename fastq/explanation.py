@@ -28,9 +28,10 @@ FAR_ACTION = 3.0  # standard deviations of a policy's own noise
 LEAST_SPREAD = 0.01  # share of a dimension's range that counts as noise of a policy that has none
 WIDE = 2.0  # times what is usually not known of the difference between the policies' own actions; chosen on simulated players
 DISAGREEING = 0.25  # share of the parts' size that the twin critics may differ by
-EDGES = (0.0, 1e-3, 1e-2, 1e-1, 1.0)  # first pieces of the path of integrated gradients
+EDGES = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # first pieces of the path of integrated gradients
 POINTS = 8  # Gauss-Legendre points on each piece
-ROUNDS = 8  # of halving the pieces that do not add up
+ROUNDS = 5  # of cutting the pieces that do not add up in three
+CUTS, NOTHING = np.array([1 / 3, 2 / 3]), 1e-2  # where a piece is cut, on a logarithmic scale; one from 0 begins there at this share of its end
 ROWS = 4096  # states in one backward pass
 
 
@@ -319,15 +320,13 @@ def integrated_gradients(policy: Policy, enc: Encoded, actions: np.ndarray) -> t
 
     The encoder averages over what is present, so most of the value appears within the first thousandth of the straight path from zero,
     where evenly spread points never look: with 256 of them 5 to 20 % was missing. Integrals over pieces of one path add up; so each piece
-    is integrated by itself, and cut in two until what its ends differ by is accounted for to 1 % of the movement.
+    is integrated by itself, and cut in three until what its ends differ by is accounted for to 1 % of the movement.
     """
     from captum.attr import IntegratedGradients
 
-    def value(x: Tensor, v: Tensor, branch: Tensor, action: Tensor) -> Tensor:
-        return policy.value(Encoded(x, v, branch), action)
-
     def together(x: Tensor, v: Tensor, branch: Tensor, action: Tensor) -> Tensor:
-        return value(x, v, branch, action).sum()[None]  # rows do not touch each other, so one sum has all their gradients; captum would ask for each
+        # rows do not touch each other, so one sum has all their gradients; captum would ask for each
+        return policy.value(Encoded(x, v, branch), action).sum()[None]
 
     method, given = IntegratedGradients(together), torch.from_numpy(np.ascontiguousarray(actions))
     n, size = len(enc), ROWS // POINTS
@@ -337,16 +336,15 @@ def integrated_gradients(policy: Policy, enc: Encoded, actions: np.ndarray) -> t
         return enc.x[torch.from_numpy(row)] * torch.from_numpy(share).to(enc.x.dtype)[:, None, None]
 
     def values_along(row: np.ndarray, share: np.ndarray) -> np.ndarray:
-        with torch.no_grad():
-            pieces = [(row[at : at + ROWS], share[at : at + ROWS]) for at in range(0, len(row), ROWS)]
-            return np.concatenate([value(along(r, s), enc.v[r], enc.branch[r], given[r]).cpu().numpy() for r, s in pieces])
+        pieces = [(row[at : at + ROWS], share[at : at + ROWS]) for at in range(0, len(row), ROWS)]
+        return np.concatenate([policy.value_seen(Encoded(along(r, s), enc.v[r], enc.branch[r]), actions[r]) for r, s in pieces])
 
     everyone = np.arange(n)
-    grid = np.stack([values_along(everyone, np.full(n, share)) for share in EDGES], 1)
+    grid = values_along(np.repeat(everyone, len(EDGES)), np.tile(EDGES, n)).reshape(n, len(EDGES))
     change = grid[:, -1] - grid[:, 0]
     tolerance = (0.01 * np.abs(change) + 0.001 * np.abs(grid[:, -1])) / 4
     row, low, high = np.repeat(everyone, len(EDGES) - 1), np.tile(EDGES[:-1], n), np.tile(EDGES[1:], n)
-    rise = np.diff(grid, axis=1).ravel()
+    ends = np.stack([grid[:, :-1].ravel(), grid[:, 1:].ravel()], 1)  # the values at low and at high
     total = np.zeros(enc.x.shape)
     for rounds_left in reversed(range(ROUNDS)):
         unfinished = []
@@ -357,16 +355,21 @@ def integrated_gradients(policy: Policy, enc: Encoded, actions: np.ndarray) -> t
                 n_steps=POINTS, method="gausslegendre",
             )  # fmt: skip
             cells = cells.detach().cpu().numpy().astype(float)
-            done = (np.abs(rise[start : start + size] - cells.sum((1, 2))) <= tolerance[r]) | (rounds_left == 0)
+            rise = ends[start : start + size, 1] - ends[start : start + size, 0]
+            done = (np.abs(rise - cells.sum((1, 2))) <= tolerance[r]) | (rounds_left == 0)
             np.add.at(total, r[done], cells[done])
             unfinished.append(np.flatnonzero(~done) + start)
         again = np.concatenate(unfinished)
         if len(again) == 0:
             break
-        row, low, high, rise = row[again], low[again], high[again], rise[again]
-        middle = np.where(low > 0, np.sqrt(low * high), high / 10)  # what bends the path lies at scales, not at distances
-        first = values_along(row, middle) - values_along(row, low)
-        row, low, high, rise = np.tile(row, 2), np.concatenate([low, middle]), np.concatenate([middle, high]), np.concatenate([first, rise - first])
+        row, low, high, ends = row[again], low[again], high[again], ends[again]
+        begin = np.where(low > 0, low, high * NOTHING)[:, None]  # what bends the path lies at scales, not at distances
+        cuts = begin ** (1 - CUTS) * high[:, None] ** CUTS
+        inside = values_along(np.repeat(row, len(CUTS)), cuts.ravel()).reshape(cuts.shape)
+        edges, heights = np.column_stack([low, cuts, high]), np.column_stack([ends[:, 0], inside, ends[:, 1]])
+        row = np.repeat(row, len(CUTS) + 1)
+        low, high = edges[:, :-1].ravel(), edges[:, 1:].ravel()
+        ends = np.stack([heights[:, :-1].ravel(), heights[:, 1:].ravel()], 1)
     return total, change
 
 

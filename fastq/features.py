@@ -557,6 +557,11 @@ def online_schema(platform: Platform) -> dict[str, pl.DataType | type[pl.DataTyp
 def _rolled(values: np.ndarray, shift: np.ndarray, fill: float) -> np.ndarray:
     """Each player's rows moved `shift` periods into the past; the new periods hold `fill`."""
     window = values.shape[1]
+    if (shift == shift[:1]).all():  # nearly always, and then without a look at each cell
+        by = min(int(shift[0]), window) if len(shift) else 0
+        moved = np.empty_like(values)
+        moved[:, : window - by], moved[:, window - by :] = values[:, by:], fill
+        return moved
     source = np.arange(window)[None, :] + shift[:, None]
     inside = source < window
     moved = np.take_along_axis(values, np.minimum(source, window - 1).reshape(source.shape + (1,) * (values.ndim - 2)), 1)
@@ -659,7 +664,8 @@ def lay_decisions(
     newest = states.period.copy()
     np.maximum.at(newest, row, when)
     window, counts, decided, period = _advanced(states.window, states.counts, states.decided, states.period, newest)
-    _, last = np.unique(np.stack([row, when])[:, ::-1], axis=1, return_index=True)  # of several in one period the last one stands
+    places = row * (when.max() - when.min() + 1) + when - when.min()
+    _, last = np.unique(places[::-1], return_index=True)  # of several in one period the last one stands
     last = len(row) - 1 - last
     slot = when[last] - period[row[last]] + platform.state.window - 1
     last, slot = last[slot >= 0], slot[slot >= 0]

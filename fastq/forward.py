@@ -171,6 +171,14 @@ def _acting(w: Weights, assignment: np.ndarray) -> np.ndarray:
     return assignment >= np.minimum(np.maximum.reduce(assignment, 1, keepdims=True), w.rare)
 
 
+def values_of(at: Any, u: np.ndarray) -> np.ndarray:
+    """[B, M] what `Policy.totals` says of the values of one continuous action per state [B, D], standard units; `at`: a `fastq.policy.Situation`."""
+    level, slope, reference = (getattr(at, name).numpy() for name in ("level", "slope", "reference"))
+    apart = candidate_features(u[..., None]) - reference[..., None]
+    values: np.ndarray = level[..., 0] + (slope[:, :, 0] @ apart)[..., 0]
+    return values
+
+
 class Ranks(NamedTuple):
     """What ranks candidates in B states: the price of their features [B, 1, P], what differences are taken from [B, P, 1], and the doubt [B, P, P]."""
 

@@ -78,6 +78,14 @@ class PaperPolicy(Policy):
     def _search(self, at: Situation, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         return self.best_units(at, self.platform.weights, low, high).numpy()
 
+    def value(self, enc: Encoded, actions: Tensor) -> Tensor:
+        phi = equations.action_features(self._units(actions.detach().cpu().numpy()), self.polynomial)
+        return self.totals(self.situation(enc), phi[:, None])[:, 0, :, 0] @ torch.from_numpy(self.platform.weights)
+
+    def _values(self, at: Situation, action: np.ndarray) -> np.ndarray:
+        values: np.ndarray = self.totals(at, equations.action_features(self._units(action), True)[:, None])[:, 0, :, 0].numpy()
+        return values
+
     def expert_features(self, action: Tensor) -> Tensor:
         """[B, K, P] expected action features of each policy, from its expert's action [B, K, D] and its noise, which the evaluation needs."""
         if self.catalogue is not None:

@@ -399,10 +399,21 @@ class Policy:
         return np.stack([totals[..., 1], totals[..., 0] - totals[..., 1]], -1)
 
     def value(self, enc: Encoded, actions: Tensor) -> Tensor:
-        """[B] weighted value of actions [B, D] in raw units; differentiable with respect to `enc.x`."""
-        u = self._units(actions.detach().cpu().numpy())
-        totals = self.totals(self.situation(enc), action_features(u, self.polynomial)[:, None])
-        return totals[:, 0, :, 0] @ torch.from_numpy(self.platform.weights)
+        """[B] weighted value of actions [B, D] in raw units; differentiable with respect to `enc.x`. Of a situation only what the value rests on."""
+        seen, w = self.network(enc.x, enc.v, enc.branch), self.platform.weights
+        level = self.values(seen.b).double().mean(0)[..., 0] @ torch.from_numpy(w * self.scale)
+        slope = seen.psi.double() @ torch.from_numpy(np.tensordot(w, self.effects[:, 0], 1))
+        reference = (torch.softmax(seen.assignment.double(), -1)[..., None] * seen.expected.double()).sum(1)
+        phi = action_features(self._units(actions.detach().cpu().numpy()), self.polynomial)
+        value: Tensor = level + ((phi - reference) * slope).sum(-1)
+        return value
+
+    def value_seen(self, enc: Encoded, actions: np.ndarray) -> np.ndarray:
+        """[B] the same without gradients and for less, but for float32 rounding."""
+        with torch.inference_mode():
+            totals = self.totals(self.look(enc), action_features(self._units(actions), self.polynomial)[:, None])
+        weighted: np.ndarray = totals[:, 0, :, 0].numpy() @ self.platform.weights
+        return weighted
 
     def doubt(
         self, enc: Encoded | Situation, actions: np.ndarray, reference: np.ndarray | None = None, weights: Mapping[str, float] | None = None
@@ -621,8 +632,12 @@ class Policy:
             action = self.on_grid(np.clip(drawn, low, high), low, high)
             if not (low == high).any():  # of one value alone there is no density
                 propensity = self._density(action, mean, sd, above - below)
-        by_objective = self.totals(at, action_features(self._units(action), True)[:, None])[:, 0, :, 0].numpy()
+        by_objective = self._values(at, action)
         return Recommendation(action, by_objective @ self.platform.weights, by_objective, propensity, mean, seeds, _slots(len(at)))
+
+    def _values(self, at: Situation, action: np.ndarray) -> np.ndarray:
+        """[B, M] the value of actions [B, D] in raw units, for answers."""
+        return forward.values_of(at, self.units.standard(action))
 
     def _allowed(self, eligible: Sequence[str] | None) -> np.ndarray:
         """Positions of the items that may be recommended."""

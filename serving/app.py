@@ -187,6 +187,7 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            "RAY_worker_niceness": "0",  # Ray gives way to everybody else on the machine; answers do not
             "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it would abort on SIGTERM before we could end cleanly
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(closed_haproxy(proxy, stats, metrics)),
             "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),

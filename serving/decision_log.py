@@ -16,7 +16,9 @@ Times are microseconds since 1970 (UTC), bodies and actions JSON.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -29,8 +31,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
+import numpy as np
 import orjson
 import polars as pl
 from filelock import FileLock, Timeout
@@ -40,8 +43,10 @@ from fastq.platform import Platform
 from fastq.workspace import Workspace
 
 logger = logging.getLogger("fastq.serving")
-CHECKPOINT = 8_000  # pages (32 MB) of the WAL that are brought into the file at a time, which holds up the commit that does it
+CHECKPOINT = 4_000  # rows, some 30 MB of the WAL, after which it is brought into the file
 SETTLED_NS = 100_000_000  # how old a directory's last change must be before its list is kept
+MAPPED = 2**30  # bytes of a file that are read without a copy
+AT_ONCE = 3_000  # decisions in one statement, which may hold 32,766 values
 T = TypeVar("T")
 Action = dict[str, float] | dict[str, str | None]
 
@@ -57,7 +62,12 @@ CREATE TABLE IF NOT EXISTS activity(player_id TEXT, occurred_at INTEGER, recorde
 CREATE INDEX IF NOT EXISTS activity_to_apply ON activity(recorded_at) WHERE applied = 0;
 """
 _DECISION = "decision_id, player_id, decided_at, policy, propensity, model_version, action, detail, assignment"
-_INSERT = f"INSERT INTO decisions({_DECISION}, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"  # noqa: S608 - constants only
+
+
+@functools.cache
+def _insert(rows: int) -> str:
+    """The statement that stores so many decisions."""
+    return f"INSERT INTO decisions({_DECISION}, state) VALUES {', '.join(['(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)'] * rows)}"  # noqa: S608 - constants only
 
 
 class LogUnavailable(FastqError):
@@ -172,6 +182,15 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
+class _Job(NamedTuple):
+    """A piece of writing, and who waits for it. Where all it does is to store decisions, `rows` are these, and `kept` what it yields."""
+
+    run: Callable[[sqlite3.Connection], Any]
+    waits: Future[Any]
+    rows: Sequence[tuple[object, ...]] = ()
+    kept: list[Decision] | None = None
+
+
 def _decision(row: sqlite3.Row | tuple[Any, ...], state: bytes | None = None) -> Decision:
     return Decision(row[0], row[1], row[2], row[3], row[4], row[5], json.loads(row[6]), json.loads(row[7]), state, row[8])
 
@@ -180,20 +199,30 @@ def _executed(action: str | None) -> bool | Action:
     return False if action is None else cast("Action", json.loads(action))
 
 
+def _copy_wal(path: Path) -> None:
+    """Bring what is in a file's WAL now into the file; writers go on."""
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path, timeout=5, isolation_level=None)) as beside:
+        beside.execute("PRAGMA synchronous=FULL")
+        beside.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+
 class DecisionLog:
     """The writer of one file and the reader of all of them. Make it with `open_log`; `close` it."""
 
     def __init__(self, platform: Platform, path: Path, lock: FileLock) -> None:
         self.platform, self.path = platform, path
         self._lock = lock
-        self._jobs: queue.SimpleQueue[tuple[Callable[[sqlite3.Connection], Any], Future[Any]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting_since: float | None = None
         self._heard: int | None = None  # `recorded_at` of this file's newest event; the writer's
         self._readers: dict[Path, sqlite3.Connection] = {}
         self._reading = threading.RLock()
         self._batches: dict[Path, tuple[int, pl.DataFrame]] = {}
+        self._together: tuple[tuple[tuple[Path, int], ...], pl.DataFrame] | None = None
         self._listed: tuple[int, list[Path], list[Path]] = (-1, [], [])
         self._database = self._connect()
+        self._written = 0  # rows since the last checkpoint
+        self._copier: threading.Thread | None = None  # that brings the WAL into the file
         self._writer = threading.Thread(target=self._write, name="decision-log", daemon=True)
         self._writer.start()
 
@@ -202,7 +231,7 @@ class DecisionLog:
         database = sqlite3.connect(self.path, timeout=5, isolation_level=None, check_same_thread=False)
         database.execute("PRAGMA journal_mode=WAL")
         database.execute("PRAGMA synchronous=FULL")
-        database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT}")
+        database.execute("PRAGMA wal_autocheckpoint=0")  # it would hold up the commit that does it: see `_checkpoint`
         database.executescript(_SCHEMA)
         if not any(column[1] == "assignment" for column in database.execute("PRAGMA table_info(decisions)")):  # a file of an earlier release
             database.execute("ALTER TABLE decisions ADD COLUMN assignment REAL")
@@ -220,37 +249,74 @@ class DecisionLog:
             self._waiting_since = None
             if jobs[-1] is None:
                 return
+            self._written += sum(max(len(job.rows), 1) for job in jobs if job is not None)
+            self._checkpoint()
 
-    def _commit(self, jobs: list[tuple[Callable[[sqlite3.Connection], Any], Future[Any]]]) -> None:
-        done: list[tuple[Future[Any], Any, BaseException | None]] = []
+    def _checkpoint(self) -> None:
+        """Between two commits: have the WAL brought into the file by another thread, since that takes the disk some fifty milliseconds.
+
+        What is committed meanwhile is little, and brought in here: only a WAL that is in the file to its end is begun anew.
+        """
+        if self._copier is not None:
+            if not self._copier.is_alive():
+                self._copier, self._written = None, 0
+                with contextlib.suppress(sqlite3.Error):  # the disk may be full; commits say so
+                    self._database.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+        elif self._written >= CHECKPOINT:
+            copier = threading.Thread(target=_copy_wal, args=(self.path,), name="decision-log-checkpoint", daemon=True)
+            copier.start()
+            self._copier = copier
+
+    def _commit(self, jobs: list[_Job]) -> None:
+        done: list[tuple[Any, BaseException | None]] | None
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            for job, future in jobs:
-                self._database.execute("SAVEPOINT job")
-                try:
-                    done.append((future, job(self._database), None))
-                except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
-                    if not isinstance(error, sqlite3.IntegrityError):
-                        raise  # the disk, so the whole commit
-                    self._database.execute("ROLLBACK TO job")
-                    done.append((future, None, error))
-                except Exception as refused:  # noqa: BLE001 - this job alone: the others of the commit go on, its caller gets the error
-                    self._database.execute("ROLLBACK TO job")
-                    done.append((future, None, refused))
-                self._database.execute("RELEASE job")
-            self._database.execute("COMMIT")
+            done = self._stored_at_once(jobs) or self._one_by_one(jobs)
         except (sqlite3.Error, OSError) as error:
             unavailable = LogUnavailable(
                 f"the decision log cannot be written ({error}); nothing of this request was stored: free disk space or mend the disk, then ask again"
             )
             logger.error("decision log %s: %s", self.path.name, error)
-            done = [(future, None, unavailable) for _, future in jobs]
+            done = [(None, unavailable)] * len(jobs)
             self._reconnect()
-        for future, result, refusal in done:
+        for job, (result, refusal) in zip(jobs, done, strict=True):
             if refusal is None:
-                future.set_result(result)
+                job.waits.set_result(result)
             else:
-                future.set_exception(refusal)
+                job.waits.set_exception(refusal)
+
+    def _stored_at_once(self, jobs: list[_Job]) -> list[tuple[Any, BaseException | None]] | None:
+        """Decisions alone, stored by one statement that is its own transaction; None where there is something else among the jobs.
+
+        Each call of SQLite's lets go of the interpreter, and may wait half a millisecond for the loop to give it back: a call per row is a row per wait.
+        """
+        rows = [row for job in jobs for row in job.rows]
+        if not rows or len(rows) > AT_ONCE or any(job.kept is None for job in jobs):
+            return None
+        try:
+            self._database.execute(_insert(len(rows)), list(itertools.chain.from_iterable(rows)))
+        except sqlite3.IntegrityError:  # one of them: nothing was stored, and each is tried by itself
+            return None
+        return [(job.kept, None) for job in jobs]
+
+    def _one_by_one(self, jobs: list[_Job]) -> list[tuple[Any, BaseException | None]]:
+        """One transaction in which a job may fail without the others."""
+        done: list[tuple[Any, BaseException | None]] = []
+        self._database.execute("BEGIN IMMEDIATE")
+        for job in jobs:
+            self._database.execute("SAVEPOINT job")
+            try:
+                done.append((job.run(self._database), None))
+            except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+                if not isinstance(error, sqlite3.IntegrityError):
+                    raise  # the disk, so the whole commit
+                self._database.execute("ROLLBACK TO job")
+                done.append((None, error))
+            except Exception as refused:  # noqa: BLE001 - this job alone: the others of the commit go on, its caller gets the error
+                self._database.execute("ROLLBACK TO job")
+                done.append((None, refused))
+            self._database.execute("RELEASE job")
+        self._database.execute("COMMIT")
+        return done
 
     def _reconnect(self) -> None:
         """A connection that failed may be in any state; a new one recovers from the WAL as after a crash."""
@@ -264,12 +330,12 @@ class DecisionLog:
             self._database.close()
         self._database = fresh
 
-    def _submit(self, job: Callable[[sqlite3.Connection], T]) -> Future[T]:
+    def _submit(self, job: Callable[[sqlite3.Connection], T], rows: Sequence[tuple[object, ...]] = (), kept: list[Decision] | None = None) -> Future[T]:
         if not self._writer.is_alive():
             raise LogUnavailable("the decision log is closed: the server is stopping; ask another replica, or again after its start")
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # a caller that goes away does not take its decision out of the log
-        self._jobs.put((job, future))
+        self._jobs.put(_Job(job, future, rows, kept))
         return future
 
     @property
@@ -298,12 +364,11 @@ class DecisionLog:
                     return found
                 ids = json.dumps([d.decision_id for d in decisions])
                 database.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (request.kept, request.digest, ids, now_us()))
-            database.executemany(_INSERT, rows)
-            return list(decisions)
+            database.executemany(_insert(1), rows)
+            return kept
 
-        rows = [d.row() for d in decisions]  # made by the caller's thread, so that the writer's holds nobody up
-
-        return self._submit(job)
+        rows, kept = [d.row() for d in decisions], list(decisions)  # made by the caller's thread, so that the writer's holds nobody up
+        return self._submit(job, rows, None if request else kept)
 
     def repeated(self, request: Request) -> list[Decision] | None:
         """The decisions that this request made before, in any file; None if it is new. Raises `KeyReused`."""
@@ -418,6 +483,8 @@ class DecisionLog:
         """Commit what waits, then let go of the file."""
         self._jobs.put(None)
         self._writer.join()
+        if self._copier is not None:
+            self._copier.join()
         with self._reading:
             for reader in self._readers.values():
                 reader.close()
@@ -428,7 +495,9 @@ class DecisionLog:
     # ---- reading ------------------------------------------------------------------------------------------------------
     def _reader(self, path: Path) -> sqlite3.Connection:
         if path not in self._readers:
-            self._readers[path] = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5, isolation_level=None, check_same_thread=False)
+            reader = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=5, isolation_level=None, check_same_thread=False)
+            reader.execute(f"PRAGMA mmap_size={MAPPED}")  # each commit voids the pages that a reader has kept, and to map them again costs nothing
+            self._readers[path] = reader
         return self._readers[path]
 
     def _databases(self) -> list[sqlite3.Connection]:
@@ -448,6 +517,18 @@ class DecisionLog:
             frame = pl.scan_parquet(path).select(wanted).with_columns(pl.col("decision_id", "player_id").cast(pl.String)).collect().sort("player_id")
             kept = self._batches[path] = (written, frame)
         return kept[1]
+
+    def _batches_together(self) -> pl.DataFrame | None:
+        """All batches as one frame sorted by player, `at`: when (us); made anew when a file came, went or was written again."""
+        files = self._batch_files()
+        if not files:
+            return None
+        written = tuple((path, path.stat().st_mtime_ns) for path in files)
+        with self._reading:
+            if self._together is None or self._together[0] != written:
+                frame = pl.concat([self._batch(path) for path in files], how="vertical_relaxed")
+                self._together = written, frame.with_columns(pl.col("decided_at").dt.epoch("us").alias("at")).sort("player_id")
+            return self._together[1]
 
     def _files(self) -> tuple[list[Path], list[Path]]:
         """The other processes' files, and the batches; the directory is listed again when it has changed."""
@@ -525,17 +606,16 @@ class DecisionLog:
         for database in self._databases():
             with self._reading:
                 rows += [(r[0], r[1], r[2], r[3], orjson.loads(r[4]), r[5] > 0) for r in database.execute(query, (wanted, since))]
-        for path in self._batch_files():
-            if path.stat().st_mtime_ns // 1000 >= since:
-                frame = self._batch(path)
-                players = pl.Series(list(dict.fromkeys(player_ids)), dtype=pl.String)
-                low, high = frame["player_id"].search_sorted(players, "left"), frame["player_id"].search_sorted(players, "right")
-                for start, end in zip(low, high, strict=True):
-                    part = frame[start:end].filter(pl.col("decided_at").dt.epoch("us") >= since)
-                    rows += [
-                        (r["decision_id"], r["player_id"], r["at"], r["policy"], {c: r[c] for c in self.platform.action_columns}, True)
-                        for r in part.with_columns(pl.col("decided_at").dt.epoch("us").alias("at")).iter_rows(named=True)
-                    ]
+        if (batches := self._batches_together()) is not None:
+            players = pl.Series(list(dict.fromkeys(player_ids)), dtype=pl.String)
+            low, high = (batches["player_id"].search_sorted(players, side).to_numpy() for side in ("left", "right"))
+            if (low < high).any():
+                part = batches[np.concatenate([np.arange(start, end) for start, end in zip(low, high, strict=True)])]
+                rows += [
+                    (r["decision_id"], r["player_id"], r["at"], r["policy"], {c: r[c] for c in self.platform.action_columns}, True)
+                    for r in part.iter_rows(named=True)
+                    if r["at"] >= since
+                ]
         if not rows:
             return []
         known = self.known([r[0] for r in rows])

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -56,7 +58,7 @@ from serving.bodies import (
 )
 from serving.decision_log import Decision, KeyReused, LogUnavailable, OutcomeConflict, UnknownDecisions, open_log
 from serving.decision_log import Request as Repeatable
-from serving.metrics import Metrics, new_metrics
+from serving.metrics import Metrics, ProxyRefusals, new_metrics
 from serving.online import Ask, NotReady, Service, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ logger = logging.getLogger("fastq.serving")
 Body = TypeVar("Body", bound=BaseModel)
 MOST_BYTES = 16 * 2**20  # of a request's body
 BATCH_ROWS = 256  # players that one batch takes on the event loop; larger requests go to a thread
-TOGETHER = 64  # requests that wait for nobody else to come
+TOGETHER = 32  # requests that wait for nothing: nobody else to come, no disk, no rest
 MOST_UNDER_WAY = 192  # requests that wait for a batch or for the disk; one more is refused at once, which is kinder than an answer that comes too late
 MOST_TURNS = 16  # explanations, or queries, that wait for others of their kind
 MOST_KEY = 300  # characters of an Idempotency-Key
@@ -124,7 +126,9 @@ class Desk:
     service: Service | None = None
     waiting: deque[Waiting] = field(default_factory=deque)
     under_way: int = 0
-    flushing: bool = False
+    flushing: bool = False  # a batch is about to be made, or being made
+    rested: float = 0.0  # when the next batch may begin
+    committing: int = 0  # batches on their way to the disk
     probed_at: float = -1e9
     probed: str | None = "not yet looked at"
     direct: dict[str, Callable[[Request], Awaitable[Response]]] = field(default_factory=dict)  # routes that the gate opens itself
@@ -167,12 +171,26 @@ class Desk:
         self.under_way += 1
         try:
             self.waiting.append(entry)
-            if not self.flushing:
-                self.flushing = True
-                loop.call_soon(self._gather, 0)
+            self._next()
             return await entry.future
         finally:
             self.under_way -= 1
+
+    def _next(self) -> None:
+        """Begin the next batch, unless one goes on: then those who come meanwhile are the next, together.
+
+        Most of what a batch costs it costs whatever its size, so a few large ones serve more than many small ones. While a batch is on its way to the
+        disk the next is not computed, since both would have to share the interpreter; and after one that held several requests the loop takes as long for
+        other things. As many as `TOGETHER` wait for neither, and one who is alone never waits.
+        """
+        if self.waiting and not self.flushing and (not self.committing or len(self.waiting) >= TOGETHER):
+            self.flushing = True
+            loop = asyncio.get_running_loop()
+            wait = self.rested - time.perf_counter()
+            if wait > 0 and len(self.waiting) < TOGETHER:
+                loop.call_later(wait, self._gather, 0)
+            else:
+                loop.call_soon(self._gather, 0)
 
     def _gather(self, before: int) -> None:
         """Let those who are just arriving come along: another turn of the loop for as long as each brings somebody; no timer, so one alone does not wait."""
@@ -183,7 +201,6 @@ class Desk:
 
     def _flush(self) -> None:
         """One batch: as many waiting requests as fit."""
-        loop = asyncio.get_running_loop()
         batch: list[Waiting] = []
         later: list[Waiting] = []
         rows = 0
@@ -194,7 +211,7 @@ class Desk:
                 continue
             self._occupy(entry)
             if len(entry.ask) > BATCH_ROWS:  # it would hold everybody up
-                self.apart.add(task := loop.create_task(self._decide_apart(entry)))
+                self.apart.add(task := asyncio.get_running_loop().create_task(self._decide_apart(entry)))
                 task.add_done_callback(self.apart.discard)
                 continue
             batch.append(entry)
@@ -207,11 +224,13 @@ class Desk:
                 results: Sequence[list[Decision] | Exception] = online.decide(self.open(), [entry.ask for entry in batch])
             except Exception as error:  # noqa: BLE001 - whatever it is, those who wait must hear of it
                 results = [error] * len(batch)
-            self.metrics.stage.labels("decide").observe(time.perf_counter() - started)
+            took = time.perf_counter() - started
+            self.metrics.stage.labels("decide").observe(took)
+            self.rested = started + 2 * took if len(batch) > 1 else 0.0
             self._decided(batch, results)
-        self.flushing = len(self.waiting) > len(later)  # those who wait for the disk are taken up when it has written
-        if self.flushing:
-            loop.call_soon(self._gather, 0)
+        self.flushing = False
+        if any(self.busy.isdisjoint(entry.ask.player_ids) for entry in self.waiting):  # the others are taken up when the disk has written
+            self._next()
 
     async def _decide_apart(self, entry: Waiting) -> None:
         """A large request, in a thread of its own."""
@@ -249,8 +268,10 @@ class Desk:
         except FastqError as error:
             self._release(entries, error)
             return
+        self.committing += 1
 
         def on_disk(done: Future[list[Decision]]) -> None:
+            self.committing -= 1
             self.metrics.stage.labels("log").observe(time.perf_counter() - started)
             error = done.exception()
             if error is None and (request is None or done.result() == decisions):
@@ -273,9 +294,7 @@ class Desk:
             entry.end(error if error is not None else entry.decided if result is None else result)
         if self.busy:
             self.busy.difference_update(p for entry in entries if entry.keep for p in entry.ask.player_ids)
-            if self.waiting and not self.flushing:
-                self.flushing = True
-                asyncio.get_running_loop().call_soon(self._flush)
+        self._next()
 
     async def readiness(self) -> dict[str, str]:
         """Champion, decision log and online store, each `ok` or what is wrong, really tried at most once a second."""
@@ -785,12 +804,14 @@ def create_app(platform: Platform) -> FastAPI:
     paused.set_function(lambda: float(desk.service is not None and desk.service.pause is not None))
     lag = Gauge("fastq_decision_log_lag_seconds", "How long the commit under way has taken so far", registry=desk.metrics.registry)
     lag.set_function(lambda: desk.service.log.lag_seconds if desk.service else 0)
+    if proxy := os.environ.get("RAY_SERVE_HAPROXY_SOCKET_PATH"):
+        desk.metrics.registry.register(ProxyRefusals(Path(proxy)))
 
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus text format."""
         desk.metrics.settle(platform)
-        return Response(generate_latest(desk.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await asyncio.to_thread(generate_latest, desk.metrics.registry), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     app.openapi = lambda: document(app)  # type: ignore[method-assign]
     return app

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import socket
 import threading
 from collections import Counter as Counted
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from fastq.platform import Platform
@@ -18,6 +22,7 @@ from serving.decision_log import Decision
 LATENCY = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10)
 PROPENSITY = tuple(10.0**k for k in range(-6, 3))
 TENTHS = tuple(k / 10 for k in range(1, 11))
+PROXY_SECONDS = 0.5  # how long the proxy may take to say what it refused
 TOGETHER = 512  # decisions that are counted at a time
 
 
@@ -47,6 +52,30 @@ class Distribution(Collector):
                 upto = counts.cumsum().tolist()
                 edges = [*map(str, self.buckets), "+Inf"]
                 family.add_metric([label], list(zip(edges, upto, strict=True)), self._sums[label])
+        yield family
+
+
+@dataclass(eq=False)
+class ProxyRefusals(Collector):
+    """What this machine's proxy refused because a request had waited too long for a place, as its own socket tells; nothing where there is no such proxy.
+
+    `address` is where Ray was told to put that socket; it puts it into a folder of the node's beside.
+    """
+
+    address: Path
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        said = "Requests that the proxy of this machine refused since its start, and no replica saw; every replica shows the same number"
+        family = CounterMetricFamily("fastq_proxy_refused", said)
+        for address in self.address.parent.glob(f"*/{self.address.name}"):
+            with contextlib.suppress(OSError, KeyError, ValueError), socket.socket(socket.AF_UNIX) as proxy:
+                proxy.settimeout(PROXY_SECONDS)
+                proxy.connect(str(address))
+                proxy.sendall(b"show stat\n")
+                told = b"".join(iter(lambda: proxy.recv(65536), b"")).decode()
+                rows = csv.DictReader(told.removeprefix("# ").splitlines())
+                family.add_metric([], sum(int(row["econ"]) for row in rows if row["svname"] == "BACKEND"))
+                break
         yield family
 
 

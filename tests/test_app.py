@@ -28,7 +28,8 @@ from fastq.errors import BundleError, ConfigurationError, WorkspaceError
 from fastq.platform import Cap, Platform, load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
-from serving import app, auth, endpoint, pages
+from serving import app, auth, bodies, decision_log, endpoint, online, pages
+from serving.metrics import ProxyRefusals
 
 
 @pytest.fixture(scope="module")
@@ -706,6 +707,63 @@ def test_metrics_count(client: TestClient, call, player: str) -> None:
     ):
         assert line in text, line
     assert player not in text
+
+
+def test_what_the_proxy_refused_is_counted(tmp_path: Path) -> None:
+    """The proxy's own words, a fragment of HAProxy 2.8's `show stat`; and one that says nothing or is not there."""
+    said = "# pxname,svname,qcur,econ,hrsp_5xx\nhttp,FRONTEND,,,9\nfastq,r0,0,4,2\nfastq,BACKEND,0,7,9\nother,BACKEND,0,1,1\n\n"
+    address = tmp_path / "admin.sock"
+    (tmp_path / "node").mkdir()
+    with socket.socket(socket.AF_UNIX) as proxy, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        proxy.bind(str(tmp_path / "node" / "admin.sock"))
+        proxy.listen()
+
+        def answer(text: str) -> bytes:
+            with proxy.accept()[0] as asked:
+                heard = asked.recv(100)
+                asked.sendall(text.encode())
+            return heard
+
+        heard = pool.submit(answer, said)
+        (family,) = ProxyRefusals(address).collect()
+        assert [sample.value for sample in family.samples] == [8]
+        assert heard.result() == b"show stat\n"
+        heard = pool.submit(answer, "")
+        (family,) = ProxyRefusals(address).collect()
+        assert [sample.value for sample in family.samples] == [0]
+        heard.result()
+    (family,) = ProxyRefusals(tmp_path / "nowhere").collect()
+    assert family.samples == []
+
+
+def test_a_clock_that_jumps_loses_and_repeats_nothing(call, platform: Platform, player: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two days ahead, then a day back behind where it was: what is served, reported and posted stands, and the newest word counts."""
+    shift, objective, measure = timedelta(), next(iter(platform.objectives)), next(iter(platform.state.measures))
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.now(tz) + shift
+
+    read = decision_log.now_us
+    monkeypatch.setattr(online, "datetime", Clock)
+    for module in (decision_log, online, bodies):
+        monkeypatch.setattr(module, "now_us", lambda: read() + round(shift.total_seconds() * 1e6))
+    served: list[str] = []
+    for days in (0, 2, -1, 0):
+        shift = timedelta(days=days)
+        status, answer = call("POST", "/v1/recommendations", {"players": [player] * 3}, "recommend")
+        assert status == 200, answer
+        served += [decision["decision_id"] for decision in answer["recommendations"]]
+        reported = {"outcomes": [{"decision_id": served[0], objective: 1.0 + days}], "correct": True}
+        assert call("POST", "/v1/outcomes", reported, "recommend") == (200, {"accepted": 1, "already_known": 0})
+        assert call("GET", f"/v1/decisions/{served[0]}")[1]["outcomes"][objective] == 1.0 + days
+        event = {"player_id": player, "occurred_at": Clock.now(UTC).isoformat(), measure: 1}
+        assert call("POST", "/v1/activity", {"events": [event]}, "recommend") == (200, {"accepted": 1, "already_known": 0, "degraded": None})
+        assert call("POST", "/v1/activity", {"events": [event]}, "recommend")[1]["already_known"] == 1
+    assert len(set(served)) == len(served)
+    assert all(call("GET", f"/v1/decisions/{decision}")[0] == 200 for decision in served)
+    assert all(call("POST", "/v1/explanations", {"decision_id": decision})[0] == 200 for decision in served[::3])
 
 
 # ---- behind Ray Serve ------------------------------------------------------------------------------------------------------------------

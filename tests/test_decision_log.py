@@ -100,6 +100,35 @@ def test_what_queues_up_behind_a_commit_is_one_commit(log: DecisionLog) -> None:
     assert len(transactions) < 320
 
 
+def test_one_decision_that_cannot_be_stored_takes_no_other_with_it(log: DecisionLog) -> None:
+    log.append([decision("d0")]).result(10)
+    inside, go = threading.Event(), threading.Event()
+    held = log._submit(lambda _: (inside.set(), go.wait(10)))
+    assert inside.wait(10)
+    futures = [log.append([decision(name), decision(f"{name} too")]) for name in ("d1", "d0", "d2")]  # all of them wait for one commit
+    go.set()
+    held.result(10)
+    assert [d.decision_id for d in futures[0].result(10) + futures[2].result(10)] == ["d1", "d1 too", "d2", "d2 too"]
+    with pytest.raises(sqlite3.IntegrityError):
+        futures[1].result(10)
+    assert log.find("d0 too") is None
+    assert log.counts()["decisions"] == 5
+
+
+def test_the_wal_is_begun_anew_while_decisions_go_on(log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    def grown(commits: int) -> int:
+        for number in range(commits):
+            log.append([decision(f"{log.counts()['decisions']} {number}", f"p{number}")]).result(10)
+            if log._copier is not None:
+                log._copier.join(10)
+        return Path(f"{log.path}-wal").stat().st_size
+
+    monkeypatch.setattr("serving.decision_log.CHECKPOINT", 10)
+    most = grown(30)
+    assert grown(300) < 2 * most
+    assert log.counts()["decisions"] == 330
+
+
 def test_kill_minus_nine_loses_nothing_that_was_acknowledged(platform: Platform, tmp_path: Path) -> None:
     program = f"""
 import json, sys
