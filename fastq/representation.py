@@ -31,6 +31,7 @@ from fastq.windows import Windows
 from fastq.workspace import replacing
 
 HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
+ERASED, ERASED_LAST = 4_096, 65_536  # decisions by which it is worked out what the balanced state tells of the policy, after each epoch and in the end
 WARM_EPOCHS, WARM_PATIENCE = 3, 2  # at most, and without improvement, where training goes on from a policy: measured in infra/log.md
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
 
@@ -213,6 +214,7 @@ class RepresentationModule(Stage):
         network: Representation,
         states: StateTensors,
         targets: dict[str, Tensor],
+        rows: Tensor,
         validation: Tensor,
         *,
         seed: int,
@@ -223,6 +225,7 @@ class RepresentationModule(Stage):
     ) -> None:
         super().__init__(validation, seed=seed, epochs=epochs, learning_rate=learning_rate, part=part)
         self.network, self.states, self.targets, self.final_balance = network, states, targets, balance
+        self.rows = rows
         self.best_weights = {name: value.clone() for name, value in network.state_dict().items()}
 
     def new_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -256,8 +259,17 @@ class RepresentationModule(Stage):
         self.part.average_gradients(self.network)
 
     @torch.no_grad()
-    def on_train_epoch_end(self) -> None:
+    def erase(self, most: int) -> None:
+        """Take from the balanced state what a linear map of it still tells of the acting policy, by at most so many decisions of those learned from."""
         self.network.eval()
+        told = self.rows[torch.linspace(0, len(self.rows) - 1, min(len(self.rows), most)).long()]
+        self.network.erase(torch.eye(self.network.sizes.balanced), torch.zeros(self.network.sizes.balanced))
+        b = torch.cat([self.network(*self.states.gather(index)).b for index in told.split(4096)])
+        self.network.erase(*equations.concept_erasure(b, self.targets["policy"][told]))
+
+    @torch.no_grad()
+    def on_train_epoch_end(self) -> None:
+        self.erase(ERASED)
         totals: dict[str, float] = {}
         chunks = self.validation.split(8192)
         for chunk in chunks:
@@ -408,6 +420,7 @@ def train_representation(
         network,
         states,
         targets,
+        torch.from_numpy(training_rows).to(device),
         torch.from_numpy(validation_rows).to(device),
         seed=training.seed,
         epochs=training.epochs if start is None else min(training.epochs, WARM_EPOCHS),
@@ -425,6 +438,7 @@ def train_representation(
     )
     network = network.to(device)
     network.load_state_dict(module.best_weights)
+    module.erase(ERASED_LAST)
     return network.eval().requires_grad_(False), states, module.history
 
 

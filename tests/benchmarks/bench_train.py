@@ -148,8 +148,8 @@ def test_both_stages_beside_a_bare_loop(monkeypatch, tmp_path):
         ours[stage] = median(watched.seconds[stage][1:])
         if stage == "representation":
             plain = RepresentationModule(
-                module.network.requires_grad_(True).train(), module.states, module.targets, module.validation, seed=0, epochs=EPOCHS, learning_rate=1e-3,
-                balance=0.1,
+                module.network.requires_grad_(True).train(), module.states, module.targets, module.rows, module.validation, seed=0, epochs=EPOCHS,
+                learning_rate=1e-3, balance=0.1,
             )  # fmt: skip
             plain.states = Gathered(data, policy.encoding)
             taken = bare(plain, rows, batch_size, stage_1_step)
