@@ -607,7 +607,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
         | {
             "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen[sample]))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
-            "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked) | {"compared": critic.compared},
+            "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked) | {"policies_compared": critic.compared},
             "confirmed": {
                 name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
                 for j, name in enumerate(platform.objectives)

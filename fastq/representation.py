@@ -1,8 +1,8 @@
 """Stage 1: policy experts and the balanced state, trained in Lightning, then frozen.
 
 Departures from the paper, each with its reason beside the line: the branch is the policy that acted *last* (known when serving asks),
-the adversary names the policy that acts (the confounding that has to go), outcomes are predicted from the balanced state, a decay
-encoder stands for the LSTM. Sizes and strengths: `networks.Sizes`, `platform.Training`.
+the adversary names the policy that acts (the confounding that has to go), what reversal leaves of it is erased in closed form, outcomes are
+predicted from the balanced state, a decay encoder stands for the LSTM. Sizes and strengths: `networks.Sizes`, `platform.Training`.
 """
 
 from __future__ import annotations
@@ -214,18 +214,18 @@ class RepresentationModule(Stage):
         network: Representation,
         states: StateTensors,
         targets: dict[str, Tensor],
-        rows: Tensor,
         validation: Tensor,
         *,
         seed: int,
         epochs: int,
         learning_rate: float,
         balance: float,
+        erased_by: Tensor | None = None,
         part: Part = ALONE,
     ) -> None:
         super().__init__(validation, seed=seed, epochs=epochs, learning_rate=learning_rate, part=part)
         self.network, self.states, self.targets, self.final_balance = network, states, targets, balance
-        self.rows = rows
+        self.erased_by = erased_by
         self.best_weights = {name: value.clone() for name, value in network.state_dict().items()}
 
     def new_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -260,9 +260,11 @@ class RepresentationModule(Stage):
 
     @torch.no_grad()
     def erase(self, most: int) -> None:
-        """Take from the balanced state what a linear map of it still tells of the acting policy, by at most so many decisions of those learned from."""
+        """Take from the balanced state what a linear map of it still tells of the acting policy, by at most so many of the decisions `erased_by`."""
         self.network.eval()
-        told = self.rows[torch.linspace(0, len(self.rows) - 1, min(len(self.rows), most)).long()]
+        if self.erased_by is None:
+            return
+        told = self.erased_by[torch.linspace(0, len(self.erased_by) - 1, min(len(self.erased_by), most)).long()]
         self.network.erase(torch.eye(self.network.sizes.balanced), torch.zeros(self.network.sizes.balanced))
         b = torch.cat([self.network(*self.states.gather(index)).b for index in told.split(4096)])
         self.network.erase(*equations.concept_erasure(b, self.targets["policy"][told]))
@@ -420,12 +422,12 @@ def train_representation(
         network,
         states,
         targets,
-        torch.from_numpy(training_rows).to(device),
         torch.from_numpy(validation_rows).to(device),
         seed=training.seed,
         epochs=training.epochs if start is None else min(training.epochs, WARM_EPOCHS),
         learning_rate=training.learning_rate,
         balance=training.balance,
+        erased_by=torch.from_numpy(training_rows).to(device),
         part=part,
     )
     network.encoder.part = (part.rank, part.of)

@@ -162,7 +162,7 @@ def test_gradients_reach_the_representation_with_one_policy(place):
     torch.nn.init.normal_(fresh.effects, std=0.1)
     phi = equations.action_features(torch.from_numpy(units.standard(data.action)).float(), True)
     targets = {"policy": torch.from_numpy(data.policy), "features": phi, "proposed": phi[:, None].clone(), "outcomes": torch.randn(len(data), 2)}
-    module = RepresentationModule(fresh, states, targets, torch.from_numpy(rows), torch.arange(10), seed=0, epochs=2, learning_rate=1e-3, balance=0.1)
+    module = RepresentationModule(fresh, states, targets, torch.arange(10), seed=0, epochs=2, learning_rate=1e-3, balance=0.1)
     module.epochs_done = 1
     module.training_step(torch.arange(128)).backward()
     dead = {name for name, p in fresh.named_parameters() if p.requires_grad and (p.grad is None or float(p.grad.abs().max()) == 0)}

@@ -151,7 +151,7 @@ def test_gradients_reach_every_trained_parameter_of_stage_1_and_its_update_chang
         "proposed": phi[:, None].expand(-1, 2, -1).clone(),
         "outcomes": torch.randn(len(data), 4),
     }
-    module = RepresentationModule(fresh, states, targets, torch.from_numpy(rows), torch.arange(10), seed=0, epochs=2, learning_rate=1e-3, balance=0.1)
+    module = RepresentationModule(fresh, states, targets, torch.arange(10), seed=0, epochs=2, learning_rate=1e-3, balance=0.1)
     module.epochs_done = 1  # the reversal's strength is 0 in the very first epoch
     module.training_step(torch.arange(256)).backward()
     dead = [name for name, p in fresh.named_parameters() if p.requires_grad and (p.grad is None or float(p.grad.abs().max()) == 0)]
