@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -51,6 +51,8 @@ FOLDS = 4  # of players, for nuisances and for what unseen players confirm
 NUISANCE_RIDGE = 30.0  # rows' worth of prior on standardised features
 RIDGES = np.geomspace(3.0, 30_000.0, 13)  # prior precisions tried for the effects, per standard deviation of the outcome
 INTERACTIONS = (0.0, 0.1, 0.3, 1.0)  # prior scales tried for effects that depend on the state, relative to those that do not
+CURVATURES = (0.1, 0.3, 1.0)  # and for products, squares and cubes of actions, relative to the action itself
+BEYOND_CHANCE = 6.0  # squared errors, in variances of one, that a prediction has to save on unseen players; one in eight of noise does (infra/log.md)
 DOUBT_RIDGE = 1.0  # weak, pooled: the doubt must not shrink with the mean
 LARGEST_PRICE = 64.0  # of a guardrail, in largest objective weights
 GUARDRAIL_SAMPLE = 1_024  # states on which the guardrails' prices are found
@@ -156,11 +158,12 @@ def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray,
     design = equations.orthogonal_design(psi, centred)
 
     n_targets, s, p = targets.shape[1], psi.shape[1], phi.shape[1]
+    priors = prior_scales(s, p, d)
     effects, confirmed, gain = np.zeros((n_targets, s * p)), np.zeros(n_targets), np.zeros(n_targets)
     for known, columns in known_together(residual):
         known &= usable
         if known.sum() > FOLDS * 10:
-            effects[columns], confirmed[columns], gain[columns] = confirmed_effects(design[known], residual[np.ix_(known, columns)], fold[known], s, p)
+            effects[columns], confirmed[columns], gain[columns] = confirmed_effects(design[known], residual[np.ix_(known, columns)], fold[known], priors)
     complete = usable & np.isfinite(residual[:, 0::2]).all(1)
     errors = (residual[:, 0::2] - design @ effects[0::2].T)[complete]
     if complete.sum() < 2:
@@ -221,17 +224,17 @@ def positive_mean(found: np.ndarray, error: np.ndarray, prior: np.ndarray) -> np
     return np.maximum(centre + error * hazard, 0.0)  # of a number far below 0 only rounding is left
 
 
-def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, priors: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Effects [T, S * P] whose prior is the one that players left out confirm best, shrunk by the slope [T] that they confirm; 0 where they confirm nothing.
 
-    design [n, S * P], residual [n, T]. Last comes, [T], the share of the residual's variance that predictions explained there.
+    design [n, S * P], residual [n, T], priors: the scales [S * P] that are tried, each at every strength of `RIDGES`. Last comes, [T], the share of the
+    residual's variance that predictions explained there.
     """
     grams = np.stack([design[fold == k].T @ design[fold == k] for k in range(FOLDS)])
     moments = np.stack([design[fold == k].T @ residual[fold == k] for k in range(FOLDS)])
     t = residual.shape[1]
-    best, slope, prior = np.zeros(t), np.zeros(t), np.zeros((t, 2))
-    for interaction in INTERACTIONS:
-        d = prior_scale(s, p, interaction)
+    best, slope, chosen = BEYOND_CHANCE * np.square(residual).mean(0), np.zeros(t), np.zeros((t, 2))
+    for prior, d in enumerate(priors):
         for_each = []
         for k in range(FOLDS):
             value, vector = np.linalg.eigh(d[:, None] * (grams.sum(0) - grams[k]) * d)
@@ -241,17 +244,20 @@ def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray
             cross, square = np.einsum("kdt,kdt->t", fitted, moments), np.einsum("kdt,kdt->t", fitted, grams @ fitted)
             better = 2 * cross - square > best
             best[better], slope[better] = (2 * cross - square)[better], (cross / np.maximum(square, 1e-12))[better]
-            prior[better] = interaction, strength
-    effects = np.zeros((t, s * p))
-    for interaction, strength in np.unique(prior[best > 0], axis=0):
-        alike, d = (prior == (interaction, strength)).all(1) & (best > 0), prior_scale(s, p, interaction)
+            chosen[better] = prior, strength
+    effects, confirmed = np.zeros((t, design.shape[1])), slope > 0
+    for prior, strength in np.unique(chosen[confirmed], axis=0):
+        alike, d = (chosen == (prior, strength)).all(1) & confirmed, priors[int(prior)]
         effects[alike] = (d[:, None] * equations.ridge(design * d, residual[:, alike], strength)).T * np.minimum(slope[alike], 1.0)[:, None]
-    return effects, slope, best / np.maximum(np.square(residual).sum(0), 1e-12)
+    return effects, slope, np.where(confirmed, best, 0.0) / np.maximum(np.square(residual).sum(0), 1e-12)
 
 
-def prior_scale(s: int, p: int, interaction: float) -> np.ndarray:
-    """[S * P] of the effects: those that do not depend on the state, the first P, beside those that do."""
-    return np.where(np.arange(s * p) < p, 1.0, interaction)
+def prior_scales(s: int, p: int, d: int) -> list[np.ndarray]:
+    """[S * P] each: how large effects may be that depend on the state, beside those that do not (the first P), and those of products, squares and cubes
+    (all action features but the first D), beside those of the action itself.
+    """
+    depends, bends = np.arange(s * p) >= p, np.arange(s * p) % p >= d
+    return [np.where(depends, i, 1.0) * np.where(bends, c, 1.0) for i in INTERACTIONS for c in (CURVATURES if p > d else (1.0,))]
 
 
 class ValueAndActor(Stage):
@@ -601,7 +607,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
         | {
             "own_response": critic.own_response | {"usual": usual_doubt(policy, situation_of(policy, seen[sample]))},
             "level_variance": level_variance(policy, seen, windows, targets, scale, learned),
-            "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked) | {"compared": critic.compared},
+            "diagnostics": diagnostics(policy, seen, windows, features, lesson.checked) | {"policies_compared": critic.compared},
             "confirmed": {
                 name: dict(zip(("value", "immediate", "gain", "immediate_gain"), [*critic.confirmed[j].tolist(), *critic.gain[j].tolist()], strict=True))
                 for j, name in enumerate(platform.objectives)

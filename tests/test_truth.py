@@ -35,7 +35,7 @@ def test_the_true_difference_is_the_simulators(policy, found):
 
 
 def test_explanations_that_lie_are_found_out(policy, found, monkeypatch):
-    """Differences of the wrong sign, ten times too sure: fewer intervals hold, fewer reasons do."""
+    """Differences at the edge of what is believed, ten times too sure: fewer intervals hold, fewer reasons do."""
     honest = explanation.explain
 
     def lying(*arguments, **options):
@@ -43,7 +43,7 @@ def test_explanations_that_lie_are_found_out(policy, found, monkeypatch):
         c = why.contrast
         half = (c.high - c.difference) / 10
         parts = -10 * np.abs(c.parts)
-        false = dataclasses.replace(c, difference=-c.difference, low=-c.difference - half, high=-c.difference + half, parts=parts)
+        false = dataclasses.replace(c, difference=c.high, low=c.high - half, high=c.high + half, parts=parts)
         return dataclasses.replace(why, contrast=false)
 
     monkeypatch.setattr(explanation, "explain", lying)

@@ -53,7 +53,7 @@ def without_orthogonality() -> Any:
 def without_shrinkage() -> Any:
     """One weak ridge for all objectives, whether unseen players confirm anything or not."""
 
-    def plain(design: np.ndarray, residual: np.ndarray, fold: np.ndarray, s: int, p: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def plain(design: np.ndarray, residual: np.ndarray, *_: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return equations.ridge(design, residual, learner.RIDGES[0]).T, np.ones(residual.shape[1]), np.zeros(residual.shape[1])
 
     return mock.patch.object(learner, "confirmed_effects", plain)
