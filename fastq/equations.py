@@ -67,24 +67,6 @@ def discrepancy(x: Tensor, y: Tensor, width: float) -> Tensor:
     return (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y)).clamp(min=0).sqrt()
 
 
-def concept_erasure(x: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 3c: the least change of `x` [N, Z] after which its mean is the same under every `label` [N]: weight [Z, Z] and bias [Z] of `x W^T + bias`.
-
-    `x - S^1/2 P S^-1/2 (x - mean)`, S the covariance of x and P the projection onto what its whitened covariance with the labels spans. No linear
-    classifier does better on the outcome than one that always gives the same answer (LEACE, arXiv 2306.03819); nothing else that x tells is lost.
-    """
-    given, x, one_hot = x.dtype, x.double(), torch.nn.functional.one_hot(label).double()
-    mean, n = x.mean(0), len(x)
-    centred = x - mean
-    value, vector = torch.linalg.eigh(centred.T @ centred / n)
-    kept = value > value[-1] * 1e-9
-    root, vector = value[kept].sqrt(), vector[:, kept]
-    told, size, _ = torch.linalg.svd((vector / root).T @ (centred.T @ (one_hot - one_hot.mean(0)) / n), full_matrices=False)
-    told = told[:, size > 1e-9]
-    weight = torch.eye(x.shape[1], dtype=x.dtype, device=x.device) - (vector * root) @ told @ told.T @ (vector / root).T
-    return weight.to(given), (mean - weight @ mean).to(given)
-
-
 def action_features(u: Tensor, polynomial: bool) -> Tensor:
     """Eq. 4: `phi(u)`, [..., D] to [..., P]: `u`, its products `u_i u_j` (i <= j) and its cubes; `u` alone if not polynomial.
 

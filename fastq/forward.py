@@ -39,7 +39,6 @@ class Weights:
     phi: tuple[np.ndarray, np.ndarray]  # [K, hidden, P] and [K, 1, P], in the units of action features
     balance: tuple[np.ndarray, np.ndarray]
     balanced: tuple[np.ndarray, np.ndarray]  # gain and bias of the norm
-    erasure: tuple[np.ndarray, np.ndarray]
     of_balanced: tuple[np.ndarray, np.ndarray]  # modifiers, linear level, both twins' hidden layers, the actor's first
     twins: tuple[np.ndarray, np.ndarray]  # [2, hidden, 2M] and [2, 1, 2M]
     actor: tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]  # its second layer and its last
@@ -103,7 +102,6 @@ def weights_of(
         phi=(array(experts.phi) * unit, (array(experts.mean) + unit * array(experts.phi_bias))[:, None]),
         balance=layer(network.balance[0]),
         balanced=norm(network.balance[2]),
-        erasure=layer(network.balance[3]),
         of_balanced=beside(*map(layer, of_balanced)),
         twins=(np.stack([matrix for matrix, _ in twins]), np.stack([bias for _, bias in twins])[:, None]),
         actor=(layer(actor.layers[2]), layer(actor.layers[4])),
@@ -132,7 +130,7 @@ def look(w: Weights, x: np.ndarray, v: np.ndarray, branch: np.ndarray) -> tuple[
         h = _silu(both[:, : k * hidden]).reshape(n, k, hidden)
         expected = (h.transpose(1, 0, 2) @ w.phi[0] + w.phi[1]).transpose(1, 0, 2)
         mixed = _linear((branch[:, None] @ h)[:, 0], w.balance)
-        b = _linear(_normal(np.where(mixed > 0, mixed, np.exp(np.minimum(mixed, 0)) - 1), w.balanced), w.erasure)  # ELU
+        b = _normal(np.where(mixed > 0, mixed, np.exp(np.minimum(mixed, 0)) - 1), w.balanced)  # ELU
 
         out = _linear(b, w.of_balanced)
         psi = np.concatenate([np.ones((n, 1), np.float32), np.tanh(out[:, :s])], 1)

@@ -137,8 +137,7 @@ class Representation(nn.Module):
         self.sizes = sizes
         self.encoder = DecayEncoder(sizes)
         self.experts = Experts(sizes)
-        self.balance = nn.Sequential(nn.Linear(sizes.expert, sizes.balanced), nn.ELU(), nn.LayerNorm(sizes.balanced), nn.Linear(sizes.balanced, sizes.balanced))
-        self.erase(torch.eye(sizes.balanced), torch.zeros(sizes.balanced))
+        self.balance = nn.Sequential(nn.Linear(sizes.expert, sizes.balanced), nn.ELU(), nn.LayerNorm(sizes.balanced))
         self.modifiers = nn.Linear(sizes.balanced, sizes.modifiers)
         self.adversary = Adversary(sizes)
         self.assignment = nn.Linear(sizes.embedding + sizes.embedding // 3, sizes.policies)
@@ -153,13 +152,6 @@ class Representation(nn.Module):
         b = self.balance(torch.einsum("bk,bkh->bh", branch, h))
         psi = torch.cat([torch.ones_like(b[:, :1]), torch.tanh(self.modifiers(b))], -1)
         return Represented(b, psi, expected, self.assignment(e))
-
-    @torch.no_grad()
-    def erase(self, weight: Tensor, bias: Tensor) -> None:
-        """Set the last step of the balanced state, which no gradient learns: it takes away what reversal leaves (`equations.concept_erasure`)."""
-        erasure = self.balance[-1].requires_grad_(False)
-        erasure.get_parameter("weight").copy_(weight)
-        erasure.get_parameter("bias").copy_(bias)
 
     def outcomes(self, seen: Represented, policy: Tensor, centred: Tensor) -> Tensor:
         """[B, 2M] immediate and horizon outcomes: a baseline under the acting policy [B] plus the effect of the centred action features [B, P]."""

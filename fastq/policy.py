@@ -39,7 +39,6 @@ ROUNDS = ((64, 1.0), (32, 0.15), (16, 0.04))  # candidates per round, and the sh
 CHUNKS = (4, 8, 16, 32, 64, 512, 4096)  # states per batch: a row's floats depend on the size of its batch and its place there, so sizes are fixed
 NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
 REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts, where logs cannot say
-FORMAT = 2  # of bundles; 2: the balanced state ends with an erasure
 CAUTION, CAUTION_AMONG_ITEMS = 0.5, 4.0  # where no reach bounds how far one may go, doubt has to; measured in infra/log.md
 OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
 RARE = 0.05  # a policy that acts in less than this share of such states is no evidence there
@@ -726,7 +725,7 @@ class Policy:
             tensors["catalogue.embedding"] = self.catalogue.embedding
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, directory / "weights.safetensors")
         tree = {
-            "format": FORMAT,
+            "format": 1,
             "platform": self.platform.model_dump(mode="json"),
             "fingerprint": self.platform.fingerprint(),
             "features": self.fingerprint,
@@ -750,9 +749,7 @@ class Policy:
             found = hashlib.sha256((directory / "weights.safetensors").read_bytes()).hexdigest()
         except (OSError, ValueError) as error:
             raise BundleError(f"{directory}: not a readable bundle ({error})") from None
-        if tree.get("format", FORMAT) > FORMAT:
-            raise BundleError(f"{directory}: was written by a later fastq (format {tree['format']}, this one reads up to {FORMAT}); update fastq")
-        if tree["files"]["weights.safetensors"] != found:
+        if tree.get("format") != 1 or tree["files"]["weights.safetensors"] != found:
             raise BundleError(f"{directory}: weights.safetensors is not the file this bundle was written with; fetch the model again")
         arrays = load_file(directory / "weights.safetensors")
         sizes = Sizes(**tree["sizes"])
@@ -764,9 +761,7 @@ class Policy:
         network, values, actor = form.networks(sizes)
         modules: dict[str, torch.nn.Module] = {"network": network, "values": values, "actor": actor}
         for name, module in modules.items():
-            as_made = module.state_dict() if tree["format"] < FORMAT else {}  # the first format knew of no erasure: as made, it erases nothing
-            given = {key.removeprefix(f"{name}."): torch.from_numpy(value) for key, value in arrays.items() if key.startswith(f"{name}.")}
-            module.load_state_dict(as_made | given)
+            module.load_state_dict({key.removeprefix(f"{name}."): torch.from_numpy(value) for key, value in arrays.items() if key.startswith(f"{name}.")})
             module.eval().requires_grad_(False)
         encoding = Encoding(arrays["encoding.mean"], arrays["encoding.scale"], {k: (v[0], v[1]) for k, v in tree["numeric"].items()}, tree["vocabularies"])
         return form(

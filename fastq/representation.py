@@ -1,8 +1,8 @@
 """Stage 1: policy experts and the balanced state, trained in Lightning, then frozen.
 
 Departures from the paper, each with its reason beside the line: the branch is the policy that acted *last* (known when serving asks),
-the adversary names the policy that acts (the confounding that has to go), what reversal leaves of it is erased in closed form, outcomes are
-predicted from the balanced state, a decay encoder stands for the LSTM. Sizes and strengths: `networks.Sizes`, `platform.Training`.
+the adversary names the policy that acts (the confounding that has to go), outcomes are predicted from the balanced state, a decay
+encoder stands for the LSTM. Sizes and strengths: `networks.Sizes`, `platform.Training`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from fastq.windows import Windows
 from fastq.workspace import replacing
 
 HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
-ERASED, ERASED_LAST = 4_096, 65_536  # decisions by which it is worked out what the balanced state tells of the policy, after each epoch and in the end
 WARM_EPOCHS, WARM_PATIENCE = 3, 2  # at most, and without improvement, where training goes on from a policy: measured in infra/log.md
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
 
@@ -220,12 +219,10 @@ class RepresentationModule(Stage):
         epochs: int,
         learning_rate: float,
         balance: float,
-        erased_by: Tensor | None = None,
         part: Part = ALONE,
     ) -> None:
         super().__init__(validation, seed=seed, epochs=epochs, learning_rate=learning_rate, part=part)
         self.network, self.states, self.targets, self.final_balance = network, states, targets, balance
-        self.erased_by = erased_by
         self.best_weights = {name: value.clone() for name, value in network.state_dict().items()}
 
     def new_optimizers(self) -> list[torch.optim.Optimizer]:
@@ -259,19 +256,8 @@ class RepresentationModule(Stage):
         self.part.average_gradients(self.network)
 
     @torch.no_grad()
-    def erase(self, most: int) -> None:
-        """Take from the balanced state what a linear map of it still tells of the acting policy, by at most so many of the decisions `erased_by`."""
-        self.network.eval()
-        if self.erased_by is None:
-            return
-        told = self.erased_by[torch.linspace(0, len(self.erased_by) - 1, min(len(self.erased_by), most)).long()]
-        self.network.erase(torch.eye(self.network.sizes.balanced), torch.zeros(self.network.sizes.balanced))
-        b = torch.cat([self.network(*self.states.gather(index)).b for index in told.split(4096)])
-        self.network.erase(*equations.concept_erasure(b, self.targets["policy"][told]))
-
-    @torch.no_grad()
     def on_train_epoch_end(self) -> None:
-        self.erase(ERASED)
+        self.network.eval()
         totals: dict[str, float] = {}
         chunks = self.validation.split(8192)
         for chunk in chunks:
@@ -427,7 +413,6 @@ def train_representation(
         epochs=training.epochs if start is None else min(training.epochs, WARM_EPOCHS),
         learning_rate=training.learning_rate,
         balance=training.balance,
-        erased_by=torch.from_numpy(training_rows).to(device),
         part=part,
     )
     network.encoder.part = (part.rank, part.of)
@@ -440,7 +425,6 @@ def train_representation(
     )
     network = network.to(device)
     network.load_state_dict(module.best_weights)
-    module.erase(ERASED_LAST)
     return network.eval().requires_grad_(False), states, module.history
 
 

@@ -351,30 +351,6 @@ def test_discrepancy_by_hand():
     assert float(equations.discrepancy(tensor([[0.0], [1.0]]), tensor([[1.0], [0.0]]), 2.0)) == 0
 
 
-def test_concept_erasure_by_hand():
-    # the label is the sign of the first column, and the second is half of it and something else: what remains is that something, (x1, x2) -> (0, x2 - x1 / 2)
-    x, label = tensor([[-1.0, -1.0], [-1.0, 0.0], [1.0, 0.0], [1.0, 1.0]]), torch.tensor([0, 0, 1, 1])
-    weight, bias = equations.concept_erasure(x + tensor([3.0, 5.0]), label)
-    close(weight, [[0.0, 0.0], [-0.5, 1.0]], atol=1e-6)
-    close((x + tensor([3.0, 5.0])) @ weight.T + bias - tensor([3.0, 5.0]), [[0.0, -0.5], [0.0, 0.5], [0.0, -0.5], [0.0, 0.5]], atol=1e-5)
-
-
-def test_concept_erasure_leaves_no_mean_that_differs_and_all_else_as_it_was():
-    luck = np.random.default_rng(0)
-    label = torch.from_numpy(luck.integers(0, 3, 4_000))
-    means = luck.normal(0, 1, (3, 6)) @ luck.normal(0, 1, (6, 6))
-    x = torch.from_numpy(means[label] + luck.normal(0, 1, (4_000, 6)) @ luck.normal(0, 1, (6, 6))).float()
-    x = torch.cat([x, x[:, :1]], 1)  # a column twice: the covariance has no inverse
-    weight, bias = equations.concept_erasure(x, label)
-    erased = x @ weight.T + bias
-    for k in range(3):
-        close(erased[label == k].mean(0), x.mean(0), 0.0, 1e-5)
-    assert int(torch.linalg.matrix_rank(torch.eye(7) - weight, rtol=1e-4)) == 2, "three means span two directions, and no more is taken"
-    same, nothing = equations.concept_erasure(x, torch.zeros(len(x), dtype=torch.long))
-    close(same, torch.eye(7), atol=1e-6)
-    close(nothing, torch.zeros(7), atol=1e-6)
-
-
 # ---- Eq. 14 to 18: the published form ---------------------------------------------------------------------------------------
 def test_difficulty_weights_follow_what_the_adversary_named_and_never_vanish():
     close(equations.difficulty_weights(tensor([5.0, 0.0, 2.0])), [0.6, 0.1, 0.3])  # (6, 1, 3) / 10

@@ -1,7 +1,5 @@
 """A served policy: its law is the density it says, draws repeat, limits and steps hold, a bundle comes back the same."""
 
-import copy
-import hashlib
 import json
 from dataclasses import replace
 
@@ -9,14 +7,13 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
 from scipy import integrate
 
 from fastq import Policy, load_platform
 from fastq.errors import BundleError, ConfigurationError, RequestError
 from fastq.features import PlayerStates
 from fastq.platform import platform_from_tree
-from fastq.policy import FORMAT, acting, uniforms
+from fastq.policy import acting, uniforms
 
 
 @pytest.fixture
@@ -188,24 +185,6 @@ def test_a_bundle_comes_back_the_same_and_a_damaged_one_is_refused(policy, state
     with pytest.raises(BundleError, match="not a readable bundle"):
         Policy.load(tmp_path / "bundle")
     assert not list(tmp_path.rglob("*.pkl")), "no pickle is written"
-
-
-def test_bundles_of_the_first_format_knew_of_no_erasure_and_those_of_a_later_one_are_refused(policy, states, tmp_path):
-    z = policy.network.sizes.balanced
-    plain = copy.deepcopy(policy.network)
-    plain.erase(torch.eye(z), torch.zeros(z))
-    plain = replace(policy, network=plain)
-    plain.save(tmp_path / "bundle")
-    described = tmp_path / "bundle" / "bundle.json"
-    arrays = load_file(tmp_path / "bundle" / "weights.safetensors")
-    save_file({name: value for name, value in arrays.items() if "balance.3" not in name}, tmp_path / "bundle" / "weights.safetensors")
-    tree = json.loads(described.read_text()) | {"format": 1}
-    tree["files"]["weights.safetensors"] = hashlib.sha256((tmp_path / "bundle" / "weights.safetensors").read_bytes()).hexdigest()
-    described.write_text(json.dumps(tree))
-    np.testing.assert_array_equal(Policy.load(tmp_path / "bundle").recommend(states, explore=False).action, plain.recommend(states, explore=False).action)
-    described.write_text(json.dumps(tree | {"format": FORMAT + 1}))
-    with pytest.raises(BundleError, match="later fastq"):
-        Policy.load(tmp_path / "bundle")
 
 
 def test_a_bundle_is_plain_json_and_safetensors(policy, tmp_path):

@@ -147,10 +147,10 @@ def test_both_stages_beside_a_bare_loop(monkeypatch, tmp_path):
     for stage, (module, rows, batch_size) in watched.modules.items():
         ours[stage] = median(watched.seconds[stage][1:])
         if stage == "representation":
-            module.network.requires_grad_(True).balance[-1].requires_grad_(False)  # the erasure is worked out, not learned
             plain = RepresentationModule(
-                module.network.train(), module.states, module.targets, module.validation, seed=0, epochs=EPOCHS, learning_rate=1e-3, balance=0.1
-            )
+                module.network.requires_grad_(True).train(), module.states, module.targets, module.validation, seed=0, epochs=EPOCHS, learning_rate=1e-3,
+                balance=0.1,
+            )  # fmt: skip
             plain.states = Gathered(data, policy.encoding)
             taken = bare(plain, rows, batch_size, stage_1_step)
         else:
