@@ -241,13 +241,15 @@ class Surroundings:
     now: datetime | None = None
 
 
-def row_rules(platform: Platform, table: Table, around: Surroundings | None = None) -> list[RowRule]:
-    """The rules that each row of `table` is held to."""
-    around = around or Surroundings()
-    columns = columns_of(platform, table)
-    rules: list[RowRule] = []
+@dataclass(frozen=True)
+class _Rules:
+    """The rules of a table; a call adds one. within: a range of the column's numbers in which none breaks it."""
 
-    def rule(
+    table: Table
+    added: list[RowRule] = field(default_factory=list)
+
+    def __call__(
+        self,
         column: str,
         name: str,
         broken: pl.Expr,
@@ -258,8 +260,15 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
     ) -> None:
         value = pl.col(column) if value is None else value
         reason = pl.concat_str(pl.lit(f"{column} "), value.cast(pl.String) + " ", pl.lit(complaint), ignore_nulls=True)
-        rules.append(RowRule(f"{table}.{column}.{name}", broken.fill_null(value=False), reason, severity, (column, *within) if within else None))
+        whole = f"{self.table}.{column}.{name}"
+        self.added.append(RowRule(whole, broken.fill_null(value=False), reason, severity, (column, *within) if within else None))
 
+
+def row_rules(platform: Platform, table: Table, around: Surroundings | None = None) -> list[RowRule]:
+    """The rules that each row of `table` is held to."""
+    around = around or Surroundings()
+    columns = columns_of(platform, table)
+    rule = _Rules(table)
     for column, what in columns.items():
         value = pl.col(column)
         text = pl.col(unread(column)) if column in around.unread else pl.lit(None, pl.String)
@@ -289,7 +298,7 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
         # a day of slack, for clocks differ and a local time may pass for UTC
         future = pl.lit(value=False) if around.now is None else pl.col(column) > around.now + timedelta(days=1)
         rule(column, "past", future, "is in the future", severity="warn")
-    return rules
+    return rule.added
 
 
 def suspect(rules: Sequence[RowRule]) -> pl.Expr:
@@ -302,20 +311,7 @@ def suspect(rules: Sequence[RowRule]) -> pl.Expr:
     return pl.any_horizontal(*outside, *(rule.broken for rule in rules if not rule.within))
 
 
-class _Add(Protocol):
-    def __call__(
-        self,
-        column: str,
-        name: str,
-        broken: pl.Expr,
-        complaint: str,
-        value: pl.Expr | None = None,
-        severity: Severity = "quarantine",
-        within: tuple[float, float] | None = None,
-    ) -> None: ...
-
-
-def _add_policy_rules(rule: _Add, platform: Platform) -> None:
+def _add_policy_rules(rule: _Rules, platform: Platform) -> None:
     known = [*platform.policies, OWN_POLICY]
     rule("policy", "known", ~pl.col("policy").is_in(known), f"is not one of {', '.join(known)}")
     propensity, assignment = pl.col("propensity"), pl.col("assignment")
@@ -327,7 +323,7 @@ def _add_policy_rules(rule: _Add, platform: Platform) -> None:
     rule("assignment", "probability", ~share, "is not a probability above 0 and up to 1")
 
 
-def _add_action_rules(rule: _Add, platform: Platform, around: Surroundings) -> None:
+def _add_action_rules(rule: _Rules, platform: Platform, around: Surroundings) -> None:
     if isinstance(platform.action, CatalogueAction):
         rule("item_id", "known", _stranger("item_id", around.items), "is not in the items log")
         return
@@ -470,11 +466,11 @@ def _judge(
         if spoiled:
             refused = _quarantine(rows.filter(bad).sort(FILE, ROW, nulls_last=True, maintain_order=True), table, rules, staged.files)
             good = rows.filter(~bad)
-        counts = Counts(height - spoiled, spoiled, repeated)
-        return _Split(_canonical(platform, table, good), refused, counts, failed, differs, rows.select("decision_id") if table == "decisions" else None)
+        ids = rows.select("decision_id") if table == "decisions" and since is not None else None
+        return _Split(_canonical(platform, table, good), refused, Counts(height - spoiled, spoiled, repeated), failed, differs, ids)
 
     splits = several(split, staged.parts)
-    accepted, ids = [found.accepted for found in splits], [found.ids for found in splits if found.ids is not None and since is not None]
+    accepted, ids = [found.accepted for found in splits], [found.ids for found in splits if found.ids is not None]
     refused = [found.refused for found in splits if found.refused is not None]
     counts = Counts(*(sum(getattr(found.counts, each) for found in splits) for each in ("accepted", "quarantined", "repeated")))
     counts = replace(counts, repeated=counts.repeated + staged.left_out)

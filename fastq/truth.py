@@ -19,7 +19,7 @@ from sklearn.metrics import roc_auc_score
 
 from fastq import explanation, worlds
 from fastq.features import PlayerStates
-from fastq.policy import Encoded, Policy
+from fastq.policy import Policy
 
 Array = np.ndarray[Any, np.dtype[Any]]
 BURN_IN = 25  # days that the logging platform runs before anybody is asked
@@ -80,7 +80,7 @@ def deletion(policy: Policy, states: PlayerStates, seed: int = 0) -> list[dict[s
     widths = {"history": len(platform.state.measures), "actions": len(platform.dimension_names), "objectives": len(platform.objectives)}
     columns = [(where, j) for where, width in widths.items() for j in range(width)]
     by_size = np.argsort(-np.abs(moved), 1)
-    base = _values(policy, enc, action)
+    base = policy.value_seen(enc, action)
 
     def without(order: Array, k: int) -> float:
         arrays: dict[str, Any] = {name: np.array(getattr(states, name), float) for name in widths}
@@ -88,7 +88,7 @@ def deletion(policy: Policy, states: PlayerStates, seed: int = 0) -> list[dict[s
             for place in row[:k]:
                 where, j = columns[place]
                 arrays[where][i, :, j] = np.nan
-        return float(np.abs(_values(policy, policy.encode(dataclasses.replace(states, **arrays)), action) - base).mean())
+        return float(np.abs(policy.value_seen(policy.encode(dataclasses.replace(states, **arrays)), action) - base).mean())
 
     shuffled = np.argsort(np.random.default_rng(seed).random((SHUFFLES, *by_size.shape)), 2)
     return [
@@ -98,12 +98,6 @@ def deletion(policy: Policy, states: PlayerStates, seed: int = 0) -> list[dict[s
         }
         for k in DELETED if k <= len(columns)
     ]  # fmt: skip
-
-
-def _values(policy: Policy, enc: Encoded, action: Array) -> Array:
-    """[P] weighted values of actions [P, D]."""
-    values: Array = policy.parts(enc, action[:, None])[:, 0].sum(2) @ policy.platform.weights
-    return values
 
 
 def _lived(world: worlds.Arena, people: int, seed: int) -> worlds.Simulation:
