@@ -600,11 +600,12 @@ def _sorted(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
 
 def _look_at_decisions(platform: Platform, accepted: Mapping[Table, Parts], now: datetime) -> list[Finding]:
     """What is worth a warning about the decisions as a whole."""
-    state, first, last = platform.state, pl.col("player_id").min(), pl.col("player_id").max()
+    state, player, decided_at = platform.state, pl.col("player_id"), pl.col("decided_at")
     known = {name: pl.col(name).count().alias(f"?{name}") for name in ("propensity", *platform.objectives)}
-    alike = [first.alias("?first"), last.alias("?last"), pl.col("decided_at").max().alias("?newest")]
-    said = accepted["decisions"].lazy().group_by("policy").agg(pl.len().alias("?rows"), *known.values(), *alike).collect(engine="streaming")
-    rows, acted, newest = int(said["?rows"].sum()), said["policy"].sort().to_list(), said["?newest"].max()
+    several_players, policies = (player != player.first()).any().alias("?players"), pl.col("policy").unique().implode().alias("?policies")
+    asked = accepted["decisions"].lazy().select(pl.len().alias("?rows"), *known.values(), decided_at.max().alias("?newest"), several_players, policies)
+    said = asked.collect(engine="streaming").row(0, named=True)
+    rows, acted, newest = said["?rows"], sorted(said["?policies"]), said["?newest"]
     idle = [policy for policy in platform.policies if policy not in acted] if rows else []
     findings: list[Finding] = []
 
@@ -612,14 +613,14 @@ def _look_at_decisions(platform: Platform, accepted: Mapping[Table, Parts], now:
         findings.append(Finding(f"decisions.{rule}", failed, f"decisions: {sentence}"))
 
     found("rows.several", int(rows == 1), "there is one only; nothing can be learned from one")
-    found("player_id.several", int(rows > 1 and said["?first"].min() == said["?last"].max()), "all are of one player; nobody is left to evaluate on")
+    found("player_id.several", int(rows > 1 and not said["?players"]), "all are of one player; nobody is left to evaluate on")
     found("policy.several", int(rows > 1 and len(acted) == 1), f"one policy only has acted, {', '.join(acted)}; there is none to compare it with")
     found("policy.acts", len(idle), f"named in policies of fastq.yaml, but never acted: {', '.join(idle)}")
-    found("propensity.given", int(rows > 0 and said["?propensity"].sum() == 0), "no row has a propensity; all will be estimated")
+    found("propensity.given", int(rows > 0 and said["?propensity"] == 0), "no row has a propensity; all will be estimated")
     stale = isinstance(newest, datetime) and now - newest > state.period * state.churn
     found("decided_at.fresh", int(stale), f"the newest was made at {newest!s:.16} UTC, more than {state.churn} periods ago")
     for objective in platform.objectives:
-        found(f"{objective}.known", int(rows > 0 and said[f"?{objective}"].sum() == 0), f"{objective} is never known; nothing can be learned about it")
+        found(f"{objective}.known", int(rows > 0 and said[f"?{objective}"] == 0), f"{objective} is never known; nothing can be learned about it")
     if (players := accepted.get("players")) is not None:
         asked = accepted["decisions"].lazy().join(players.lazy().select("player_id"), on="player_id", how="anti")
         strangers = int(asked.select(pl.len()).collect(engine="streaming").item())

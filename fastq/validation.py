@@ -113,7 +113,7 @@ def _values(platform: Platform, records: AnyRecords, after: datetime | None = No
     if dimensions := platform.dimension_names:
         # policies that seldom act are told from as many rows as the others, so each has a sample of its own
         often = dict(decisions.lazy().group_by("policy").len().collect(engine="streaming").rows())
-        theirs = {policy: (pl.col("policy") == policy, often.get(policy, 0)) for policy in platform.policies}
+        theirs = {policy: (pl.col("policy") == policy, often[policy]) for policy in platform.policies if policy in often}
         for policy, some in _every(decisions, dimensions, theirs).items():
             found |= {f"decisions.{policy}.{dimension}": some[dimension].to_numpy() for dimension in dimensions}
     if measures := list(platform.state.measures):
@@ -125,6 +125,8 @@ def _values(platform: Platform, records: AnyRecords, after: datetime | None = No
 
 def _every(rows: Parts, columns: list[str], of: Mapping[str, tuple[pl.Expr, int]]) -> dict[str, pl.DataFrame]:
     """By name: some of the rows for which an expression is true, of which there are so many, evenly from all of them."""
+    if not of:
+        return {}
 
     def sampled(part: int) -> list[pl.DataFrame]:
         some = (rows.parts[part].filter(which).select(columns).gather_every(max(1, height // SAMPLE)) for which, height in of.values())

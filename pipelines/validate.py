@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -24,17 +26,23 @@ AHEAD = ("great_expectations", "sklearn.ensemble", "sklearn.model_selection", "m
 def read(platform: Platform, since: datetime | None = None) -> Judged:
     """The logs, judged, as `records.judge` does; what to say of them takes seconds to import, and is imported meanwhile."""
     ahead = threading.Thread(target=lambda: [importlib.import_module(name) for name in AHEAD], daemon=True)  # an error does not wait for it
-    ahead.start()
-    found = records.judge(platform, since)
-    ahead.join()  # two threads that import what imports each other may see halves of it
+    gc.disable()  # modules are for good: collecting while they are read is a fifth of reading them
+    try:
+        ahead.start()
+        found = records.judge(platform, since)
+        ahead.join()  # two threads that import what imports each other may see halves of it
+    finally:
+        gc.enable()
     return found
 
 
 def judged(platform: Platform, read: AnyRecords) -> dict[str, Any]:
     """The verdict on records as `fastq validate --json` gives it; it, its HTML report and the quarantine are kept beside earlier ones."""
     workspace = Workspace(platform.root)
-    verdict = validation.validate(platform, read, validation.read_profile(workspace))
-    shared = overlap.chances(platform, read) if verdict.passed else None
+    with ThreadPoolExecutor(1) as beside:  # each has long stretches that leave the interpreter to the other
+        sharing = beside.submit(overlap.chances, platform, read)
+        verdict = validation.validate(platform, read, validation.read_profile(workspace))
+    shared = sharing.result() if verdict.passed else None
     pairs = overlap.overlaps(platform, shared) if verdict.passed else []
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
     page, quarantine = workspace.reports / f"validation-{name}.html", workspace.quarantine / f"{name}.parquet"
