@@ -38,7 +38,6 @@ BLOCK = 64  # states whose candidates are met at a time when answering: they fit
 ROUNDS = ((64, 1.0), (32, 0.15), (16, 0.04))  # candidates per round, and the share of the evidence's reach over which they are spread
 CHUNKS = (4, 8, 16, 32, 64, 512, 4096)  # states per batch: a row's floats depend on the size of its batch and its place there, so sizes are fixed
 NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
-MOST_DOUBT = 2.5  # times what one of `horizon` decisions accounts for, a variance; chosen on simulated players
 REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts, where logs cannot say
 CAUTION, CAUTION_AMONG_ITEMS = 0.5, 4.0  # where no reach bounds how far one may go, doubt has to; measured in infra/log.md
 OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
@@ -422,22 +421,30 @@ class Policy:
         """[B, C] standard deviation of the weighted value of actions [B, C, D], or of their difference to `reference` [B, C, D].
 
         Without a reference the doubt about the level (the twins' disagreement) is added to that about the effect. Beside the doubt of the effects that people
-        share stands how differently those who look alike respond, which grows with the distance between the two actions. Both were found near what was done and
-        grow without end beyond it, where a response has one: together they stay below `MOST_DOUBT` times what one decision accounts for of the unexplained.
+        share stands how differently those who look alike respond, which grows with the distance between the two actions.
         """
         at, w = self.situations(enc), self._weights(weights)
         phi = action_features(self._units(actions), self.polynomial)
         other = at.reference[:, None] if reference is None else action_features(self._units(reference), self.polynomial)
         variance = torch.einsum("bcp,bpq,bcq->bc", phi - other, self.shape_of_doubt(at, w), phi - other).clamp(min=0)
-        if own := self.details.get("own_response"):  # not in bundles from before it was asked
-            unexplained = float(w @ np.array(own["covariance"]) @ w)
-            apart = (phi - other)[..., : len(self.units.centre)]  # older bundles: one share for all dimensions
-            variance = variance + unexplained * (apart.square() @ torch.from_numpy(np.broadcast_to(own["share"], apart.shape[-1]).astype(float)))
-            if (most := MOST_DOUBT * unexplained / own["horizon"]) > 0:
-                variance = most * -torch.expm1(-variance / most)
+        variance = variance + self._own_response(w, (phi - other)[..., : len(self.units.centre)])
         if reference is None:
             variance = variance + ((at.disagreement @ torch.from_numpy(np.abs(w))) ** 2)[:, None] + self.details.get("level_variance", 0.0)
         return variance.sqrt().numpy()
+
+    def _own_response(self, w: np.ndarray, apart: Tensor) -> Tensor:
+        """[B, C] variance of how differently people who look alike respond to actions that are `apart` [B, C, D], in standard units.
+
+        `fastq.learner.own_response` says how it starts, by dimension (older bundles: one share for all). It ends where one decision would account for more than
+        its own part of what is unexplained of a sum over `horizon` of them. 0 for bundles from before it was asked.
+        """
+        own = self.details.get("own_response")
+        if not own:
+            return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
+        unexplained, most = float(w @ np.array(own["covariance"]) @ w), 1 / own["horizon"]
+        share = np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
+        begins = apart.square() @ torch.from_numpy(share)
+        return unexplained * most * -torch.expm1(-begins / most)
 
     def score(self, enc: Encoded | Situation, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
         """What ranks actions [B, C, D]: `value`, `caution`, `guardrail` and `total` = value - caution - guardrail, each [B, C]."""

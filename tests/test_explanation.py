@@ -20,7 +20,7 @@ from fastq.errors import RequestError
 from fastq.explanation import as_dict, decisive_reasons, explain, integrated_gradients, sentences
 from fastq.features import PlayerStates
 from fastq.platform import load_platform, platform_from_tree
-from fastq.policy import MOST_DOUBT, Policy
+from fastq.policy import Policy
 from fastq.records import read_records
 from fastq.report import explanation_figure
 
@@ -292,7 +292,7 @@ def test_the_verdict_follows_the_numbers(arena):
 
 
 def test_an_interval_widens_with_the_distance_of_the_actions(arena):
-    """Beyond what the effects' own doubt says: people who look alike respond differently, the more so the further an action goes, and all doubt has an end."""
+    """Beyond what the effects' own doubt says: people who look alike respond differently, and the more so the further an action goes, to an end."""
     policy, states, _ = arena
     own = policy.details["own_response"]
     assert min(own["share"]) > 0
@@ -307,8 +307,9 @@ def test_an_interval_widens_with_the_distance_of_the_actions(arena):
         half, narrow = (why.contrast.high - why.contrast.difference for why in (now, then))
         apart = np.square(policy.units.standard(best) - policy.units.standard(other)) @ np.array(own["share"])
         unexplained = policy.platform.weights @ np.array(own["covariance"]) @ policy.platform.weights
-        begins, end = (narrow / explanation.CERTAINTY) ** 2 + unexplained * apart, MOST_DOUBT * unexplained / own["horizon"]
-        np.testing.assert_allclose((half / explanation.CERTAINTY) ** 2, end * (1 - np.exp(-begins / end)), rtol=1e-6)
+        variance = unexplained * (1 - np.exp(-apart * own["horizon"])) / own["horizon"]
+        np.testing.assert_allclose(half**2 - narrow**2, explanation.CERTAINTY**2 * variance, rtol=1e-6)
+        assert (variance < unexplained * np.minimum(apart, 1 / own["horizon"])).all()
         one, same = (explain(p, states, against=other, attributions=False).contrast for p in (older, alike))
         np.testing.assert_array_equal(one.high, same.high)
         np.testing.assert_array_equal(now.contrast.difference, then.contrast.difference)
