@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, date, datetime, time, timedelta
@@ -48,7 +49,8 @@ MOST_SECONDS = 60  # that a query may run
 MOST_MEGABYTES = 1_024  # that a query may hold in memory
 MOST_BYTES = 64 * 2**20  # of an answer
 OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside the query's own memory
-CHUNK = 4_096  # decisions explained at a time
+CHUNK = 4_096  # decisions explained at a time, and in one file
+EXPLAINED = 50_000  # decisions, the newest, that one question explains at most, those of earlier questions left aside: half a minute
 ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
@@ -157,7 +159,7 @@ def views(platform: Platform) -> dict[str, View]:
         View(
             "explanations",
             "one part of the value of one served decision, by its model and state of then, beside what is said of all parts of that decision and `against`"
-            " together; none where the state was not kept or the model cannot be read",
+            f" together; of the {EXPLAINED:,} newest, and those of earlier questions; none where the state was not kept or the model cannot be read",
             [
                 decision, Column("model_version", text, "", "the model whose parts these are"), Column("objective", text, "", "which objective"),
                 Column("horizon", text, "", "'immediate' or 'long_term'"),
@@ -487,17 +489,18 @@ class _Sources:
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         self.connection.register(name, frame.to_arrow())
 
-    def parquet(self, name: str, path: Path) -> None:
-        if self._by_path and not glob.has_magic(str(path)):
-            self._readable.append(_text(str(path.resolve())))
+    def parquet(self, name: str, *paths: Path) -> None:
+        if self._by_path and not any(glob.has_magic(str(path)) for path in paths):
+            these = [_text(str(path.resolve())) for path in paths]
+            self._readable += these
             self.connection.execute(f"SET allowed_paths = [{', '.join(self._readable)}]")
-            self.connection.execute(f"CREATE TEMP VIEW {_name(name)} AS FROM read_parquet({self._readable[-1]})")
+            self.connection.execute(f"CREATE TEMP VIEW {_name(name)} AS FROM read_parquet([{', '.join(these)}])")
             return
         import pyarrow as pa
         from pyarrow import dataset
 
-        fragment = dataset.ParquetFileFormat().make_fragment(pa.OSFile(str(path)))
-        self.connection.register(name, dataset.FileSystemDataset([fragment], fragment.physical_schema, fragment.format))
+        fragments = [dataset.ParquetFileFormat().make_fragment(pa.OSFile(str(path))) for path in paths]
+        self.connection.register(name, dataset.FileSystemDataset(fragments, fragments[0].physical_schema, fragments[0].format))
 
     def view(self, view: View, select: str) -> None:
         """The view as documented: names, order and types, over a query that has its columns."""
@@ -524,10 +527,10 @@ def _lay(sources: _Sources, wanted: frozenset[str]) -> None:
         sources.frame("_recommendations", _recommendations(platform, known["recommendations"]))
         sources.view(known["recommendations"], "FROM _recommendations")
     if wanted & {"explanations"}:
-        sources.parquet("_explanations", _explained(platform))
+        sources.parquet("_explanations", *_explained(platform))
         sources.view(known["explanations"], "FROM _explanations")
     if wanted & {"attributions"}:
-        sources.parquet("_attributions", _attributed(platform))
+        sources.parquet("_attributions", *_attributed(platform))
         sources.view(known["attributions"], "FROM _attributions")
     if wanted & {"players"}:
         if platform.logs.players is not None:
@@ -737,53 +740,65 @@ def _bundle(platform: Platform, version: str) -> tuple[Path, dict[str, Any]]:
 
 
 # ---- explanations ------------------------------------------------------------------------------------------------------
-def _explained(platform: Platform) -> Path:
-    """The file of all served decisions' parts."""
-    return _kept(platform, "explanations", _EXPLAINED, _parts)
+def _explained(platform: Platform) -> list[Path]:
+    """The files of served decisions' parts."""
+    return _kept(platform, "explanations", _EXPLAINED, _parts, most=EXPLAINED)
 
 
-def _attributed(platform: Platform) -> Path:
-    """The file of what moved the values of served decisions, the newest first."""
+def _attributed(platform: Platform) -> list[Path]:
+    """The files of what moved the values of served decisions."""
     return _kept(platform, "attributions", _ATTRIBUTED, _moved, most=ATTRIBUTED)
 
 
-def _kept(
-    platform: Platform, name: str, schema: Mapping[str, pl.DataType], made: Callable[[Platform, list[Any]], pl.DataFrame], most: int | None = None
-) -> Path:
-    """The file of what is `made` of served decisions. What was decided never changes, so each is computed once and kept; at most `most` now, the newest."""
+def _kept(platform: Platform, name: str, schema: Mapping[str, pl.DataType], made: Callable[[Platform, list[Any]], pl.DataFrame], most: int) -> list[Path]:
+    """The files of what is `made` of served decisions, `CHUNK` decisions in each but the last one to be written, so that memory has a bound.
+
+    What was decided never changes, so each is computed once and kept; at most `most` in one go, the newest.
+    """
     workspace = Workspace(platform.root)
-    directory = workspace.state / "queries"
-    path = directory / f"{name}.parquet"
+    directory = workspace.state / "queries" / name
     workspace.make(directory)
     with workspace.lock("queries", wait_seconds=600):
-        kept = pl.DataFrame(schema=schema)
-        with contextlib.suppress(OSError, pl.exceptions.PolarsError):  # only a copy: made anew
-            kept = pl.read_parquet(path)
-        done = set(kept["decision_id"].unique()) if kept.schema == pl.Schema(schema) else set()
-        kept = kept if done else pl.DataFrame(schema=schema)
-        served, missing = set(), []
+        served: dict[str, tuple[int, Path]] = {}  # when, and in which log
         for log in decision_logs(platform):
             with reading_log(log) as database:
-                query = "SELECT decided_at, decision_id FROM decisions WHERE state IS NOT NULL AND model_version IS NOT NULL"
-                for at, decision_id in database.execute(query):
-                    if decision_id not in served and decision_id not in done:
-                        missing.append((at, decision_id, log))
-                    served.add(decision_id)
-        if most is not None and len(missing) > most:
-            missing = sorted(missing, key=lambda one: -one[0])[:most]
-        fresh = []
-        for log in dict.fromkeys(one[2] for one in missing):
-            ids = [decision_id for _, decision_id, its in missing if its == log]
-            for start in range(0, len(ids), CHUNK):
-                query = "SELECT decision_id, model_version, action, state FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))"
+                query = "SELECT decision_id, decided_at FROM decisions WHERE state IS NOT NULL AND model_version IS NOT NULL"
+                for decision_id, at in database.execute(query):
+                    served.setdefault(decision_id, (at, log))
+        files = {path: ids for path in sorted(directory.glob("*.parquet")) if len(ids := _still(path, schema, served))}
+        done = set[str]().union(*files.values())
+        missing = sorted((i for i in served if i not in done), key=lambda i: -served[i][0])[:most]
+        query = "SELECT decision_id, model_version, action, state FROM decisions WHERE decision_id IN (SELECT value FROM json_each(?))"
+        for start in range(0, len(missing), CHUNK):
+            chunk, rows = missing[start : start + CHUNK], []
+            for log in {served[i][1] for i in chunk}:
                 with reading_log(log) as database:
-                    rows = database.execute(query, (json.dumps(ids[start : start + CHUNK]),)).fetchall()
-                fresh.append(made(platform, rows))
-        still = kept.filter(pl.col("decision_id").is_in(pl.Series(sorted(served), dtype=pl.String).implode()))
-        if fresh or still.height < kept.height or not path.exists():
-            with replacing(path) as partial:
-                pl.concat([still, *fresh]).write_parquet(partial)
-    return path
+                    rows += database.execute(query, (json.dumps([i for i in chunk if served[i][1] == log]),)).fetchall()
+            found = made(platform, rows)
+            into = next((path for path, there in files.items() if len(there) + len(chunk) <= CHUNK), directory / f"{uuid.uuid4().hex}.parquet")
+            with replacing(into) as partial:
+                pl.concat([*([pl.read_parquet(into)] if into in files else []), found]).write_parquet(partial)
+            files[into] = files.get(into, set()) | set(found["decision_id"].unique())
+        if not files:
+            empty = directory / "none.parquet"
+            with replacing(empty) as partial:
+                pl.DataFrame(schema=schema).write_parquet(partial)
+            files[empty] = set()
+    return list(files)
+
+
+def _still(path: Path, schema: Mapping[str, pl.DataType], served: Mapping[str, Any]) -> set[str]:
+    """The decisions in a file of `_kept`, rid of those that are gone; none, and no file, where it is damaged or an earlier version's: it is only a copy."""
+    with contextlib.suppress(OSError, pl.exceptions.PolarsError):
+        if pl.read_parquet_schema(path) == pl.Schema(schema):
+            ids = set(pl.read_parquet(path, columns=["decision_id"])["decision_id"].unique())
+            if gone := ids - served.keys():
+                with replacing(path) as partial:
+                    pl.scan_parquet(path).filter(~pl.col("decision_id").is_in(pl.Series(sorted(gone)).implode())).sink_parquet(partial)
+            if ids - gone:
+                return ids - gone
+    path.unlink(missing_ok=True)
+    return set()
 
 
 def _by_policy(platform: Platform, decisions: list[Any]) -> Iterator[tuple[str, Policy, list[str], PlayerStates, np.ndarray]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import glob
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +35,12 @@ EXPECTED: dict[Kind, tuple[str, str]] = {  # what a column should hold, and the 
     "time": ("a timestamp", "write times in UTC as 2026-03-01T06:00:00Z, as a timestamp type or as seconds since 1970"),
 }
 SUFFIXES = {".parquet": "Parquet", ".pq": "Parquet", ".csv": "CSV", ".ndjson": "NDJSON", ".jsonl": "NDJSON"}
+# what is written for others, by the same endings
+SINKS: dict[str, Callable[[pl.LazyFrame, Path], object]] = {
+    ".parquet": pl.LazyFrame.sink_parquet,
+    ".csv": pl.LazyFrame.sink_csv,
+    ".ndjson": pl.LazyFrame.sink_ndjson,
+}
 # Columns that reading adds; `unread("goal")` holds the text of a goal that is no number.
 FILE, ROW, OTHERS = "?file", "?row", "?others"
 _WHOLE_FLOAT = r"^-?\d+\.0$"

@@ -10,7 +10,6 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ import numpy as np
 import orjson
 import polars as pl
 from prefect import flow, task
+from threadpoolctl import threadpool_limits
 
 from fastq import features, registry
 from fastq.assignment import challenged, excluded_players, held_out, pause_of, probability
@@ -29,6 +29,7 @@ from fastq.features import OnlineStates
 from fastq.platform import OWN_POLICY, Platform
 from fastq.policy import CHUNKS, Policy, action_frame
 from fastq.records import read_served, served_log
+from fastq.sources import SINKS
 from fastq.workspace import Workspace, check_target, replacing
 from feature_repo import store
 from feature_repo.definitions import STATE_FILE, feature_directory
@@ -36,11 +37,6 @@ from pipelines.turn import EACH_TIME, Progress, platform_of, progress, running
 
 PIECE = 5 * CHUNKS[-1]  # players: some seconds' work, some tens of megabytes
 AT_ONCE = 2  # pieces that are decided at a time
-_WRITERS: dict[str, Callable[[pl.LazyFrame, Path], object]] = {
-    ".parquet": pl.LazyFrame.sink_parquet,
-    ".csv": pl.LazyFrame.sink_csv,
-    ".ndjson": pl.LazyFrame.sink_ndjson,
-}
 _LOGGED = ("state", "detail")  # columns that the decision log keeps and the file has no use for
 
 
@@ -232,7 +228,8 @@ def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]
         return str(path) if path.exists() else None
 
     tell("recommending", 0, len(players), {})
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    # BLAS's own threads wait for each other longer than they multiply matrices as small as these
+    with threadpool_limits(1), ThreadPoolExecutor(AT_ONCE) as pool:
         pieces = [path for path in pool.map(piece, range(0, len(players), PIECE)) if path is not None]
     if not pieces:
         raise GateRefused("recommend --all", [f"the online store knows none of {len(players):,} players; run `fastq retrain`, which fills it"])
@@ -257,7 +254,7 @@ def write(workspace: str, plan: Plan, pieces: list[str]) -> tuple[int, int]:
                 pl.scan_parquet(path, glob=False).drop("value", "seen_at").sink_parquet(partial)
     out = Path(plan.out)
     with replacing(out) as partial:
-        _WRITERS[out.suffix](rows.drop(*_LOGGED, "seen_at"), partial)
+        SINKS[out.suffix](rows.drop(*_LOGGED, "seen_at"), partial)
     return int(total), int(stale)
 
 
@@ -279,7 +276,7 @@ def recommend_all(platform: Platform, out: str | Path, dry_run: bool = False, on
     Raises `GateRefused` while fastq is paused or where nobody is known, `ConfigurationError` where frequencies or budgets are capped, which are counted
     per request.
     """
-    check_target("--out", Path(out), _WRITERS)
+    check_target("--out", Path(out), SINKS)
     if (pause := pause_of(Workspace(platform.root))) is not None:
         raise GateRefused("recommend --all", [f"{pause.sentence}; `fastq resume` ends it"])
     serving = platform.serving

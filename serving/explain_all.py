@@ -18,16 +18,12 @@ from fastq.explanation import HORIZONS, Against, Explanation, explain
 from fastq.features import PlayerStates
 from fastq.platform import Platform
 from fastq.policy import CHUNKS, Policy, action_frame
+from fastq.sources import SINKS
 from fastq.workspace import check_target, replacing
 from feature_repo import store
 from serving import online
 
-CHUNK = CHUNKS[1]  # players at a time, and rows of a forward pass
-WRITERS: dict[str, Callable[[pl.DataFrame, Path], object]] = {
-    ".parquet": pl.DataFrame.write_parquet,
-    ".csv": pl.DataFrame.write_csv,
-    ".ndjson": pl.DataFrame.write_ndjson,
-}
+CHUNK = CHUNKS[-2]  # players at a time, and rows of a forward pass: with attributions some seconds' work
 Progress = Callable[[int, int], None]
 
 
@@ -45,7 +41,7 @@ def explain_all(
     `against` is a behaviour policy, `model:VERSION` or an action. What is done already lies beside `out` until all is; a run that is repeated with the
     same model and question takes it up, with the moment at which it began, unless `fresh`. Raises `RequestError`, `ConfigurationError`, `StoreUnavailable`.
     """
-    check_target("--out", out, WRITERS)
+    check_target("--out", out, SINKS)
     if against == "logged":
         raise RequestError("against: what was logged differs from player to player and is not known of all; expected a policy, model:VERSION or an action")
     players = store.known_players(platform)["player_id"].to_list()
@@ -58,6 +54,7 @@ def explain_all(
             "model_version": model.version,
             "against": against,
             "attributions": attributions,
+            "chunk": CHUNK,  # another release may have another one, and pieces of its own
             "players": hashlib.sha256("\n".join(players).encode()).hexdigest(),
         }
         partial, at, resumed = _begin(out, asked, fresh=fresh)
@@ -77,9 +74,9 @@ def explain_all(
                 with replacing(path) as writing:
                     about.cast({"degraded": pl.String}).hstack(frame).write_parquet(writing)
             on_progress(min(start + CHUNK, len(players)), len(players))
-        whole = pl.concat([pl.read_parquet(partial / f"{start:09d}.parquet") for start in starts])
+        whole = pl.concat([pl.scan_parquet(partial / f"{start:09d}.parquet", glob=False) for start in starts])
         with replacing(out) as writing:
-            WRITERS[out.suffix](whole if out.suffix == ".parquet" else _flat(whole), writing)
+            SINKS[out.suffix](whole if out.suffix == ".parquet" else _flat(whole), writing)
         shutil.rmtree(partial)
     return {
         "out": str(out),
@@ -134,6 +131,6 @@ def _moved(why: Explanation) -> dict[str, np.ndarray]:
     return {f"moved_{name}": moved for name, moved in why.attributions.measures.items()} | {"completeness_gap": why.attributions.completeness_gap}
 
 
-def _flat(frame: pl.DataFrame) -> pl.DataFrame:
+def _flat(frame: pl.LazyFrame) -> pl.LazyFrame:
     """Lists as text, for formats that have none."""
-    return frame.with_columns(pl.col(name).list.join("; ") for name, kind in frame.schema.items() if kind == pl.List(pl.String))
+    return frame.with_columns(pl.col(name).list.join("; ") for name, kind in frame.collect_schema().items() if kind == pl.List(pl.String))

@@ -180,7 +180,7 @@ def test_attributions_are_those_that_explain_gives(served, sql, monkeypatch, tmp
     gap = sql("SELECT DISTINCT completeness_gap FROM attributions WHERE decision_id = ?", explained).item()
     assert gap == pytest.approx(single["completeness_gap"], abs=1e-4)
     copy = load_platform(shutil.copytree(platform.root, tmp_path / "copy"))
-    (Workspace(copy.root).state / "queries" / "attributions.parquet").unlink()
+    shutil.rmtree(Workspace(copy.root).state / "queries" / "attributions")
     monkeypatch.setattr(queries, "ATTRIBUTED", 2)  # the newest first, the others with later questions
     for n in (2, 4):
         found = pl.read_parquet(queries._attributed(copy))["decision_id"].unique()
@@ -248,8 +248,7 @@ def test_explanations_are_those_that_explain_gives(served, sql):
 
 def test_explanations_are_kept_and_follow_the_log(served, tmp_path, monkeypatch):
     platform = load_platform(shutil.copytree(served[0].root, tmp_path / "copy"))
-    path = queries._explained(platform)
-    before = pl.read_parquet(path)
+    before = pl.read_parquet(queries._explained(platform))
     with monkeypatch.context() as patched:
         patched.setattr(queries, "_parts", lambda *_: pytest.fail("explained again"))
         assert_frame_equal(pl.read_parquet(queries._explained(platform)), before)
@@ -258,6 +257,31 @@ def test_explanations_are_kept_and_follow_the_log(served, tmp_path, monkeypatch)
     for log in Workspace(platform.root).served.glob("*.db*"):
         log.unlink()
     assert pl.read_parquet(queries._explained(platform)).is_empty()  # nothing is left of decisions that are gone
+
+
+def test_explanations_stand_in_files_of_bounded_size(served, tmp_path, monkeypatch):
+    """The newest first, so many in one go; a file that is damaged or an earlier version's is made anew, and all are read together."""
+    platform = load_platform(shutil.copytree(served[0].root, tmp_path / "copy"))
+    whole = pl.read_parquet(queries._explained(platform)).sort(pl.all())
+    ids = whole["decision_id"].unique()
+    shutil.rmtree(Workspace(platform.root).state / "queries" / "explanations")
+    monkeypatch.setattr(queries, "CHUNK", 2)
+    monkeypatch.setattr(queries, "EXPLAINED", 3)
+    newest = max((a for a in served[1] if a["value"] is not None), key=lambda a: a["decided_at"])
+    found = pl.read_parquet(queries._explained(platform))["decision_id"].unique()
+    assert len(found) == 3 < len(ids)
+    assert newest["decision_id"] in found
+    for _ in range(len(ids)):
+        files = queries._explained(platform)
+    assert len(files) == -(-len(ids) // 2)
+    assert_frame_equal(pl.read_parquet(files).sort(pl.all()), whole, rel_tol=1e-5)
+    with library.connect(platform.root) as connection:
+        assert connection.execute("SELECT count(*) FROM explanations").fetchone() == (whole.height,)
+    files[0].write_bytes(b"half of it")
+    pl.read_parquet(files[1]).drop("verdict").write_parquet(files[1])
+    for _ in range(2):
+        assert all(pl.read_parquet_schema(path) == whole.schema for path in queries._explained(platform))
+    assert pl.read_parquet(queries._explained(platform))["decision_id"].n_unique() == len(ids)
 
 
 def test_players_and_activity_are_the_accepted_ones_and_what_was_heard_since(served, sql):
@@ -419,8 +443,8 @@ def test_selects_of_every_kind_are_answered(served):
 def test_limits_bite_with_a_sentence(text, says, served):
     started = time.monotonic()
     with pytest.raises(RequestError, match=says):
-        queries.ask(served[0], text, seconds=2, megabytes=256)
-    assert time.monotonic() - started < 20
+        queries.ask(served[0], text, seconds=2 if "seconds" in says else 60, megabytes=256)
+    assert time.monotonic() - started < 60
 
 
 def test_an_answer_is_limited_in_bytes_and_rows_and_it_is_said(served):

@@ -86,7 +86,7 @@ def test_everybody(platform) -> None:
     policy = registry.load_policy(f"models:/{platform.platform}@champion", platform.root)
     frame = store.materialized(platform, 16_384)
     for attributions, n in ((False, min(8_192, len(frame))), (True, 512)):
-        pieces = [frame[start : min(start + 4_096, n)] for start in range(0, n, 4_096)]
+        pieces = [frame[start : min(start + explain_all.CHUNK, n)] for start in range(0, n, explain_all.CHUNK)]  # as the command takes them
         chunks = [features.states_at(platform, piece, frame["event_timestamp"][0]) for piece in pieces]
         rates = []
         for _ in range(3):
