@@ -194,11 +194,14 @@ class PlayerRows:
 
     def grid(self, part: int) -> Grid:
         """The periods of the players of a part of the events."""
-        return Grid.of(self.spans.filter(pl.col("part") == part))
+        return Grid.of(self._spans_of(part))
+
+    def _spans_of(self, part: int) -> pl.DataFrame:
+        return self.spans.filter(pl.col("part") == part)
 
     def _cells(self, part: int, *, counted: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """Rows of the table that a part of the events tells of, their cells [rows, measures] and, if asked for, numbers of events [rows, measures]."""
-        names, spans = list(self.platform.state.measures), self.spans.filter(pl.col("part") == part)
+        names, spans = list(self.platform.state.measures), self._spans_of(part)
         grid = Grid.of(spans)
         row = np.arange(len(grid)) + np.repeat(spans["row"].to_numpy() - grid.begin[:-1], np.diff(grid.begin))
         if self.ready is not None:

@@ -30,7 +30,7 @@ from fastq.forgetting import forgotten
 from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
 from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, unread
 from fastq.staging import Staged, stage
-from fastq.workspace import Workspace, is_full
+from fastq.workspace import Workspace, is_full, room
 
 _T = TypeVar("_T")
 Table = Literal["decisions", "activity", "players", "proposals", "items"]
@@ -746,9 +746,9 @@ def decision_logs(platform: Platform) -> list[Path]:
 
 @contextlib.contextmanager
 def reading_log(path: Path) -> Iterator[sqlite3.Connection]:
-    """One server's log, which may be written to meanwhile. Raises `WorkspaceError` where it cannot be read."""
+    """One server's log, which may be written to meanwhile. Raises `WorkspaceError` where it cannot be read, for which a full disk is a reason of its own."""
     try:
-        with contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as database:
+        with room(path), contextlib.closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, timeout=30)) as database:
             yield database
     except (sqlite3.Error, pl.exceptions.PolarsError) as error:
         raise WorkspaceError(f"{path}: the log of served decisions cannot be read ({error}); restore it from a backup, or move it away") from None

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -230,10 +231,14 @@ def check_target(option: str, path: Path, suffixes: Iterable[str]) -> None:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that a file may not grow: a full disk, a quota, a limit on its size. Polars and databases tell it in their text alone."""
+    """Whether an error says that a file may not grow: a full disk, a quota, a limit on its size. Polars and databases tell it in their text alone.
+
+    SQLite calls it an I/O error where what the readers of a database share can't grow, which each of them makes where there is none.
+    """
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     said = [*(f"os error {number})" for number in numbers), os.strerror(errno.ENOSPC), "database or disk is full"]
-    return (isinstance(error, OSError) and error.errno in numbers) or any(words in str(error) for words in said)
+    shared = isinstance(error, sqlite3.Error) and getattr(error, "sqlite_errorname", "") == "SQLITE_IOERR_SHMSIZE"
+    return shared or (isinstance(error, OSError) and error.errno in numbers) or any(words in str(error) for words in said)
 
 
 def fsync_directory(directory: Path) -> None:

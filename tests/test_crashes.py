@@ -259,7 +259,8 @@ def test_killed_at_each_step_in_turn(before: Platform, undisturbed: dict[str, An
 def test_a_full_disk_is_said_and_changes_nothing(before: Platform, undisturbed: dict[str, Any], turns: Turns, tmp_path: Path) -> None:
     """No file may grow beyond so many bytes, from hardly any to enough; and no database by a page."""
     platform, old = load_platform(shutil.copytree(before.root, tmp_path / "shop")), everything(before)
-    refused = []
+    refused = [turns(platform, "validate", limit=500)["refused"]]  # no server runs, so that whoever reads its log has to make what readers share
+    assert ".db: the disk is full" in refused[0]
     with contextlib.closing(sqlite3.connect(next(Workspace(platform.root).served.glob("*.db")))) as server:
         server.execute("select * from activity").fetchall()  # as a running one has it: what readers share of the log is there already
         for step in ("validate", "ingest"):
