@@ -49,6 +49,8 @@ CONFLICT, EXECUTED, LOG, KNOWN, DIFFERS = "?conflict", "?executed", "?log", "?kn
 BOUND_TOLERANCE = 1e-6  # of a dimension's range: actions logged in float32 miss their own bounds by less
 PROBABILITY_TOLERANCE = 1e-6
 LARGEST = 1e30  # of any number, either way: states are float32, and sums of events have to stay inside it
+# Of any time: those that programs write for "none" or "for ever" would lay a player's grid over centuries.
+EARLIEST, ZERO, AHEAD = datetime(1900, 1, 2, tzinfo=UTC), datetime(1970, 1, 1, tzinfo=UTC), timedelta(days=366)
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,7 @@ class Surroundings:
     unread: frozenset[str] = frozenset()  # columns with values of the wrong type
     decisions: bool = False  # whether `?known` says of a proposal if its decision is there
     items: pl.Series | None = None  # ids that an action may name
-    now: datetime | None = None
+    now: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
 @dataclass(frozen=True)
@@ -294,10 +296,12 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
             if measure.max is not None:
                 rule(name, "max", value.is_finite() & (value > measure.max), f"is above its max {measure.max:g}", within=(-math.inf, measure.max))
         rule("recorded_at", "order", pl.col("recorded_at") < pl.col("occurred_at"), "is before occurred_at", severity="warn")
-    for column in {"decided_at", "occurred_at"}.intersection(columns):
-        # a day of slack, for clocks differ and a local time may pass for UTC
-        future = pl.lit(value=False) if around.now is None else pl.col(column) > around.now + timedelta(days=1)
-        rule(column, "past", future, "is in the future", severity="warn")
+    for column in [c for c in ("decided_at", "occurred_at", "recorded_at") if c in columns]:
+        at, last = pl.col(column), around.now + AHEAD
+        rule(column, "possible", ~at.is_between(EARLIEST, last) | (at == ZERO), "is no time at which anything can have happened")
+        if column != "recorded_at":
+            # a day of slack, for clocks differ and a local time may pass for UTC
+            rule(column, "past", at.is_between(around.now + timedelta(days=1), last, closed="right"), "is in the future", severity="warn")
     return rule.added
 
 

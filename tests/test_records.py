@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from fastq import features
 from fastq.errors import LogsError, WorkspaceError
 from fastq.forgetting import strike_table
 from fastq.platform import Logs, Platform, platform_from_tree
@@ -579,6 +580,21 @@ def test_decisions_before_any_activity_old_logs_and_future_times_warn(tmp_path: 
     assert records.metrics["decisions.decided_at.past"] == 1
     assert records.metrics["decisions.decided_at.fresh"] == 0
     assert records.counts["decisions"].accepted == 6
+
+
+@pytest.mark.parametrize("moment", [datetime(9999, 12, 31), datetime(1970, 1, 1), datetime(1, 1, 1), datetime(1899, 12, 30)])  # noqa: DTZ001 - in UTC
+@pytest.mark.parametrize("table", ["decisions", "activity"])
+def test_what_programs_write_for_no_time_is_refused_and_lays_no_grid_over_centuries(tmp_path: Path, table: str, moment: datetime) -> None:
+    write_all(tmp_path, good())
+    before = len(features.build_rows(make(tmp_path), read_records(make(tmp_path))))
+    column = "decided_at" if table == "decisions" else "occurred_at"
+    path = tmp_path / "logs" / f"{table}.parquet"
+    more = pl.read_parquet(path).head(1).with_columns(pl.lit(moment, pl.Datetime("us", "UTC")).alias(column))
+    write(tmp_path, path.name, pl.concat([pl.read_parquet(path), more if table == "activity" else more.with_columns(decision_id=pl.lit("d99"))]))
+    records = read_records(make(tmp_path))
+    assert records.quarantine.select("table", pl.col("reason").str.starts_with(f"{column} ")).rows() == [(table, True)]
+    assert records.metrics[f"{table}.{column}.past"] == 0, "it is not said to be kept too"
+    assert len(features.build_rows(make(tmp_path), records)) == before
 
 
 # ---- served decisions -----------------------------------------------------------------------------------------------
