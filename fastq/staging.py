@@ -7,12 +7,16 @@ as they stood, not yet judged; to delete it costs time and nothing else. Rows of
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import math
+import os
 import shutil
 import uuid
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -24,13 +28,13 @@ from fastq.errors import LogsError, WorkspaceError
 from fastq.forgetting import Forgotten, forgotten, strike_arrays
 from fastq.platform import Logs
 from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, Column, Source, format_of, naming, selection, sources_of, unread, wholly_before
-from fastq.workspace import Workspace, is_full, replacing
+from fastq.workspace import Workspace, is_full, replacing, room
 
 PART_BYTES = 64 << 20  # of a log's files for each part: small ones are grouped within the processor's cache
 BATCH_ROWS = 1 << 15
 MOST_PARTS = 256  # each is an open file while a log is staged
 MOST_SEGMENTS = 16  # beyond them all is staged anew
-_STATE = "state.json"
+_STATE, _MARK = "state.json", "reading"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,13 @@ class Segment:
         return [directory / self.name / f"{part}-{piece}.arrow" for piece in range(self.pieces[part])]
 
 
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """Somebody reads a segment, for as long as this is held and its process lives."""
+
+    segment: Path
+
+
 @dataclass(frozen=True)
 class Staged:
     """All rows of a log in canonical types, on disk.
@@ -80,6 +91,7 @@ class Staged:
     read: list[str]  # what was read this time
     noticed: list[str]  # a sentence for each file that has changed or gone since it was last read
     live: list[tuple[Segment, dict[int, int]]]  # of each segment the partitions that count, by their place there, and their place in `files`
+    marks: list[Mark]  # of each segment, which stays while its rows may be read
 
     @property
     def found(self) -> set[str]:
@@ -121,8 +133,8 @@ class Staged:
     def part(self, part: int) -> pl.LazyFrame:
         """The rows of one part, in the order of `files`."""
         frames, last, in_order = [], -1, True
-        for segment, places in self.live:
-            frame = _mapped(segment.files(self.directory, part % segment.parts))
+        for (segment, places), mark in zip(self.live, self.marks, strict=True):
+            frame = _mapped(segment.files(self.directory, part % segment.parts), mark)
             if segment.parts != self.parts:  # both are powers of two, so a part here lies in one part there
                 frame = frame.filter(self.mine(part))
             if len(places) < len(segment.partitions):
@@ -234,7 +246,8 @@ def _staged(
     ordered = [standing[i] for i in range(len(place))]
     if partitions or gone:
         _write_state(directory, layout, players, live, types | _types(ordered))
-    return Staged(directory, columns, by, list(place), ordered, [source.name for source in new], noticed, live)
+    marks = [_marked(directory / segment.name) for segment, _ in live]
+    return Staged(directory, columns, by, list(place), ordered, [source.name for source in new], noticed, live, marks)
 
 
 def _without(frame: pl.LazyFrame, who: str, by: str, gone: Forgotten) -> tuple[pl.LazyFrame, int, list[str]]:
@@ -325,13 +338,44 @@ def _written(directory: Path, frames: list[pl.LazyFrame], partitions: list[Parti
     return replace(segment, partitions=_counted(directory, segment, columns))
 
 
-def _mapped(files: list[Path]) -> pl.LazyFrame:
-    """Arrow files as they lie in the page cache; Polars' own reader copies them."""
+def _mapped(files: list[Path], mark: Mark) -> pl.LazyFrame:
+    """Arrow files as they lie in the page cache; Polars' own reader copies them. The mark is held for as long as they may be read."""
 
     def read() -> pl.DataFrame:
-        return pl.concat([pl.DataFrame(pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(file))).read_all())) for file in files], how="diagonal")
+        with _there(mark):
+            return pl.concat([pl.DataFrame(pl.from_arrow(pa.ipc.open_file(pa.memory_map(str(file))).read_all())) for file in files], how="diagonal")
 
-    return pl.defer(read, schema=pl.Schema(pl.read_ipc_schema(files[0])), validate_schema=False)
+    with _there(mark):
+        return pl.defer(read, schema=pl.Schema(pl.read_ipc_schema(files[0])), validate_schema=False)
+
+
+@contextlib.contextmanager
+def _there(mark: Mark) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise WorkspaceError(f"{mark.segment}: this copy of the logs was removed, for a player was forgotten; run the command again") from None
+
+
+def _marked(segment: Path) -> Mark:
+    with room(segment):
+        descriptor = os.open(segment / _MARK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    mark = Mark(segment)
+    weakref.finalize(mark, os.close, descriptor)
+    return mark
+
+
+def _is_read(segment: Path) -> bool:
+    """Whether anybody is at it still."""
+    if not (segment / _MARK).exists():
+        return False
+    with (segment / _MARK).open("rb") as mark:
+        try:
+            fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _counted(directory: Path, segment: Segment, columns: Mapping[str, Column]) -> list[Partition]:
@@ -384,18 +428,17 @@ def _read_state(directory: Path, layout: str) -> tuple[list[Segment], dict[str, 
 
 
 def _write_state(directory: Path, layout: str, players: list[str], live: list[tuple[Segment, dict[int, int]]], types: dict[str, list[str]]) -> None:
-    """Note what counts now, and remove what counted neither now nor before: a reader that began before may still be at that."""
+    """Note what counts now, and remove what does not, unless a reader that began before is still at it."""
     try:
-        last = json.loads((directory / _STATE).read_text(encoding="utf-8"))
         # of another layout nothing is kept for readers: it may hold somebody who was forgotten since
-        before = [segment["name"] for segment in last["segments"]] if last["layout"] == layout else []
+        alike = json.loads((directory / _STATE).read_text(encoding="utf-8"))["layout"] == layout
     except (OSError, ValueError, KeyError, TypeError):
-        before = []
+        alike = False
     now = [replace(s, partitions=[p if i in places else replace(p, name="") for i, p in enumerate(s.partitions)]) for s, places in live]
     state = {"layout": layout, "players": players, "segments": [asdict(segment) for segment in now], "types": types}
     with replacing(directory / _STATE) as partial:
         partial.write_text(json.dumps(state), encoding="utf-8")
-    standing = {*before, *(segment.name for segment in now)}
+    standing = {segment.name for segment in now}
     for found in directory.iterdir():
-        if found.is_dir() and found.name not in standing:
+        if found.is_dir() and found.name not in standing and not (alike and _is_read(found)):
             shutil.rmtree(found, ignore_errors=True)

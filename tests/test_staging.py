@@ -20,9 +20,9 @@ from polars.testing import assert_frame_equal
 
 from fastq import features, staging, windows
 from fastq.errors import LogsError, WorkspaceError
-from fastq.forgetting import remember
+from fastq.forgetting import remember, strike_arrays
 from fastq.platform import Platform, platform_from_tree
-from fastq.records import Counts, Records, read_records
+from fastq.records import Counts, Records, judge, read_records
 from fastq.workspace import Workspace
 
 START = datetime.now(UTC).replace(hour=5, minute=0, second=0, microsecond=0) - timedelta(days=9)
@@ -301,6 +301,27 @@ def test_what_a_killed_reader_left_is_removed_and_a_damaged_copy_is_made_again(t
     (staged / "left-by-a-kill").mkdir()
     (staged / "state.json").write_text("{")
     same(read_records(shop(tmp_path)), records)
+    assert len([p for p in staged.iterdir() if p.is_dir()]) == 1
+
+
+def test_others_who_read_anew_take_nothing_from_one_who_reads_still(tmp_path: Path) -> None:
+    """Rows stay on disk until they are asked for; meanwhile the same log is exported and read again, more than once."""
+    put(tmp_path, 0)
+    slow = judge(shop(tmp_path))
+    for number in (1, 2, 3):
+        shutil.rmtree(tmp_path / "decisions")
+        shutil.rmtree(tmp_path / "activity")
+        put(tmp_path, number)
+        read_records(shop(tmp_path))
+    assert slow.held("activity").height == 199
+    staged = Workspace(tmp_path).staged / "activity"
+    assert len([p for p in staged.iterdir() if p.is_dir()]) == 2, "what nobody reads is removed"
+    strike_arrays(staged, ["*.arrow"])  # as forgetting does, whoever reads
+    with pytest.raises(WorkspaceError, match="a player was forgotten; run the command again"):
+        slow.records()
+    del slow
+    put(tmp_path, 4)
+    read_records(shop(tmp_path))
     assert len([p for p in staged.iterdir() if p.is_dir()]) == 1
 
 
