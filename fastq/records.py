@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from fastq.errors import LogsError, WorkspaceError
 from fastq.forgetting import forgotten
 from fastq.platform import FILE_NAME, OWN_POLICY, CatalogueAction, Platform
-from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, unread
+from fastq.sources import BROKEN, DTYPES, EXPECTED, FILE, OTHERS, ROW, TIME, Column, naming, unread
 from fastq.staging import Staged, stage
 from fastq.workspace import Workspace, is_full, room
 
@@ -238,6 +238,7 @@ class Surroundings:
     """What the rules of a row need to know beyond the row; None leaves a rule without effect."""
 
     unread: frozenset[str] = frozenset()  # columns with values of the wrong type
+    broken: bool = False  # whether `?broken` says of a line why it is no row
     decisions: bool = False  # whether `?known` says of a proposal if its decision is there
     items: pl.Series | None = None  # ids that an action may name
     now: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -270,14 +271,15 @@ def row_rules(platform: Platform, table: Table, around: Surroundings | None = No
     """The rules that each row of `table` is held to."""
     around = around or Surroundings()
     columns = columns_of(platform, table)
-    rule = _Rules(table)
+    why = pl.col(BROKEN) if around.broken else pl.lit(None, pl.String)
+    rule = _Rules(table, [RowRule(f"{table}.line.readable", why.is_not_null(), pl.concat_str(pl.lit("the line "), why), "quarantine")])
     for column, what in columns.items():
         value = pl.col(column)
         text = pl.col(unread(column)) if column in around.unread else pl.lit(None, pl.String)
         if what.kind != "name":
             rule(column, "readable", text.is_not_null(), f"is not {EXPECTED[what.kind][0]}", text)
         if not what.nullable:
-            rule(column, "present", value.is_null() & text.is_null(), "is missing")
+            rule(column, "present", value.is_null() & text.is_null() & why.is_null(), "is missing")
         if what.kind == "number" and column not in ("propensity", "assignment"):
             rule(column, "finite", ~value.is_finite(), "is not a finite number", within=(-LARGEST, LARGEST))
             rule(column, "size", value.is_finite() & (value.abs() > LARGEST), f"is larger than {LARGEST:g}", within=(-LARGEST, LARGEST))
@@ -433,6 +435,7 @@ def _judge(
     decisions, items = judged.get("decisions"), judged.get("items")
     around = Surroundings(
         unread=staged.unread,
+        broken=staged.broken,
         decisions=table == "proposals",
         items=items.accepted.select("item_id").to_series() if items else None,
         now=now,
@@ -553,7 +556,8 @@ def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, in
     # few, so whole rows are compared among these only
     twins = rows.join(suspects.lazy(), on=[FILE, ROW], how="semi", maintain_order="left").collect()
     conflict = ~pl.struct(key).is_first_distinct() & pl.col(key[0]).is_not_null() if key else pl.lit(value=False)
-    twins = twins.select(FILE, ROW, repeated=~pl.struct(content).is_first_distinct(), conflict=conflict)
+    whole = pl.col(BROKEN).is_null() if BROKEN in names else pl.lit(value=True)  # of a line that is no row nobody knows whether it came before
+    twins = twins.select(FILE, ROW, repeated=~pl.struct(content).is_first_distinct() & whole, conflict=conflict)
     repeats = twins.filter("repeated").select(FILE, ROW)
     conflicts = twins.filter(pl.col("conflict") & ~pl.col("repeated")).select(FILE, ROW, pl.lit(value=True).alias(CONFLICT))
     if not repeats.is_empty():
@@ -567,7 +571,7 @@ def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, in
 def _quarantine(rows: pl.LazyFrame, table: Table, rules: list[RowRule], files: list[str]) -> pl.LazyFrame:
     """Refused rows with their reasons, in the columns of `Records.quarantine`."""
     names = rows.collect_schema().names()
-    columns = [c for c in names if c not in (FILE, ROW, OTHERS, CONFLICT, KNOWN, DIFFERS) and not (c.endswith("?") and c[:-1] in names)]
+    columns = [c for c in names if c not in (FILE, ROW, OTHERS, BROKEN, CONFLICT, KNOWN, DIFFERS) and not (c.endswith("?") and c[:-1] in names)]
     # as it stood in the file, also where it is not of the column's type; and numbers as text, for JSON has no NaN
     as_read = [pl.coalesce(*([unread(c)] if unread(c) in names else []), pl.col(c).cast(pl.String)).alias(c) for c in columns]
     reasons = [pl.when(rule.broken).then(rule.reason) for rule in rules if rule.severity == "quarantine"]

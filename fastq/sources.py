@@ -1,25 +1,30 @@
 """Where a log lies and what its columns are: files, globs, URLs and database queries, lazily, as expressions of canonical types.
 
 Nothing here knows what a decision is. A value that cannot be its column's type becomes null and keeps its text beside it, so
-that one bad field is one bad row.
+that one bad field is one bad row; and so is a line of text that is no row at all (`by_line`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
 import difflib
 import glob
-from collections.abc import Callable, Iterator, Mapping
+import io
+import itertools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import polars as pl
 import polars.selectors as cs
 import pyarrow as pa
 import pyarrow.parquet as pq
+from polars.io.plugins import register_io_source
 
 from fastq.errors import LogsError
 from fastq.platform import Logs
@@ -43,7 +48,13 @@ SINKS: dict[str, Callable[[pl.LazyFrame, Path], object]] = {
 }
 # Columns that reading adds; `unread("goal")` holds the text of a goal that is no number.
 FILE, ROW, OTHERS = "?file", "?row", "?others"
+BROKEN = "?broken"  # why a line is no row, beside nulls; of a broken line nothing else is kept, for nobody knows of whom it tells
+LINES = 50_000  # of a text log that are held at once where it is read by line
 _WHOLE_FLOAT = r"^-?\d+\.0$"
+
+
+class UnreadableError(LogsError):
+    """A file that holds what cannot be read as what its name says."""
 
 
 def unread(column: str) -> str:
@@ -69,6 +80,11 @@ class Source:
     key: str  # the setting that it comes from
     at: Path | str | Logs.Query
     stamp: list[int] | None
+
+    @property
+    def has_lines(self) -> bool:
+        """Whether it is a file of text that `by_line` reads."""
+        return isinstance(self.at, Path) and format_of(self.name) in ("CSV", "NDJSON")
 
     def scan(self, root: Path) -> pl.LazyFrame:
         return _query(root, self.key, self.at) if isinstance(self.at, Logs.Query) else _scan(self.name, self.at)
@@ -122,14 +138,14 @@ def scans(root: Path, key: str, source: str | Logs.Query) -> Iterator[tuple[str,
 
 @contextlib.contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Turn what Polars says of a file into a sentence that names the file."""
+    """Turn what Polars says of a file into a sentence that names the file: an `UnreadableError`, unless it is empty."""
     try:
         yield
     except pl.exceptions.NoDataError:
         raise LogsError(f"{name}: is empty; export it again") from None
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError, ValueError) as error:
         said = " ".join(str(error).split())[:200]
-        raise LogsError(f"{name}: cannot be read as {format_of(name) or 'a log'} ({said}); export it again") from None
+        raise UnreadableError(f"{name}: cannot be read as {format_of(name) or 'a log'} ({said}); export it again") from None
 
 
 def format_of(name: str) -> str | None:
@@ -155,6 +171,86 @@ def _scan(name: str, path: str | Path) -> pl.LazyFrame:
                 return pl.scan_ndjson(path, infer_schema_length=None)
         case _:
             raise LogsError(f"{name}: expected a name that ends in {', '.join(SUFFIXES)}; convert or rename the log")
+
+
+def by_line(name: str, path: Path, columns: Collection[str]) -> pl.LazyFrame:
+    """A CSV or NDJSON file line by line, every field as text: slow, for files that hold lines which Polars cannot read.
+
+    Each of these is a row that says why in `BROKEN`: a line of more fields than the header has, one that is no JSON object, one that has a list
+    or an object for one of `columns`, one that is not UTF-8. Raises `LogsError` where most lines are such.
+    """
+    lines: Callable[[], Iterator[tuple[dict[str, str | None], str | None]]]
+    lines = {"CSV": lambda: _csv_rows(path), "NDJSON": lambda: _json_rows(path, columns)}[format_of(name) or ""]
+    with naming(name):
+        names, good, broken, first = dict[str, None](), 0, 0, ""
+        for row, why in lines():
+            names.update(dict.fromkeys(row))
+            good, broken, first = good + (why is None), broken + (why is not None), first or why or ""
+        if broken > good:
+            raise ValueError(f"most lines cannot be read; the first such {first}")
+    schema = pl.Schema({**dict.fromkeys(names, pl.String()), BROKEN: pl.String()})
+
+    def read(with_columns: list[str] | None, predicate: pl.Expr | None, n_rows: int | None, _batch: int | None) -> Iterator[pl.DataFrame]:
+        rest = itertools.islice(lines(), n_rows)
+        while some := list(itertools.islice(rest, LINES)):
+            frame = pl.DataFrame([{**row, BROKEN: why} for row, why in some], schema)
+            frame = frame if with_columns is None else frame.select(with_columns)
+            yield frame if predicate is None else frame.filter(predicate)
+
+    return register_io_source(read, schema=schema)
+
+
+def _text(path: Path, **how: Any) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BufferedReader(pa.input_stream(path)), encoding="utf-8-sig", errors="surrogateescape", **how)
+
+
+def _is_text(said: str) -> bool:
+    """False where bytes were no UTF-8, or half of a character stands in the text: neither can be written."""
+    try:
+        said.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[dict[str, str | None], str | None]]:
+    with _text(path, newline="") as file:
+        rows = csv.reader(file, strict=True)  # a quote that is never closed would hide all rows behind it
+        try:
+            header = next(filter(None, rows), [])
+            for row in rows:
+                if not any(row):
+                    continue
+                if any(row[len(header) :]):
+                    yield {}, f"has {len(row)} fields where the header has {len(header)}"
+                elif not _is_text("".join(row)):
+                    yield {}, "is not UTF-8 text"
+                else:  # of two columns of one name the first stands
+                    fields = [*row, *[""] * len(header)][: len(header)]
+                    yield {c: value or None for c, value in zip(header[::-1], fields[::-1], strict=True)}, None
+        except csv.Error as error:
+            raise ValueError(f"line {rows.line_num}: {error}") from None
+
+
+def _json_rows(path: Path, columns: Collection[str]) -> Iterator[tuple[dict[str, str | None], str | None]]:
+    with _text(path) as file:
+        for line in file:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.strip(), parse_float=str, parse_int=str, parse_constant=str)  # numbers as they are written
+            except (ValueError, RecursionError) as error:
+                where = f" ({error.msg.removesuffix(' at')} at character {error.pos})" if isinstance(error, json.JSONDecodeError) else ""
+                yield {}, f"is no JSON{where}"
+                continue
+            if not isinstance(row, dict):
+                yield {}, "is no JSON object"
+            elif nested := [c for c in columns if isinstance(row.get(c), list | dict)]:
+                yield {}, f"holds a list or an object as {nested[0]}"
+            else:
+                texts = {c: v if v is None or isinstance(v, str) else json.dumps(v) for c, v in row.items()}
+                fit = all(_is_text(v) for v in (*texts, *texts.values()) if v is not None)
+                yield (texts, None) if fit else ({}, "is not UTF-8 text")
 
 
 def _query(root: Path, key: str, source: Logs.Query) -> pl.LazyFrame:

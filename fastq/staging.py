@@ -27,7 +27,24 @@ import pyarrow as pa
 from fastq.errors import LogsError, WorkspaceError
 from fastq.forgetting import Forgotten, forgotten, strike_arrays
 from fastq.platform import Logs
-from fastq.sources import DTYPES, EXPECTED, FILE, OTHERS, ROW, Column, Source, format_of, naming, selection, sources_of, unread, wholly_before
+from fastq.sources import (
+    BROKEN,
+    DTYPES,
+    EXPECTED,
+    FILE,
+    OTHERS,
+    ROW,
+    Column,
+    Source,
+    UnreadableError,
+    by_line,
+    format_of,
+    naming,
+    selection,
+    sources_of,
+    unread,
+    wholly_before,
+)
 from fastq.workspace import Workspace, is_full, replacing, room
 
 PART_BYTES = 64 << 20  # of a log's files for each part: small ones are grouped within the processor's cache
@@ -50,6 +67,7 @@ class Partition:
     left_out: int = 0  # of players who were forgotten
     lost: list[str] = field(default_factory=list)  # keyed hashes of the ids of the decisions among these
     unread: dict[str, int] = field(default_factory=dict)  # values that could not be read as their column's type, by column
+    broken: int = 0  # lines that are no rows
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ class Staged:
     """All rows of a log in canonical types, on disk.
 
     Beside the table's columns stand `?file` (index into `files`), `?row` (from 1, blank lines left out), `?others` (a hash of the ignored
-    columns, where asked for) and, where a value had the wrong type, its text in `unread(column)`.
+    columns, where asked for), where a value had the wrong type its text in `unread(column)`, and if any line is no row `?broken`: why, null for the rows.
     """
 
     directory: Path
@@ -107,6 +125,11 @@ class Staged:
     def unread(self) -> frozenset[str]:
         """Columns with values of the wrong type."""
         return frozenset(column for partition in self.partitions for column, number in partition.unread.items() if number)
+
+    @property
+    def broken(self) -> bool:
+        """Whether there are lines that are no rows."""
+        return any(partition.broken for partition in self.partitions)
 
     @property
     def rows(self) -> int:
@@ -146,9 +169,10 @@ class Staged:
             last = here[-1]
             frames.append(frame)
         rows = pl.concat(frames, how="diagonal") if len(frames) > 1 else frames[0]
-        kept = {*self.columns, *map(unread, self.unread), FILE, ROW, OTHERS}
+        kept = {*self.columns, *map(unread, self.unread), *[BROKEN] * self.broken, FILE, ROW, OTHERS}
         present = rows.collect_schema().names()
-        absent = [pl.lit(None, DTYPES[column.kind]).alias(c) for c, column in self.columns.items() if c not in present]
+        types = {c: DTYPES[column.kind] for c, column in self.columns.items()} | ({BROKEN: pl.String()} if self.broken else {})
+        absent = [pl.lit(None, dtype).alias(c) for c, dtype in types.items() if c not in present]
         rows = rows.select(c for c in present if c in kept).with_columns(absent)
         return rows if in_order else rows.sort(FILE, ROW)
 
@@ -213,28 +237,20 @@ def _staged(
         segments, same = [], set()
     new = [source for source in sources if source.name not in same]
 
-    frames: list[pl.LazyFrame] = []
-    partitions: list[Partition] = []
-    for source in new:
-        scan = source.scan(workspace.root)
-        with naming(source.name):
-            schema = scan.collect_schema()
-        others = [c for c in schema.names() if c not in columns]
-        # two events may differ only in a column that is of no other use, such as an event's own id
-        other = [pl.struct(others).hash().alias(OTHERS)] if others and apart else []
-        with naming(source.name):
-            selected = [*selection(source.name, columns, scan), *other, pl.lit(len(frames), pl.UInt32).alias(FILE), pl.col(ROW)]
-        frame = scan.with_row_index(ROW, 1).select(selected)
-        with naming(source.name):
-            frame, left_out, lost = _without(frame, "player_id" if "player_id" in columns else by, by, without)
-        frames.append(frame)
-        said = {c: str(schema[c]) for c in columns if c in schema}
-        partitions.append(Partition(source.name, source.stamp, said, format_of(source.name) != "CSV", others, left_out=left_out, lost=lost))
-    _alike([known[name] for name in stamps if name in same], partitions, types, directory)
-
-    if partitions:
-        parts = _parts(sum(stamp[0] for stamp in stamps.values() if stamp), segments)
-        segments = [*segments, _written(directory, frames, partitions, columns, by, parts)]
+    by_lines = set[str]()
+    while new:
+        try:
+            opened = [_opened(workspace.root, source, i, columns, by, without, apart=apart, lines=source.name in by_lines) for i, source in enumerate(new)]
+            frames, partitions = [frame for frame, _ in opened], [partition for _, partition in opened]
+            _alike([known[name] for name in stamps if name in same], partitions, types, directory)
+            parts = _parts(sum(stamp[0] for stamp in stamps.values() if stamp), segments)
+            segments = [*segments, _written(directory, frames, partitions, columns, by, parts)]
+            break
+        except UnreadableError:
+            hurt = {source.name for source in new if source.has_lines and source.name not in by_lines and not _readable(workspace.root, source)}
+            if not hurt:
+                raise
+            by_lines |= hurt
     place = {name: i for i, name in enumerate(stamps)}
     newest = {partition.name: (s, i) for s, segment in enumerate(segments) for i, partition in enumerate(segment.partitions)}
     live = []
@@ -244,10 +260,41 @@ def _staged(
             live.append((segment, places))
     standing = {places[i]: segment.partitions[i] for segment, places in live for i in places}
     ordered = [standing[i] for i in range(len(place))]
-    if partitions or gone:
+    if new or gone:
         _write_state(directory, layout, players, live, types | _types(ordered))
     marks = [_marked(directory / segment.name) for segment, _ in live]
     return Staged(directory, columns, by, list(place), ordered, [source.name for source in new], noticed, live, marks)
+
+
+def _opened(
+    root: Path, source: Source, place: int, columns: Mapping[str, Column], by: str, without: Forgotten, *, apart: bool, lines: bool
+) -> tuple[pl.LazyFrame, Partition]:
+    """The rows of a file in canonical types, its `place` beside them, and what is known of it before it is read; `lines`: it is read by line."""
+    scan = by_line(source.name, source.at, columns) if lines and isinstance(source.at, Path) else source.scan(root)
+    with naming(source.name):
+        schema = scan.collect_schema()
+    others = [c for c in schema.names() if c not in columns and not (lines and c == BROKEN)]
+    # two events may differ only in a column that is of no other use, such as an event's own id
+    beside = [pl.struct(others).hash().alias(OTHERS)] if others and apart else []
+    beside += [pl.col(BROKEN)] * lines
+    with naming(source.name):
+        selected = [*selection(source.name, columns, scan), *beside, pl.lit(place, pl.UInt32).alias(FILE), pl.col(ROW)]
+    frame = scan.with_row_index(ROW, 1).select(selected)
+    with naming(source.name):
+        frame, left_out, lost = _without(frame, "player_id" if "player_id" in columns else by, by, without)
+    said = {c: str(schema[c]) for c in columns if c in schema}
+    typed = not lines and format_of(source.name) != "CSV"
+    return frame, Partition(source.name, source.stamp, said, typed, others, left_out=left_out, lost=lost)
+
+
+def _readable(root: Path, source: Source) -> bool:
+    """Whether Polars can read all of a file."""
+    try:
+        with naming(source.name):
+            source.scan(root).select(pl.all().null_count()).collect(engine="streaming")
+    except UnreadableError:
+        return False
+    return True
 
 
 def _without(frame: pl.LazyFrame, who: str, by: str, gone: Forgotten) -> tuple[pl.LazyFrame, int, list[str]]:
@@ -384,6 +431,7 @@ def _counted(directory: Path, segment: Segment, columns: Mapping[str, Column]) -
     present = scan.collect_schema().names()
     texts = {unread(c): c for c in columns if unread(c) in present}
     counts = [pl.col([*texts, *texts.values()]).count()] if texts else []
+    counts += [pl.col(BROKEN).count()] * (BROKEN in present)
     by_file = {row[FILE]: row for row in scan.group_by(FILE).agg(pl.len().alias("?rows"), *counts).collect(engine="streaming").to_dicts()}
     counted = []
     for i, partition in enumerate(segment.partitions):
@@ -395,7 +443,7 @@ def _counted(directory: Path, segment: Segment, columns: Mapping[str, Column]) -
                 expected, mend = EXPECTED[columns[column].kind]
                 shutil.rmtree(directory / segment.name, ignore_errors=True)
                 raise LogsError(f"{partition.name}: column {column!r} holds values such as {example[:60]!r}, expected {expected}; {mend}")
-        counted.append(replace(partition, rows=row["?rows"], unread=lost))
+        counted.append(replace(partition, rows=row["?rows"], unread=lost, broken=row.get(BROKEN, 0)))
     return counted
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -12,7 +13,7 @@ from fastq.errors import FastqError, UnknownPlayerError
 from fastq.forgetting import forgotten, remember, strike_arrays, strike_log, strike_page, strike_table
 from fastq.platform import FILE_NAME, Platform
 from fastq.records import KEYS, columns_of, decision_logs, served_log
-from fastq.sources import parsed, scans
+from fastq.sources import UnreadableError, by_line, naming, parsed, sources_of
 from fastq.workspace import Workspace
 from feature_repo import store
 from pipelines.turn import forget as forget_turns
@@ -106,15 +107,26 @@ def _exported(platform: Platform, player_id: str) -> tuple[int, set[str]]:
         source = getattr(platform.logs, table)
         if source is None or "player_id" not in columns_of(platform, table):
             continue
-        wanted = [c for c in ("player_id", "decision_id") if c in columns_of(platform, table)]
+        columns = columns_of(platform, table)
         try:
-            for _, scan in scans(platform.root, f"{FILE_NAME}: logs.{table}", source):
-                schema = scan.collect_schema()
-                texts = {name: parsed(pl.col(name), "id", schema[name]) for name in wanted if name in schema}
-                if "player_id" in texts:
-                    mine = scan.select(text.alias(name) for name, text in texts.items() if text is not None).filter(pl.col("player_id") == player_id).collect()
-                    rows += len(mine)
-                    ids |= set(mine["decision_id"].drop_nulls()) if "decision_id" in mine.columns else set()
-        except (FastqError, pl.exceptions.PolarsError) as error:
+            for one in sources_of(platform.root, f"{FILE_NAME}: logs.{table}", source):
+                try:
+                    mine = _rows_of(one.name, one.scan(platform.root), player_id)
+                except UnreadableError:
+                    if not one.has_lines or not isinstance(one.at, Path):
+                        raise
+                    mine = _rows_of(one.name, by_line(one.name, one.at, columns), player_id)
+                rows += len(mine)
+                ids |= set(mine["decision_id"].drop_nulls()) if "decision_id" in columns else set()
+        except FastqError as error:
             logger.warning("logs.%s could not be searched for the player: %s", table, " ".join(str(error).split())[:200])
     return rows, ids
+
+
+def _rows_of(name: str, scan: pl.LazyFrame, player_id: str) -> pl.DataFrame:
+    """`player_id` and `decision_id` (null where it is not there) of the player's rows in one file."""
+    with naming(name):
+        schema = scan.collect_schema()
+        texts = {c: parsed(pl.col(c), "id", schema[c]) if c in schema else None for c in ("player_id", "decision_id")}
+        ids = [(pl.lit(None, pl.String) if text is None else text).alias(c) for c, text in texts.items()]
+        return scan.select(ids).filter(pl.col("player_id") == player_id).collect()

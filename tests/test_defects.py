@@ -43,7 +43,10 @@ WRONG: dict[str, dict[str, list[Any]]] = {
     },
     "activity": {"player_id": [None], "occurred_at": [None, "once"], "rounds": ["-0.5", "inf", "few"], "mood": ["-inf", "fine"]},
 }
+# and what may stand in a file of text where a row should
+BROKEN = {"csv": [b"x" + 12 * b",x", b"caf\xe9,p1"], "ndjson": [b'{"player_id": "p1", "goal":', b"[1, 2]"]}
 defect = st.one_of(
+    st.tuples(st.just("broken"), st.tuples(st.sampled_from(["decisions", "activity"]), st.integers(0, 1))),
     st.tuples(st.just("spoilt"), st.sampled_from([(t, c, v) for t, columns in WRONG.items() for c, values in columns.items() for v in values])),
     st.tuples(st.sampled_from(["repeated", "same id"]), st.tuples(st.sampled_from(["decisions", "activity"]), st.integers(0, GOOD - 1))),
 )
@@ -67,13 +70,17 @@ def good_row(table: str, file: int, i: int) -> dict[str, str | None]:
     return {**row, "propensity": repr(1 / (i + 2)) if i else None, "goal": repr(1 + i / 7), "joy": joy}
 
 
-def written(path: Path, rows: list[dict[str, str | None]], kind: str) -> None:
+def written(path: Path, rows: list[dict[str, str | None]], kind: str, broken: list[int]) -> None:
     path.parent.mkdir(exist_ok=True)
     frame = pl.DataFrame(rows, schema=dict.fromkeys(rows[0], pl.String))
     if kind == "ndjson":
         path.with_suffix(".ndjson").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     else:
         (frame.write_csv if kind == "csv" else frame.write_parquet)(path.with_suffix(f".{kind}"))
+    if kind in BROKEN:
+        lines = path.with_suffix(f".{kind}").read_bytes().splitlines()
+        lines[2:2] = [BROKEN[kind][which] for which in broken]
+        path.with_suffix(f".{kind}").write_bytes(b"\n".join(lines) + b"\n")
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -85,8 +92,12 @@ def test_every_defect_with_every_other(drawn: list[tuple[list[tuple[str, Any]], 
         expected: dict[str, Counter[str]] = {"decisions": Counter(), "activity": Counter()}
         for number, (defects, kind, reverse) in enumerate(drawn):
             rows: dict[str, list[dict[str, str | None]]] = {t: [good_row(t, number, i) for i in range(GOOD)] for t in WRONG}
+            broken = {table: [how[1] for what, how in defects if what == "broken" and how[0] == table] for table in WRONG}
             for n, (what, how) in enumerate(defects):
                 table = how[0]
+                if what == "broken":
+                    expected[table]["quarantined"] += kind in BROKEN
+                    continue
                 fresh = good_row(table, number, GOOD + n)
                 if what == "spoilt":
                     fresh[how[1]] = how[2]
@@ -100,7 +111,7 @@ def test_every_defect_with_every_other(drawn: list[tuple[list[tuple[str, Any]], 
             for table, all_rows in rows.items():
                 expected[table]["accepted"] += GOOD
                 # out of order in the file; but the first of an id stays, and of these the good one comes first
-                written(root / table / str(number), all_rows[:GOOD][::-1] + all_rows[GOOD:] if reverse else all_rows, kind)
+                written(root / table / str(number), all_rows[:GOOD][::-1] + all_rows[GOOD:] if reverse else all_rows, kind, broken[table])
             records = read_records(platform)  # after each delivery, as ingest would
         for table, fates in expected.items():
             assert {fate: getattr(records.counts[table], fate) for fate in ("accepted", "quarantined", "repeated")} == dict.fromkeys(
@@ -130,7 +141,7 @@ def test_every_defect_with_every_other(drawn: list[tuple[list[tuple[str, Any]], 
 def test_a_feature_store_that_looks_ahead_is_refused(tmp_path: Path) -> None:
     """Also where what lies ahead is an event of an earlier day that arrived late: its period is over, but not before the decision."""
     for table in WRONG:
-        written(tmp_path / table / "0", [good_row(table, file, i) for file in range(3) for i in range(GOOD)], "parquet")
+        written(tmp_path / table / "0", [good_row(table, file, i) for file in range(3) for i in range(GOOD)], "parquet", [])
     platform = platform_from_tree(TREE, tmp_path, "fastq.yaml")
     records = read_records(platform)
     rows = features.build_rows(platform, records)

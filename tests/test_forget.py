@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from fastq import queries, records, registry
 from fastq.errors import UnknownPlayerError, WorkspaceError
 from fastq.forgetting import FILE, forgotten, remember, strike_page
-from fastq.platform import Platform, load_platform
+from fastq.platform import Platform, load_platform, platform_from_tree
 from fastq.workspace import Workspace
 from feature_repo import store
 from pipelines.forget import forget
@@ -211,3 +211,17 @@ def test_a_report_loses_the_rows_that_quote_the_player_alone(tmp_path: Path) -> 
     assert strike_page(page, ["p1"]) == 1
     assert page.read_text() == "<table>" + row % "p11" + row % "xp1" + "</table>"
     assert strike_page(page, ["p1"]) == 0
+
+
+def test_a_log_with_a_line_that_is_no_row_is_searched_too(tmp_path: Path) -> None:
+    tree = {
+        "platform": "shop",
+        "logs": {"decisions": "decisions.csv"},
+        "state": {},
+        "policies": ["careful"],
+        "action": {"kind": "continuous", "dimensions": {"goal": {"low": 1, "high": 15}}},
+        "objectives": {"joy": {}},
+    }
+    lines = ["decision_id,player_id,decided_at,policy,goal,joy", "d1,p1,2026-11-01,careful,2,1", "x" + 9 * ",x", "d2,p1,2026-11-02,careful,3,1"]
+    (tmp_path / "decisions.csv").write_text("\n".join(lines))
+    assert forget(platform_from_tree(tree, tmp_path, "fastq.yaml"), "p1")["logs"] == 2

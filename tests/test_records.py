@@ -510,12 +510,44 @@ def test_damage_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-50])
     assert refusal(bare(tmp_path)).startswith("logs/decisions.parquet: cannot be read as Parquet")
     path.unlink()
-    write(tmp_path, "decisions.csv", good())
-    (tmp_path / "logs/decisions.csv").write_bytes((tmp_path / "logs/decisions.csv").read_bytes() + b"\xff\xfe,1,2\n")
-    assert refusal(bare(tmp_path)).startswith("logs/decisions.csv: cannot be read as CSV")
-    (tmp_path / "logs/decisions.csv").unlink()
     (tmp_path / "logs/decisions.xlsx").write_bytes(b"x")
     assert "ends in .parquet" in refusal(bare(tmp_path))
+
+
+def test_a_line_that_is_no_row_is_one_refused_row(tmp_path: Path) -> None:
+    """Of a CSV or NDJSON file; nothing of it is kept but where it stands and why, for whom it is of cannot be told, and that may be somebody forgotten."""
+    write(tmp_path, "decisions.csv", good(4))
+    write(tmp_path, "decisions.ndjson", good(7)[4:])
+    lines = (tmp_path / "logs/decisions.csv").read_text().splitlines()
+    (tmp_path / "logs/decisions.csv").write_bytes("\n".join([*lines[:2], lines[2] + ",secret", *lines[3:]]).encode() + b"\n\xff\xfe,secret\n")
+    objects = (tmp_path / "logs/decisions.ndjson").read_text().splitlines()
+    objects[2:3] = ["", objects[2][:-9], "null"]
+    (tmp_path / "logs/decisions.ndjson").write_text("\n".join(objects))
+    records = read_records(bare(tmp_path))
+    assert records.quarantine.select("file", "row", "reason").rows() == [
+        ("logs/decisions.csv", 2, "the line has 10 fields where the header has 9"),
+        ("logs/decisions.csv", 5, "the line is not UTF-8 text"),
+        ("logs/decisions.ndjson", 3, "the line is no JSON (Unterminated string starting at character 155)"),
+        ("logs/decisions.ndjson", 4, "the line is no JSON object"),
+    ]
+    assert records.counts["decisions"] == Counts(5, 4, 0)
+    assert records.metrics["decisions.line.readable"] == 4
+    assert records.metrics["decisions.decision_id.present"] == 0
+    assert not any(b"secret" in file.read_bytes() for file in Workspace(tmp_path).staged.rglob("*.arrow"))
+    others = pl.concat([good(4), good(7)[4:]]).filter(~pl.col("decision_id").is_in(["d1", "d6"])).sort("player_id", "decided_at")
+    assert_frame_equal(records.decisions.drop("assignment", "model_version"), others)
+
+
+def test_a_file_of_which_most_is_no_row_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, "decisions.parquet", good())
+    (tmp_path / "logs/decisions.ndjson").write_text(json.dumps([{"decision_id": "d9"}, {"decision_id": "d8"}], indent=1))
+    with pytest.raises(LogsError, match=r"decisions.ndjson: cannot be read as NDJSON \(most lines cannot be read; the first such is no JSON"):
+        read_records(bare(tmp_path))
+    (tmp_path / "logs/decisions.ndjson").unlink()
+    text = good(8).write_csv().splitlines()
+    (tmp_path / "logs/decisions.csv").write_text("\n".join([*text[:3], f'"{text[3]}', *text[4:]]))  # it would hide all that follows
+    with pytest.raises(LogsError, match=r"decisions.csv: cannot be read as CSV \(line 9: unexpected end of data\)"):
+        read_records(bare(tmp_path))
 
 
 def test_a_missing_column_is_named_with_its_nearest(tmp_path: Path) -> None:
