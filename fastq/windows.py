@@ -13,6 +13,7 @@ import os
 import tempfile
 import zlib
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +30,7 @@ from fastq.features import (
     aggregate,
     attribute_rows,
     attributes_at,
+    epoch_microseconds,
     known_delay,
     microseconds,
     row_width,
@@ -98,6 +100,11 @@ class Windows:
     def truncated(self) -> np.ndarray:
         """[N] the log ends here though the player may go on."""
         return (self.following < 0) & ~self.terminated
+
+    @property
+    def switched(self) -> np.ndarray:
+        """[N] another policy makes the player's next decision."""
+        return (self.following >= 0) & (self.policy[self.following] != self.policy)
 
     def chances(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[B, K] how likely each policy was to be chosen, 0 where unknown, and [B] whether the log tells all of them; there they sum to 1.
@@ -216,6 +223,18 @@ def held_out_players(player_ids: list[str], share: float, seed: int) -> np.ndarr
     drawn = np.array([zlib.crc32(player.encode(), salt) for player in player_ids], np.uint64)
     # crc32 is linear, so near ids land near each other; one multiplication spreads them
     return ((drawn * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(11)).astype(float) / 2.0**53 < share
+
+
+def split_by_time(windows: Windows, at: datetime) -> tuple[np.ndarray, np.ndarray]:
+    """[N] bool each: decisions all of which was known before `at` (objectives, and the next decision or that none comes), and those made from then on.
+
+    Those between are in neither: what followed them lies on the other side.
+    """
+    cut, platform = epoch_microseconds(at), windows.platform
+    gone = windows.moment + platform.state.churn * microseconds(platform)
+    followed = np.where(windows.terminated, gone, np.where(windows.following >= 0, windows.moment[windows.following], windows.moment))
+    told = windows.moment + known_delay(platform).max()
+    return np.maximum(followed, told) < cut, windows.moment >= cut
 
 
 @dataclass(frozen=True)

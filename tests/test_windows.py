@@ -307,6 +307,7 @@ def test_transitions_of_several_players():
     assert found.last_policy.tolist() == [-1, 1, -1, 2]
     assert found.following.tolist() == [1, -1, 3, -1]
     assert found.elapsed.tolist() == [2.0, 0.0, 1.5, 0.0]
+    assert found.switched.tolist() == [True, False, True, False]
     same(found.action, [[1], [4], [2], [3]])
     same(found.reward, [[1, NAN, 0.5], [NAN] * 3, [NAN, 2, NAN], [3, NAN, NAN]])
     np.testing.assert_allclose(found.discount, [[0.81, 0.25, 0], [0, 0, 0], [0.9**1.5, 0.5**1.5, 0], [0, 0, 0]], rtol=1e-12)
@@ -480,6 +481,41 @@ def test_held_out_players_are_the_same_in_every_run():
 def test_another_seed_holds_out_others_independently():
     one, two = held_out_players(IDS, 0.3, 0), held_out_players(IDS, 0.3, 1)
     assert (one & two).mean() == pytest.approx(0.09, abs=4 * math.sqrt(0.09 * 0.91 / 4_000))
+
+
+@pytest.mark.parametrize("delay", ["7d", "1h"])
+def test_what_comes_before_a_moment_is_what_a_log_that_ends_there_tells(delay: str):
+    objectives = {name: {**what, "known_after": delay} for name, what in TREE["objectives"].items()}
+    platform = platform_from_tree({**TREE, "objectives": objectives}, Path(), "fastq.yaml")
+    known = platform.objectives["ltv"].known_after
+    assert known is not None
+    draw = np.random.default_rng(3)
+    hours = draw.uniform(0, 40 * 24, 150)
+    told = [{"player_id": f"p{draw.integers(12)}", "at": START + float(h) * HOUR, "value": float(h)} for h in hours]
+    events = [event(each["player_id"], each["at"], 1.0) for each in told[:60]]
+    decisions = [
+        decision(d["player_id"], d["at"], 2.0, ["stretch", "spend"][i % 2], decision_id=f"d{i}", returns=d["value"], ltv=d["value"])
+        for i, d in enumerate(told[60:])
+    ]
+    cut = START + 25 * DAY
+    decisions.append(decision("left", cut - 2 * DAY, decision_id="left"))  # that they have gone is known a day after the cut
+    whole = built(records_of(decisions, [*events, event("z", cut - HOUR / 2, 1.0)]), platform)
+    learned, asked = windows.split_by_time(whole, cut)
+    until = [d if d["decided_at"] + known < cut else d | {"ltv": None, "returns": None} for d in decisions if d["decided_at"] < cut]
+    cut_off = built(records_of(until, [e for e in [*events, event("z", cut - HOUR / 2, 1.0)] if e["occurred_at"] < cut]), platform)
+    there = {name: i for i, name in enumerate(cut_off.decision_id)}
+    mine = np.flatnonzero(learned)
+    theirs = np.array([there[whole.decision_id[i]] for i in mine])
+    assert len(mine) > 20
+    same(whole.raw(mine), cut_off.raw(theirs))
+    same(whole.reward[mine], cut_off.reward[theirs])
+    same(whole.discount[mine], cut_off.discount[theirs])
+    assert whole.terminated[mine].any()
+    assert whole.terminated[mine].tolist() == cut_off.terminated[theirs].tolist()
+    follows = [[w.decision_id[w.following[i]] for i in rows if not w.terminated[i] and w.following[i] >= 0] for w, rows in ((whole, mine), (cut_off, theirs))]
+    assert follows[0] == follows[1]
+    assert {whole.decision_id[i] for i in np.flatnonzero(asked)} == {d["decision_id"] for d in decisions if d["decided_at"] >= cut}
+    assert (~learned & ~asked).any(), "what lies across is in neither"
 
 
 def test_nobody():
