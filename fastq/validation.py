@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -76,8 +77,13 @@ class Profile:
 
 def _against_earlier(platform: Platform) -> list[str]:
     tables = [f"{table}.rows.volume" for table in TABLES if getattr(platform.logs, table) is not None]
-    measures = [f"activity.{measure}.shift" for measure in platform.state.measures]
-    return [*tables, "decisions.rate.volume", *measures, *(f"decisions.{policy}.shift" for policy in platform.policies)]
+    return [*tables, "decisions.rate.volume", *dict.fromkeys(_watched(platform).values())]
+
+
+def _watched(platform: Platform) -> dict[str, str]:
+    """By the name of each quantity whose distribution is watched, its rule."""
+    measures = {f"activity.{measure}": f"activity.{measure}.shift" for measure in platform.state.measures}
+    return measures | {f"decisions.{policy}.{column}": f"decisions.{policy}.shift" for policy in platform.policies for column in platform.action_columns}
 
 
 def profile(platform: Platform, records: AnyRecords) -> Profile:
@@ -110,17 +116,24 @@ def _values(platform: Platform, records: AnyRecords, after: datetime | None = No
     if after is not None:
         decisions, events = decisions.filter(pl.col("decided_at") > after), events.filter(pl.col("occurred_at") > after)
     found: dict[str, np.ndarray] = {}
-    if dimensions := platform.dimension_names:
-        # policies that seldom act are told from as many rows as the others, so each has a sample of its own
-        often = dict(decisions.lazy().group_by("policy").len().collect(engine="streaming").rows())
-        theirs = {policy: (pl.col("policy") == policy, often[policy]) for policy in platform.policies if policy in often}
-        for policy, some in _every(decisions, dimensions, theirs).items():
-            found |= {f"decisions.{policy}.{dimension}": some[dimension].to_numpy() for dimension in dimensions}
+    # policies that seldom act are told from as many rows as the others, so each has a sample of its own
+    often = dict(decisions.lazy().group_by("policy").len().collect(engine="streaming").rows())
+    theirs = {policy: (pl.col("policy") == policy, often[policy]) for policy in platform.policies if policy in often}
+    for policy, some in _every(decisions, platform.action_columns, theirs).items():
+        found |= {f"decisions.{policy}.{column}": _numbers(some[column]) for column in platform.action_columns}
     if measures := list(platform.state.measures):
         accepted = records.counts.get("activity", Counts(0, 0, 0)).accepted
         some = _every(events, measures, {"all": (pl.lit(value=True), accepted)})["all"]
         found |= {f"activity.{measure}": some[measure].drop_nulls().to_numpy() for measure in measures}
     return found
+
+
+def _numbers(actions: pl.Series) -> np.ndarray:
+    """Actions as they are; items as numbers in [0, 1) that tell them apart, which is all that bins of equal filling ask for."""
+    if actions.dtype != pl.String:
+        return actions.to_numpy()
+    items = actions.unique()
+    return actions.replace_strict(items, [zlib.crc32(item.encode()) / 2**32 for item in items], return_dtype=pl.Float64).to_numpy()
 
 
 def _every(rows: Parts, columns: list[str], of: Mapping[str, tuple[pl.Expr, int]]) -> dict[str, pl.DataFrame]:
@@ -132,7 +145,7 @@ def _every(rows: Parts, columns: list[str], of: Mapping[str, tuple[pl.Expr, int]
         some = (rows.parts[part].filter(which).select(columns).gather_every(max(1, height // SAMPLE)) for which, height in of.values())
         return pl.collect_all(some, engine="in-memory")
 
-    none = [pl.DataFrame(schema=dict.fromkeys(columns, pl.Float64)) for _ in of]
+    none = [pl.DataFrame(schema={c: rows.parts[0].collect_schema()[c] for c in columns}) for _ in of]
     return {name: pl.concat(each) for name, each in zip(of, zip(none, *several(sampled, len(rows.parts)), strict=True), strict=True)}
 
 
@@ -176,9 +189,8 @@ def _moved(platform: Platform, records: AnyRecords, reference: Profile | None) -
             if name not in reference.edges or len(found) < FEWEST:
                 continue
             moved = shift(_shares(found, reference.edges[name]), np.array(reference.shares[name]))
-            rule = f"{'.'.join(name.split('.')[:2])}.shift" if name.startswith("decisions.") else f"{name}.shift"
             if moved > platform.validation.max_shift:
-                failed[rule] += 1
+                failed[_watched(platform)[name]] += 1
                 said.append(
                     f"{name.replace('.', ': ', 1)} has moved by {moved:.2f}{when} (population stability index; {platform.validation.max_shift:g} is allowed)"
                 )

@@ -254,6 +254,21 @@ def test_logs_are_held_against_what_they_were_when_last_accepted(tmp_path: Path)
     assert "the rule decisions.rows.volume, which fastq.yaml lets stop, failed 1 times" in refused.reasons
 
 
+def test_what_a_policy_chooses_of_a_catalogue_is_watched_too_whatever_its_name(tmp_path: Path) -> None:
+    shop = platform(tmp_path, policies=["v1.0", "v1.1"], action={"kind": "catalogue"}, logs={"decisions": "decisions.parquet", "items": "items.parquet"})
+    pl.DataFrame({"item_id": [f"i{i}" for i in range(6)]}).write_parquet(tmp_path / "items.parquet")
+    items = np.random.default_rng(0).permuted(np.arange(800) % 4)
+    acted = decisions(800).drop("goal").with_columns(policy=pl.Series(["v1.0", "v1.1"] * 400), item_id=pl.Series([f"i{i}" for i in items]))
+    acted.write_parquet(tmp_path / "decisions.parquet")
+    reference = profile(shop, read_records(shop))
+    assert told(validate(shop, read_records(shop), reference)) == {}
+    other = acted.with_columns(item_id=pl.when((pl.col("policy") == "v1.1") & (pl.col("item_id") == "i0")).then(pl.lit("i5")).otherwise("item_id"))
+    other.write_parquet(tmp_path / "decisions.parquet")
+    verdict = validate(shop, read_records(shop), reference)
+    assert told(verdict) == {"decisions.v1.1.shift": 1}
+    assert any("decisions: v1.1.item_id has moved by" in said for said in verdict.warnings)
+
+
 def test_an_index_of_shift_worked_by_hand() -> None:
     assert shift(np.array([0.5, 0.5]), np.array([0.5, 0.5])) == 0
     assert shift(np.array([0.9, 0.1]), np.array([0.5, 0.5])) == pytest.approx(0.4 * math.log(1.8) - 0.4 * math.log(0.2))
