@@ -447,6 +447,8 @@ def _judge(
     counted = [m for m, measure in platform.state.measures.items() if table == "activity" and measure.aggregate == "count" and m not in staged.found]
     ones = [pl.lit(1.0).alias(m) for m in counted]
 
+    kinds = staged.kinds
+
     def split(part: int) -> _Split:
         rows = staged.part(part).with_columns(ones)
         if table == "proposals" and decisions:
@@ -456,7 +458,7 @@ def _judge(
             asked = pl.Series("decision_id", dtype=pl.String)
         if since is not None:
             rows = rows.filter(_from(platform, table, since, asked))
-        rows, repeated = _without_repeats(rows, table)
+        rows, repeated = _without_repeats(rows, table, kinds)
         if beside is not None:
             mine = beside.filter(staged.mine(part)).with_columns(ones)
             mine = mine if since is None else mine.filter(_from(platform, table, since, asked))
@@ -540,10 +542,11 @@ def _from(platform: Platform, table: Table, since: datetime, asked: pl.Series) -
     return pl.col("decision_id").is_in(asked.implode()).fill_null(value=True) if table == "proposals" else pl.lit(value=True)
 
 
-def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, int]:
+def _without_repeats(rows: pl.LazyFrame, table: Table, kinds: list[int]) -> tuple[pl.LazyFrame, int]:
     """Rows that equal no earlier one in every column, marked where an earlier one has the same key; and how many were repeats.
 
-    Of a table with a key, ignored columns are ignored here too; events have no key, and all that tells two apart may be ignored.
+    Of a table with a key, ignored columns are ignored here too; events have no key, and all that tells two apart may be ignored. Where a column is new,
+    it tells apart the rows of files that have it: what is delivered again with it is a repeat. kinds: as `Staged` has them.
     """
     key = KEYS[table]
     names = rows.collect_schema().names()
@@ -557,7 +560,11 @@ def _without_repeats(rows: pl.LazyFrame, table: Table) -> tuple[pl.LazyFrame, in
     twins = rows.join(suspects.lazy(), on=[FILE, ROW], how="semi", maintain_order="left").collect()
     conflict = ~pl.struct(key).is_first_distinct() & pl.col(key[0]).is_not_null() if key else pl.lit(value=False)
     whole = pl.col(BROKEN).is_null() if BROKEN in names else pl.lit(value=True)  # of a line that is no row nobody knows whether it came before
-    twins = twins.select(FILE, ROW, repeated=~pl.struct(content).is_first_distinct() & whole, conflict=conflict)
+    known = ~pl.struct(content).is_first_distinct()
+    if not key and len(set(kinds)) > 1:
+        kind = pl.lit(pl.Series(kinds)).gather(pl.col(FILE))
+        known |= kind != kind.first().over(pl.struct(c for c in content if c != OTHERS))
+    twins = twins.select(FILE, ROW, repeated=known & whole, conflict=conflict)
     repeats = twins.filter("repeated").select(FILE, ROW)
     conflicts = twins.filter(pl.col("conflict") & ~pl.col("repeated")).select(FILE, ROW, pl.lit(value=True).alias(CONFLICT))
     if not repeats.is_empty():

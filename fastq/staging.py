@@ -122,6 +122,12 @@ class Staged:
         return list(dict.fromkeys(column for partition in self.partitions for column in partition.ignored))
 
     @property
+    def kinds(self) -> list[int]:
+        """By file a number, the same where the ignored columns are: only there `?others` can be compared."""
+        ignored = [(partition.typed, sorted(partition.ignored)) for partition in self.partitions]
+        return [ignored.index(one) for one in ignored]
+
+    @property
     def unread(self) -> frozenset[str]:
         """Columns with values of the wrong type."""
         return frozenset(column for partition in self.partitions for column, number in partition.unread.items() if number)

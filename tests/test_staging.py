@@ -294,6 +294,17 @@ def test_numbers_of_another_width_are_numbers_and_a_new_column_is_reported(tmp_p
         read_records(shop(tmp_path))
 
 
+def test_what_is_delivered_again_with_a_new_column_is_a_repeat(tmp_path: Path) -> None:
+    """Also as another format. Events that differ in nothing but an ignored column of one delivery stay two."""
+    put(tmp_path, 0)
+    again = pl.concat([day(0)[1].head(100), day(0)[1].head(1).with_columns(event=pl.lit("another"))])
+    again.with_columns(shoe_size=pl.int_range(pl.len())).write_parquet(tmp_path / "activity" / "1.parquet")
+    again.head(50).with_columns(pl.col(pl.Datetime).dt.strftime("%Y-%m-%dT%H:%M:%S%.fZ")).write_csv(tmp_path / "activity" / "2.csv")
+    first = day(1)[1].filter(pl.col("rounds") > 0).head(1)
+    pl.concat([first, first.with_columns(event=pl.lit("beside"))]).with_columns(shoe_size=pl.lit(44)).write_parquet(tmp_path / "activity" / "3.parquet")
+    assert read_records(shop(tmp_path)).counts["activity"] == Counts(199 + 2, 1, 3 + 101 + 50)
+
+
 def test_what_a_killed_reader_left_is_removed_and_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
     put(tmp_path, 0)
     records = held(read_records(shop(tmp_path)))
