@@ -889,7 +889,7 @@ def _written(document: Document) -> Iterable[RenderableType]:
 
 
 def _validation(document: Document) -> Iterable[RenderableType]:
-    failing = [rule for rule in document["rules"] if rule["failed"]]
+    failing = [rule for rule in document["rules"] if not rule["passed"]]  # a share that is allowed is no failure
     if failing:
         table = _table("Rules that rows broke", "rule", "rows", "severity", numbers=["rows"])
         for rule in failing:
@@ -899,7 +899,7 @@ def _validation(document: Document) -> Iterable[RenderableType]:
     yield f"Decisions: {counts}; {len(document['rules'])} rules."
     for warning in document.get("warnings", []):
         yield f"[yellow]Warning:[/] {_plain(warning)}"
-    if document["quarantined"]:
+    if any(rule["failed"] for rule in document["rules"] if rule["rule"].endswith(".quarantined.share")):  # of any table
         yield f"Refused rows with their reasons: {document['quarantine']}"
     yield f"Report: {document['report']}"
     yield "[green]Passed.[/]" if document["passed"] else "[red]Refused.[/] " + _plain("; ".join(document.get("reasons", [])) or "see the report")

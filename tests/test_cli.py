@@ -126,6 +126,22 @@ def test_an_explanation_is_a_table_whose_parts_add_up(capfd):
     assert ["Enough", "to", "decide", "it:", "joy", "(long", "term)"] in lines
 
 
+def test_a_validation_in_the_terminal_names_what_failed_and_where_refused_rows_of_any_table_are(capfd):
+    rules = [
+        {"rule": "decisions.quarantined.share", "failed": 0, "severity": "stop", "passed": True},
+        {"rule": "activity.quarantined.share", "failed": 2, "severity": "stop", "passed": True},  # two are allowed
+        {"rule": "activity.rounds.min", "failed": 2, "severity": "quarantine", "passed": False},
+    ]
+    counts = {"accepted": 9, "quarantined": 0, "repeated": 0}
+    document = {"passed": True, "rules": rules, **counts, "quarantine": "refused.parquet", "report": "page.html", "reasons": []}
+    with answering(as_json=False) as answer:
+        answer(document, cli._validation)
+    said = capfd.readouterr().out
+    assert "activity.rounds.min" in said
+    assert ".share" not in said
+    assert "Refused rows with their reasons: refused.parquet" in said
+
+
 def test_a_model_of_which_no_estimate_may_be_trusted_is_refused(tmp_path):
     platform = platform_from_tree(yaml.safe_load(YAML), tmp_path, "fastq.yaml")
     trusted_rival = {"policy": "early", "objective": None, "verdict": "trust"}
