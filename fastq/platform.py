@@ -104,6 +104,9 @@ class Attribute(_Branch):
     kind: Literal["numeric", "categorical"]
 
 
+LONGEST = 1e11  # seconds of an absence: more than any log spans, and moments that long after another can still be told in microseconds
+
+
 class State(_Branch):
     """What is known of a player when a decision is made."""
 
@@ -112,6 +115,12 @@ class State(_Branch):
     churn: int = Field(14, ge=1)  # periods without activity after which an episode is terminated
     measures: dict[str, Measure] = {}
     attributes: dict[str, Attribute] = {}
+
+    @model_validator(mode="after")
+    def _within_a_calendar(self) -> State:
+        if self.churn * self.period.total_seconds() > LONGEST:
+            raise ValueError(f"churn: expected at most {int(LONGEST / self.period.total_seconds()):,} periods, which is {LONGEST / 31_557_600:,.0f} years")
+        return self
 
 
 class Dimension(_Branch):

@@ -532,7 +532,8 @@ def _reach(platform: Platform, table: Table, since: datetime | None) -> tuple[st
         return None
     if table == "decisions":
         return "decided_at", since
-    return "occurred_at", since - platform.state.period * max(platform.state.window, platform.state.churn)
+    back = platform.state.period * max(platform.state.window, platform.state.churn)
+    return "occurred_at", since - back if back < since - EARLIEST else EARLIEST
 
 
 def _from(platform: Platform, table: Table, since: datetime, asked: pl.Series) -> pl.Expr:

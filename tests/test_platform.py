@@ -151,6 +151,7 @@ def test_a_directory_stands_for_the_file_in_it_and_the_tree_is_frozen(tmp_path: 
         ("state.period", "1 fortnight", "state.period: expected a duration such as 6h, 1d or 2w, got '1 fortnight'"),
         ("state.period", "0d", "state.period: expected a duration longer than zero"),
         ("state.period", "99999999999w", "state.period: "),
+        ("state.churn", 10**10, "state: churn: expected at most 1,157,407 periods, which is 3,169 years"),
         ("state.measures.games.aggregate", "median", "state.measures.games.aggregate: "),
         ("state.measures.games.min", float("nan"), "state.measures.games.min: expected a finite number"),
         ("state.attributes.region.kind", "text", "state.attributes.region.kind: "),

@@ -473,6 +473,11 @@ def test_since_keeps_later_decisions_and_the_activity_they_look_back_on(tmp_path
     assert records.counts["proposals"] == Counts(1, 0, 0)  # d0 is earlier, and whether d99 is or is unknown only a reading of all can tell
 
 
+def test_since_the_beginning_of_time_is_all_of_it(tmp_path: Path) -> None:
+    write_all(tmp_path, good())
+    assert read_records(make(tmp_path), since=datetime(1, 1, 1, tzinfo=UTC)).counts == read_records(make(tmp_path)).counts
+
+
 # ---- what ends the reading ------------------------------------------------------------------------------------------
 
 
