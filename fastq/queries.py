@@ -551,11 +551,11 @@ def _accepted(platform: Platform, table: str, view: View, ours: Iterable[str] = 
     try:
         found = set(pl.read_parquet_schema(path))
     except FileNotFoundError:
-        raise WorkspaceError(f"{path.parent}: no accepted logs here yet; run `fastq validate`") from None
+        raise WorkspaceError(f"{path.parent}: no accepted logs here yet; run `fastq retrain`") from None
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise WorkspaceError(f"{path}: damaged ({_line(error)}); run `fastq validate` again") from None
+        raise WorkspaceError(f"{path}: damaged ({_line(error)}); run `fastq retrain` again") from None
     if missing := [c.name for c in view.columns if c.name not in found and c.name not in ours]:
-        raise WorkspaceError(f"{path}: was written for another fastq.yaml, it has no {', '.join(missing)}; run `fastq validate` again")
+        raise WorkspaceError(f"{path}: was written for another fastq.yaml, it has no {', '.join(missing)}; run `fastq retrain` again")
     return path
 
 
@@ -627,7 +627,7 @@ def _readable(path: Path, columns: list[str]) -> pl.DataFrame:
     try:
         return pl.read_parquet(path, columns=columns, glob=False)
     except (OSError, pl.exceptions.PolarsError) as error:
-        raise WorkspaceError(f"{path}: damaged ({_line(error)}); run `fastq validate` again") from None
+        raise WorkspaceError(f"{path}: damaged ({_line(error)}); run `fastq retrain` again") from None
 
 
 def _lay_outcomes(sources: _Sources, view: View) -> None:

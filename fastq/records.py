@@ -902,7 +902,7 @@ def read_events(platform: Platform) -> Parts | None:
     try:
         return _read_events(directory / "activity.parquet", json.loads((directory / "summary.json").read_text(encoding="utf-8")).get("parts"))
     except (OSError, ValueError) as error:
-        raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq validate` again") from None
+        raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq retrain` again") from None
 
 
 def _recover(workspace: Workspace) -> None:
@@ -934,14 +934,14 @@ def read_tables(platform: Platform) -> Records:
         if (served := frames.get("served")) is not None and not served.is_empty():  # an earlier version kept all in one file
             decisions = frames["decisions"] = _sorted("decisions", pl.concat([decisions, served]))
     except FileNotFoundError:
-        raise WorkspaceError(f"{directory}: no accepted logs here yet; run `fastq validate`") from None
+        raise WorkspaceError(f"{directory}: no accepted logs here yet; run `fastq retrain`") from None
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq validate` again") from None
+        raise WorkspaceError(f"{directory}: damaged ({' '.join(str(error).split())[:200]}); run `fastq retrain` again") from None
     for table in TABLES:
         empty = pl.DataFrame(schema={name: DTYPES[column.kind] for name, column in columns_of(platform, table).items()})
         wanted = None if getattr(platform.logs, table) is None else _canonical(platform, table, empty.lazy()).collect_schema()
         there = frames[table].schema if table in frames else activity.lazy().collect_schema() if table == "activity" and activity is not None else None
         if there != wanted:
-            raise WorkspaceError(f"{directory}: {table} was written for another fastq.yaml; run `fastq validate` again")
+            raise WorkspaceError(f"{directory}: {table} was written for another fastq.yaml; run `fastq retrain` again")
     others = (frames.get("players"), frames.get("proposals"), frames.get("items"))
     return Records(decisions, activity, *others, quarantine, counts, metrics, warnings, read_at, heard)

@@ -522,8 +522,8 @@ def test_a_mistake_is_one_sentence(arguments, says, served, fastq, tmp_path):
 
 def test_without_accepted_logs_the_mend_is_named(served, fastq, tmp_path):
     shutil.copy(served[0].root / "fastq.yaml", tmp_path)
-    assert "fastq validate" in fastq("query", "SELECT * FROM decisions", cwd=tmp_path, code=2).stderr
-    with pytest.raises(WorkspaceError, match="fastq validate"):
+    assert "fastq retrain" in fastq("query", "SELECT * FROM decisions", cwd=tmp_path, code=2).stderr
+    with pytest.raises(WorkspaceError, match="fastq retrain"):
         library.connect(tmp_path)
     assert queries.ask(load_platform(tmp_path), "SELECT count(*) FROM recommendations").document()["rows"] == [[0]]
 
@@ -534,7 +534,7 @@ def test_tables_of_another_platform_file_are_refused(served, tmp_path):
     tree = yaml.safe_load(file.read_text())
     tree["objectives"]["joy"] = {"weight": 1.0}
     file.write_text(yaml.safe_dump(tree))
-    with pytest.raises(WorkspaceError, match=r"joy.*fastq validate"):
+    with pytest.raises(WorkspaceError, match=r"joy.*fastq retrain"):
         queries.ask(load_platform(root), "SELECT 1 FROM decisions")
 
 

@@ -890,7 +890,7 @@ def test_what_was_served_lies_by_itself_and_is_read_back_among_the_others(tmp_pa
 
 def test_tables_that_are_missing_of_another_platform_or_damaged_are_refused_with_the_mend(tmp_path: Path) -> None:
     platform = make(tmp_path)
-    with pytest.raises(WorkspaceError, match="run `fastq validate`"):
+    with pytest.raises(WorkspaceError, match="run `fastq retrain`"):
         read_tables(platform)
     write_all(tmp_path, good())
     write_tables(read_records(platform), Workspace(tmp_path))
