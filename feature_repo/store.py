@@ -161,9 +161,9 @@ def _applied(platform: Platform, *, offline: bool = False) -> tuple[FeatureStore
         digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
         if offline and noted.exists() and noted.read_text(encoding="utf-8") == digest and (workspace.feast / "registry.db").exists():
             return store, file
-        with room(workspace.feast / "registry.db"):
-            store.apply(definitions(platform).objects())
         with _translated(platform, file):
+            with room(workspace.feast / "registry.db"):
+                store.apply(definitions(platform).objects())  # makes the online store's tables too
             online.prepare(store, file)
         with replacing(noted) as partial:
             partial.write_text(digest, encoding="utf-8")

@@ -258,6 +258,15 @@ def test_an_unknown_service_is_one_sentence(platform: Platform, service: str) ->
         feature_store.online_store_config(wrong)
 
 
+@pytest.mark.parametrize("address", ["redis://:secret@127.0.0.1:1/0", "postgresql://shop:secret@127.0.0.1:1/shop"])
+def test_a_server_that_is_not_there_is_one_sentence_without_its_password(platform: Platform, address: str) -> None:
+    away = platform.model_copy(update={"services": platform.services.model_copy(update={"online_store": address})})
+    with pytest.raises(WorkspaceError, match="the online store does not answer") as refused:
+        feature_store.materialize(away, states(away, 2, START))
+    assert "secret" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_importing_loads_no_feast() -> None:
     import subprocess
     import sys
