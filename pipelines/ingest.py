@@ -21,7 +21,7 @@ def ingest_logs(workspace: str, turn: str, since: str | None) -> dict[str, Any]:
     platform = platform_of(workspace)
     progress.get()("reading and judging the logs", 0, 1, {})
     found = read(platform, datetime.fromisoformat(since) if since else None)
-    document = judged(platform, found)
+    document = judged(platform, found, whole=since is None)
     if not document["passed"]:
         raise GateRefused(f"the logs were refused (report: {document['report']})", document["reasons"])
     kept = Workspace(platform.root)

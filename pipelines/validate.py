@@ -8,7 +8,7 @@ import json
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -36,12 +36,17 @@ def read(platform: Platform, since: datetime | None = None) -> Judged:
     return found
 
 
-def judged(platform: Platform, read: AnyRecords) -> dict[str, Any]:
-    """The verdict on records as `fastq validate --json` gives it; it, its HTML report and the quarantine are kept beside earlier ones."""
+def judged(platform: Platform, read: AnyRecords, *, whole: bool = True) -> dict[str, Any]:
+    """The verdict on records as `fastq validate --json` gives it; it, its HTML report and the quarantine are kept beside earlier ones.
+
+    `whole`: whether these are all of the logs, and not a stretch of them, which has fewer rows than were there before.
+    """
     workspace = Workspace(platform.root)
+    reference = validation.read_profile(workspace)
+    reference = reference if whole or reference is None else replace(reference, rows={})
     with ThreadPoolExecutor(1) as beside:  # each has long stretches that leave the interpreter to the other
         sharing = beside.submit(overlap.chances, platform, read)
-        verdict = validation.validate(platform, read, validation.read_profile(workspace))
+        verdict = validation.validate(platform, read, reference)
     shared = sharing.result() if verdict.passed else None
     pairs = overlap.overlaps(platform, shared) if verdict.passed else []
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"

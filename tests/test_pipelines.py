@@ -323,6 +323,18 @@ def test_a_refused_log_overwrites_nothing(platform, capfd):
     assert "Traceback" not in "".join(capfd.readouterr())
 
 
+def test_a_stretch_of_the_logs_is_not_held_to_the_rows_of_the_whole(platform):
+    since = datetime.now(UTC) - timedelta(days=2)
+    said = {}
+    for what in (None, since.isoformat()):
+        said[what] = ingest.ingest_logs.fn(str(platform.root), "turn", what)
+    assert said[since.isoformat()]["accepted"] < PLAYERS * DAYS / 2
+    assert not any("part of them is missing" in warning for warning in said[since.isoformat()]["warnings"])
+    pl.read_parquet(platform.root / "decisions.parquet").filter(pl.col("decided_at") > since).write_parquet(platform.root / "decisions.parquet")
+    now = ingest.ingest_logs.fn(str(platform.root), "turn", None)
+    assert any("decisions: " in warning and "part of them is missing" in warning for warning in now["warnings"])
+
+
 def test_one_retraining_at_a_time(platform):
     with Workspace(platform.root).lock("retrain"), pytest.raises(WorkspaceError, match="busy"):
         retrain.retrain(platform)
