@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 
 import polars as pl
 import pytest
 
-from fastq import registry
+from fastq import monitoring, registry
 from fastq.platform import load_platform
 from fastq.workspace import Workspace
 from pipelines import monitor
@@ -43,6 +44,39 @@ def test_quiet_logs_find_nothing_and_a_changed_unit_is_told_once(copy):
     assert "minutes" in [finding["key"] for finding in again["findings"]]  # it still stands
     assert again["new"] == []
     assert not again["drift"]  # but starts nothing a second time
+
+
+def test_who_acts_told_by_the_state_again_is_found_once_for_a_champion(copy, policy, data):
+    """As if the champion had been promoted four days ago: nothing is found, until a player's minutes of the day before choose who acts."""
+    file = Workspace(copy.root).monitor / "promised-1.json"
+    kept = json.loads(file.read_text())
+    assert {"3", "7"} <= set(kept["balance"]["probes"])
+    since = datetime.fromisoformat(kept["balance"]["until"]) - timedelta(days=4)
+    probes = {window: asdict(probe) for window, probe in monitoring.probes_before(policy, data, since).items()}
+    file.write_text(json.dumps(kept | {"balance": {"until": since.isoformat(), "probes": probes}}))
+    assert monitoring.PROBE not in [finding["key"] for finding in look(copy)["findings"]]
+    looked = Workspace(copy.root).monitor / "balance.json"
+    assert json.loads(looked.read_text()) == {"version": "1", "until": kept["balance"]["until"], "found": None}
+
+    activity = pl.read_parquet(copy.root / "logs" / "activity").with_columns(day=pl.col("occurred_at").dt.date() + timedelta(days=1))
+    lived = activity.group_by("player_id", "day").agg(pl.col("minutes").sum())
+    lived = lived.with_columns(place=((pl.col("minutes").rank("random", seed=1).over("day") - 1) * 3 / pl.len().over("day")).cast(pl.Int64))
+    for path in sorted((copy.root / "logs" / "decisions").glob("*.parquet"))[-5:]:
+        decisions = pl.read_parquet(path).with_columns(day=pl.col("decided_at").dt.date()).join(lived, on=["player_id", "day"], how="left")
+        chosen = pl.col("place").replace_strict(dict(enumerate(copy.policies)), default=None, return_dtype=pl.String)
+        decisions.with_columns(policy=pl.coalesce(chosen, "policy")).drop("day", "minutes", "place").write_parquet(path)
+    assert monitoring.PROBE not in look(copy)["new"], "it is asked once a day"
+    looked.unlink()
+    found = look(copy)
+    (finding,) = [finding for finding in found["findings"] if finding["key"] == monitoring.PROBE]
+    assert finding["now"] > finding["was"] + 0.1
+    assert monitoring.PROBE in found["new"]
+    assert f"{finding['now']:.4g}" in finding["says"]
+    reference = Workspace(copy.root).monitor / "reference.json"
+    reference.write_text(json.dumps(json.loads(reference.read_text()) | {"turn": "another"}))  # a retraining that was refused
+    again = look(copy)
+    assert monitoring.PROBE in [finding["key"] for finding in again["findings"]]
+    assert monitoring.PROBE not in again["new"], "else each refused retraining would begin the next one"
 
 
 def serve(platform, version, cost, first=0, players=200):

@@ -1,7 +1,7 @@
 """`make bench-faults`: a retraining ended by kill -9 or SIGTERM at each of its steps in turn, then `fastq retrain --resume`; counted and timed.
 
     FAULTS=folder python tests/benchmarks/bench_faults.py            goes on where it was stopped, one JSON line per fault in folder/faults.jsonl
-    FAULTS=folder python tests/benchmarks/bench_faults.py in-turn    one turn that dies at each step in turn, resumed each time: half the time
+    FAULTS=folder python tests/benchmarks/bench_faults.py in-turn    one turn that dies at each step in turn, resumed: half the time (… SIGTERM: of that)
     FAULTS=folder python tests/benchmarks/bench_faults.py servers    PostgreSQL, Redis, MLflow and Prefect each killed at such a step, and started again
 
 The command is the front door's own, in a process of its own; only where it dies is put in from outside. The gate is made to pass, so that each turn
@@ -258,20 +258,23 @@ def differences(seen, wanted):
     return {name: [seen[name], value] for name, value in wanted.items() if seen[name] != value}
 
 
-def in_turn(base, root, points):
+def in_turn(base, root, points, signalled=signal.SIGKILL):
     """One turn that dies at each point, one after the other, each time resumed: yields what was seen at each, and at last of the end."""
     shutil.copytree(base, root)
     for number, point in enumerate(points):
-        ended = retrain(root, *["--resume"][: min(number, 1)], point=point)
+        ended = retrain(root, *["--resume"][: min(number, 1)], point=point, number=signalled)
         names = point.startswith(("MLflow", "audit", "promote", "register"))
         yield {
             "point": point,
             "code": ended["code"],
             "seconds": round(ended["seconds"], 1),
             "left over": ended["left over"],
+            "gone after": round(ended["left for"], 1),
+            "said": ended["stderr"].strip().splitlines()[-3:],
+            "open runs": open_runs(root) if signalled != signal.SIGKILL else None,
             "champion whole": champion_is_whole(root) if names else None,
         }
-        if ended["code"] != -signal.SIGKILL:
+        if ended["code"] not in (-signal.SIGKILL, 128 + signal.SIGTERM):
             yield {"stderr": ended["stderr"][-1500:]}
             return
     again = retrain(root, "--resume")
@@ -442,7 +445,8 @@ def deaths():
     done = {(line["point"], line["signal"]) for line in map(json.loads, log.read_text().splitlines())} if log.exists() else set()
     print(f"an undisturbed turn takes {undisturbed['seconds']:.1f} s and passes {len(every)} points")
     if "in-turn" in sys.argv:
-        for found in in_turn(base, place, every):
+        signalled = signal.SIGTERM if "SIGTERM" in sys.argv else signal.SIGKILL
+        for found in in_turn(base, place, every, signalled):
             if "stands" in found:
                 found["differs"] = differences(found.pop("stands"), undisturbed["stands"])
             print(json.dumps(found), flush=True)
