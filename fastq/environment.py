@@ -31,6 +31,7 @@ DEFAULTS = {
     # Prefect's temporary server: a fresh database needs more than the default 20 s on a busy machine, and its farewell is 150 lines of noise.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # a page for each event that a server which is away was not told of
     "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # what its server answers while its database is away; 429, 502, 503 and no answer are tried again as it is
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

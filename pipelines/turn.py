@@ -179,8 +179,9 @@ def _prefect_answers() -> Iterator[None]:
 
     try:
         yield
-    except httpx.HTTPError as error:  # in a flow nobody else speaks HTTPX
-        if not may_heal(error):
+    except Exception as error:
+        theirs = isinstance(error, httpx.HTTPError) or type(error).__module__.partition(".")[0] == "prefect"  # in a flow nobody else speaks HTTPX
+        if not theirs or isinstance(error, TimeoutError) or not may_heal(error):  # a step that took too long is no server that is away
             raise
         where = get_current_settings().api.url or "the temporary one"
         why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
@@ -292,12 +293,11 @@ def _quiet() -> Iterator[None]:
     def wanted(record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING and "PREFECT_LOGGING_LEVEL" not in os.environ:
             return False
-        refused = record.exc_info is not None and isinstance(record.exc_info[1], FastqError)
+        error = record.exc_info[1] if record.exc_info else None
+        refused = error is not None and (isinstance(error, FastqError) or may_heal(error))  # the one is told at the end, the other tried again
         said = record.getMessage()
-        if record.name == "prefect._internal.concurrency":
-            return False  # what it could not tell a server that is away, a page for each event; if that matters, the flow fails of it
         stopped = "aborted by an interrupt signal" in said or "aborted by a termination signal" in said  # whoever sent it knows
-        return not refused and not stopped and "Finished in state Failed" not in said
+        return not refused and not stopped and "Finished in state" not in said
 
     if "PREFECT_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("prefect").setLevel(logging.WARNING)  # for good: the temporary server says goodbye when the process ends

@@ -19,6 +19,8 @@ import torch
 import yaml
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from prefect.concurrency._asyncio import ConcurrencySlotAcquisitionError
+from prefect.task_engine import TaskRunTimeoutError
 
 from fastq import assignment, features, learner, records, registry
 from fastq.errors import ConfigurationError, GateRefused, UnknownPlayerError, WorkspaceError
@@ -391,6 +393,10 @@ def test_a_prefect_server_that_stays_away_is_one_sentence(error):
 def test_what_prefect_refuses_is_no_server_that_is_away():
     with pytest.raises(httpx.HTTPStatusError), turn._prefect_answers():
         raise answered(422)
+    with pytest.raises(TaskRunTimeoutError), turn._prefect_answers():
+        raise TaskRunTimeoutError("a step took longer than its limit")
+    with pytest.raises(WorkspaceError, match="Prefect's server"), turn._prefect_answers():
+        raise ConcurrencySlotAcquisitionError("no slot") from httpx.ConnectError("refused", request=ASKED)
 
 
 def test_a_step_of_a_turn_outlasts_the_restart_of_a_server(platform):
