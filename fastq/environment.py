@@ -43,6 +43,7 @@ DEFAULTS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's log files say the same
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # a page of addresses on each SIGTERM
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray is about to make the default; silences its warning of that
     "MPLBACKEND": "Agg",  # pictures go to files; no display is asked for
 }
