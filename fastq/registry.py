@@ -324,7 +324,10 @@ def promote(platform: Platform, version: str, *, reason: str = "", forced: bool 
             aliases = _aliases(platform, client)
             before = aliases.get(CHAMPION)
             if before != chosen:
-                workspace.record(who, "promote", version=chosen, previous=before, reason=reason, forced=forced)
+                said: dict[str, Any] = {"version": chosen, "previous": before, "reason": reason, "forced": forced}
+                last = history(platform)[-1:]  # of a promotion that was cut off, and is finished now
+                if not last or not {"action": "promote", **said}.items() <= last[0].items():
+                    workspace.record(who, "promote", **said)
                 if forced and verdict != "promoted":
                     client.set_model_version_tag(platform.platform, chosen, "forced", reason)
                 if before is not None:

@@ -157,6 +157,7 @@ def test_what_a_crash_left_of_a_registration_or_a_promotion_is_finished_by_the_n
         assert len(registry.verify(registry.fetch(platform))["files"]) == 1
         cuts += 1
     assert cuts >= 3
+    assert [(line["action"], line["version"]) for line in registry.history(platform)] == [("promote", "1"), ("promote", "2")], "each deed once"
     assert [model["aliases"] for model in registry.models(platform)] == [["champion"], ["previous"]]
     assert registry.rollback(platform) == "1"
 
