@@ -50,7 +50,7 @@ bench-serve: $(VENV)/.installed  ## the endpoint against a bare one behind the s
 bench-operations: $(VENV)/.installed  ## false alarms, power, coverage and rollback of what runs by itself
 	@$(VENV)/bin/python -m pytest -s -o python_files=bench_operations.py tests/benchmarks/bench_operations.py $(ARGS)
 
-bench-faults: $(VENV)/.installed  ## kill -9 and SIGTERM at every step of a retraining, then resumed; an hour; FAULTS=folder to go on in
+bench-faults: $(VENV)/.installed  ## kill -9 and SIGTERM at every step of a retraining, then resumed; an hour; FAULTS=folder to go on in; ARGS=servers: of its servers
 	@$(VENV)/bin/python tests/benchmarks/bench_faults.py $(ARGS)
 
 bench-data: $(VENV)/.installed  ## logs to windows at size: 10 million events and decisions, and the slope from 100 thousand to 30 million

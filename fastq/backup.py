@@ -10,6 +10,9 @@ ChaCha20-Poly1305, the nonce a counter and a mark of the last piece, so a piece 
 
 A restore unpacks beside the old state, verifies everything, and only then changes names. The one point of no return is a journal
 (`swap.json`): stopped before it the old state stands, stopped after it the next command finishes the renames.
+
+The workspace notes where its backups lie (`backups.jsonl`). `expire` deletes those that are older than `operations.keep_backups`, all but the newest, which is
+how a player who was forgotten leaves backups too: nothing else reaches into them.
 """
 
 from __future__ import annotations
@@ -27,15 +30,17 @@ import stat
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from filelock import FileLock, Timeout
 
 from fastq.errors import ConfigurationError, WorkspaceError
+from fastq.forgetting import FILE as FORGOTTEN
+from fastq.forgetting import Forgotten, forgotten
 from fastq.platform import FILE_NAME
-from fastq.workspace import FORMAT, STAGING, Workspace, finish_restore, format_of, fsync_directory, replacing
+from fastq.workspace import FORMAT, STAGING, Workspace, finish_restore, format_of, fsync_directory, json_lines, replacing
 
 KEY_VARIABLE = "FASTQ_BACKUP_KEY"
 SHORTEST_KEY = 16  # characters
@@ -50,10 +55,11 @@ RENAMED = ("experiments.artifact_location", "runs.artifact_uri", "logged_models.
 
 
 # ---- writing -----------------------------------------------------------------------------------------------------------
-def backup(root: Path, target: Path, key: str | None = None) -> dict[str, Any]:
-    """Write the workspace at `root` to `target`, which is replaced whole; `key` encrypts it. What runs may go on running.
+def backup(root: Path, target: Path, key: str | None = None, keep: timedelta | None = None) -> dict[str, Any]:
+    """Write the workspace at `root` to `target`, which is replaced whole; `key` encrypts it. What runs may go on running. Then the old ones `expire`.
 
-    Returns file, files, bytes (of the content), size (of the file), encrypted. Raises `WorkspaceError` where there is no workspace or a file cannot be read.
+    Returns file, files, bytes (of the content), size (of the file), encrypted, expired (files). Raises `WorkspaceError` where there is no workspace or a file
+    cannot be read.
     """
     root, target = root.resolve(), target.resolve()
     workspace = Workspace(root)
@@ -67,6 +73,8 @@ def backup(root: Path, target: Path, key: str | None = None) -> dict[str, Any]:
     workspace.make()
     # short renames of whole directories and aliases wait meanwhile; training and serving go on
     with workspace.lock("backup"), workspace.lock("tables", 120), workspace.lock("registry", 120), replacing(target) as partial:
+        begun = datetime.now(UTC).isoformat(timespec="seconds")
+        workspace.append(workspace.backups, {"at": begun, "file": str(target)})  # before it is there: a note too many is nothing, a copy unknown would stay
         files = sorted(_files(root, {target, partial}), key=lambda found: (not found[1], found[0]))
         with contextlib.ExitStack() as open_files:
             out: IO[bytes] = open_files.enter_context(partial.open("wb"))
@@ -74,7 +82,7 @@ def backup(root: Path, target: Path, key: str | None = None) -> dict[str, Any]:
                 out = cast("IO[bytes]", open_files.enter_context(_Sealing(out, key)))
             packed = open_files.enter_context(gzip.GzipFile(fileobj=out, mode="wb", compresslevel=1, mtime=0))
             archive = open_files.enter_context(tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT))
-            about = {"version": VERSION, "format": format_of(workspace), "root": str(root), "at": datetime.now(UTC).isoformat(timespec="seconds")}
+            about = {"version": VERSION, "format": format_of(workspace), "root": str(root), "at": begun}
             _add(archive, HEAD, io.BytesIO(json.dumps(about).encode()), 0o600)
             for name, is_database in files:
                 with _content(root / name, is_database, workspace) as content:
@@ -88,7 +96,35 @@ def backup(root: Path, target: Path, key: str | None = None) -> dict[str, Any]:
         "bytes": sum(said["size"] for said in digests.values()),
         "size": target.stat().st_size,
         "encrypted": key is not None,
+        "expired": expire(workspace, keep),
     }
+
+
+def kept_backups(workspace: Workspace) -> list[dict[str, str]]:
+    """The backups that were made here and still lie where they were written, oldest first: file, at (RFC 3339)."""
+    newest = {line["file"]: line["at"] for line in json_lines(workspace.backups)}
+    found = [{"file": file, "at": at} for file, at in newest.items() if _is_ours(Path(file))]
+    return sorted(found, key=lambda one: one["at"])
+
+
+def expire(workspace: Workspace, keep: timedelta | None, now: datetime | None = None) -> list[str]:
+    """Delete the backups made here that are older than `keep`, all but the newest; returns which. None keeps all."""
+    if keep is None:
+        return []
+    before = (now or datetime.now(UTC)) - keep
+    old = [one["file"] for one in kept_backups(workspace)[:-1] if datetime.fromisoformat(one["at"]) < before]
+    for file in old:
+        Path(file).unlink(missing_ok=True)
+    return old
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file that is there is a backup, sealed or not."""
+    try:
+        with path.open("rb") as content:
+            return content.read(len(MAGIC)) == MAGIC or _is_backup(path)
+    except OSError:
+        return False
 
 
 def _files(root: Path, leave: set[Path]) -> Iterator[tuple[str, bool]]:
@@ -258,7 +294,8 @@ def restore(root: Path, source: Path, key: str | None = None, *, overwrite: bool
     """Put the workspace of a backup into the directory `root`, which it may not hold one already unless `overwrite`.
 
     `fastq.yaml` and `.fastq/` become those of the backup; of the other files only those that are missing are written: newer logs stay.
-    Returns file, files, kept (files of the directory that stayed), made_at, root. Raises `WorkspaceError` and leaves everything as it was
+    Whoever was forgotten since stays forgotten, and which backups there are stays known. Returns file, files, kept (files of the directory that stayed),
+    made_at, root, forgotten (players who were forgotten since, and stand in what was restored). Raises `WorkspaceError` and leaves everything as it was
     where the backup is damaged, hostile, of a newer version or sealed with another key, or something of ours runs in `root`.
     """
     root = root.resolve()
@@ -279,6 +316,7 @@ def restore(root: Path, source: Path, key: str | None = None, *, overwrite: bool
             _moved(staging, str(about.get("root", "")), root)
             if (state := staging / "new" / workspace.state.name).exists():
                 state.chmod(0o700)  # as `Workspace.make` makes it: what is written there later has no other guard
+            since = _forgotten_since(workspace, Workspace(staging / "new"))
             put, kept = _swaps(root, staging, files)
             with replacing(staging / "swap.json") as partial:
                 partial.write_text(json.dumps(put), encoding="utf-8")
@@ -287,7 +325,28 @@ def restore(root: Path, source: Path, key: str | None = None, *, overwrite: bool
             shutil.rmtree(staging, ignore_errors=True)
             raise
         finish_restore(root)
-    return {"file": str(source), "root": str(root), "files": len(files), "kept": kept, "made_at": about["at"]}
+    return {"file": str(source), "root": str(root), "files": len(files), "kept": kept, "made_at": about["at"], "forgotten": since}
+
+
+def _forgotten_since(now: Workspace, then: Workspace) -> int:
+    """Write into a backup's workspace whom the one in its place has forgotten since, and which backups it knows; returns how many players that is.
+
+    Under another salt than the backup's the newer hashes are the ones to keep: a workspace has one salt for its life.
+    """
+    ours = theirs = Forgotten(b"", frozenset())
+    with contextlib.suppress(WorkspaceError):  # damaged: that is what is being mended
+        ours, theirs = forgotten(now), forgotten(then)
+    known = json_lines(then.backups)
+    for line in json_lines(now.backups):
+        if line not in known:
+            then.append(then.backups, line)
+    new = ours.hashes - theirs.hashes
+    if new:
+        tree = {"salt": ours.salt.hex(), "players": sorted(ours.hashes | (theirs.hashes if theirs.salt == ours.salt else frozenset()))}
+        with replacing(then.state / FORGOTTEN) as partial:
+            partial.write_text(json.dumps(tree), encoding="utf-8")
+            partial.chmod(0o600)
+    return len(new)
 
 
 @contextlib.contextmanager

@@ -699,7 +699,7 @@ def backup(
         platform = _platform(workspace)
         from fastq import backup as backups
 
-        answer(backups.backup(platform.root, file, backups.key_from(key_file)), _backed_up)
+        answer(backups.backup(platform.root, file, backups.key_from(key_file), platform.operations.keep_backups), _backed_up)
 
 
 @app.command()
@@ -1185,11 +1185,14 @@ def _examined(document: Document) -> Iterable[RenderableType]:
 def _backed_up(document: Document) -> Iterable[RenderableType]:
     sealed = "encrypted" if document["encrypted"] else "not encrypted: whoever has the file has your players' data"
     yield f"{document['files']:,} files, {document['bytes'] / 2**20:,.1f} MiB, in {_plain(document['file'])} ({document['size'] / 2**20:,.1f} MiB, {sealed})."
+    yield from (f"Expired, deleted: {_plain(file)}" for file in document["expired"])
 
 
 def _restored(document: Document) -> Iterable[RenderableType]:
     kept = f"; {document['kept']:,} files of your own that were there stayed as they are" if document["kept"] else ""
     yield f"The workspace of {document['made_at']}, {document['files']:,} files, is in {_plain(document['root'])}{kept}. Look it over: fastq doctor"
+    if document["forgotten"]:
+        yield f"{document['forgotten']:,} players were forgotten since and stand in it again: `fastq retrain` leaves them out; forget them again for the rest."
 
 
 def _promoted(document: Document) -> Iterable[RenderableType]:

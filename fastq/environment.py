@@ -31,6 +31,8 @@ DEFAULTS = {
     # Prefect's temporary server: a fresh database needs more than the default 20 s on a busy machine, and its farewell is 150 lines of noise.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",  # a page for each event that a server which is away was not told of
+    "PREFECT_CLIENT_RETRY_EXTRA_CODES": "500",  # what its server answers while its database is away; 429, 502, 503 and no answer are tried again as it is
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     # Ray Serve behind HAProxy costs a tenth of the processor time per request of the Python proxy.
@@ -41,6 +43,7 @@ DEFAULTS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "1",
     "RAY_SERVE_LOG_TO_STDERR": "0",  # Serve's log files say the same
     "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # a page of addresses on each SIGTERM
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray is about to make the default; silences its warning of that
     "MPLBACKEND": "Agg",  # pictures go to files; no display is asked for
 }

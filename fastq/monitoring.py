@@ -13,6 +13,9 @@ spread counts instead, with Student's quantiles for how few they are.
 gate's estimator promised. Outcomes are compared with what the policy expected of the very same states and actions, which takes away what players differ
 by (control variates), and all objectives are also watched together, in the combination in which "each a little worse" stands out most from chance.
 
+*Does the champion's state still hide who acts?* (`balance_lost`) Once a day a fresh probe is taught, on players never trained on, to name the acting
+policy from the balanced state, in the same windows, and held against probes of as many players in the days before the promotion.
+
 *What is the mean of something since it began?* (`lift`, guardrails) A confidence sequence: the normal mixture of Robbins 1970 (Ann. Math. Statist. 41,
 1397), made asymptotic and studentised as by Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas 2024 (Ann. Statist. 52, arXiv:2103.06476, theorem 2.2), on
 the time scale of information, 1 / standard error^2 by player, in which an accumulating mean moves like a Brownian motion although players come back
@@ -24,7 +27,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -37,14 +40,15 @@ from fastq.assignment import held_out
 from fastq.errors import ConfigurationError
 from fastq.features import unpack_states
 from fastq.platform import OWN_POLICY, Platform
-from fastq.records import Parts, Records, decision_logs, read_records, read_served, reading_log, served_log
+from fastq.records import Parts, Records, decision_logs, read_heard, read_records, read_served, reading_log, served_log
+from fastq.windows import Windows, held_out_players
 from fastq.workspace import Workspace
 
 if TYPE_CHECKING:
     from fastq.policy import Policy
 
 Floats = NDArray[np.float64]
-Family = Literal["state", "action", "propensity", "policies", "outcome", "volume", "answers", "promise"]
+Family = Literal["state", "action", "propensity", "policies", "outcome", "volume", "answers", "promise", "balance"]
 
 ALPHA, HORIZON = 0.05, 90  # false alarms expected in so many days, over all tests together
 PROMISED_SHARE = 0.5  # of the budget: promises are few, and a tenth less is hard to see
@@ -59,6 +63,9 @@ CLIP = (0.005, 0.995)  # quantiles of the reference to which values are cut: one
 TOP_ITEMS = 5  # of each policy in a catalogue
 MOSTLY = 0.9  # share of a window's decisions for which what was expected must be known, else outcomes are compared as they are
 MOST_EXPECTED = 50_000  # decisions for which it is asked: beyond them noise is no concern
+PROBE = "probe of the balanced state"
+PROBE_FOLDS, MOST_PROBED = 5, 5_000  # parts of the players, of whom there are at most so many
+PROBE_RIDGE = 10.0  # on 64 numbers of about unit size; few players must not be learned by heart
 
 
 # ---- bounds that hold at all times -----------------------------------------------------------------------------------------
@@ -416,6 +423,32 @@ def reached(read: Records) -> Reached | None:
     return Reached(hours[0] + timedelta(hours=1), hours[1] + timedelta(hours=1), min(hours))
 
 
+def as_exported(platform: Platform, read: Records) -> Records:
+    """`read` as far as the platform's own exports reach, where part of its logs came over HTTP and was there before them.
+
+    Else the last days would seem to lack what was only not exported yet, and nobody would miss exports that have stopped arriving. Exports that every
+    window has left behind have ended for good: all comes over HTTP by then.
+    """
+    served, heard = read_served(platform).select("decision_id"), read_heard(platform, {}).select("player_id", "occurred_at")
+    decisions, activity = read.decisions, read.activity
+    others = decisions.join(served, on="decision_id", how="anti")["decided_at"].max()
+    if (end := _end_of_exports(decisions["decided_at"].max(), others)) is not None:
+        decisions = decisions.filter(pl.col("decided_at") <= end)
+    if activity is not None and len(heard):
+        newest = activity.select(pl.col("occurred_at").max()).item()
+        recent = activity.filter(pl.col("occurred_at") >= newest - max(WINDOWS) * DAY).select("player_id", "occurred_at")
+        if (end := _end_of_exports(newest, recent.join(heard, on=["player_id", "occurred_at"], how="anti")["occurred_at"].max())) is not None:
+            activity = activity.filter(pl.col("occurred_at") <= end)
+    return replace(read, decisions=decisions, activity=activity)
+
+
+def _end_of_exports(newest: Any, exported: Any) -> datetime | None:
+    """Where exports end, if what came over HTTP is newer, though not by more than the longest window."""
+    if isinstance(newest, datetime) and isinstance(exported, datetime) and timedelta(0) < newest - exported <= max(WINDOWS) * DAY:
+        return exported
+    return None
+
+
 # ---- the tests -------------------------------------------------------------------------------------------------------------
 def surprise(watched: Watched, now: Moments, window: int) -> tuple[float, float]:
     """(z, p): standard errors between a window of whole days and the reference, and how rarely (two-sided) chance goes so far."""
@@ -466,7 +499,10 @@ def allowed(tests: int, window: int) -> float:
 
 
 def look(platform: Platform, read: Records, watched: Mapping[str, Watched], shapes: Mapping[str, Shape], after: datetime) -> list[Found]:
-    """What has changed: each test on the last days of `read`, the clearest window of each finding; none until they reach past `after`."""
+    """What has changed: each test on the last days of `read`, the clearest window of each finding; none until they reach past `after`.
+
+    The budget is that of one test more: `balance_lost`.
+    """
     until = reached(read)
     if until is None or max(until.decisions, until.activity) <= after:
         return []
@@ -486,7 +522,7 @@ def look(platform: Platform, read: Records, watched: Mapping[str, Watched], shap
                 if now.players < LEAST_PLAYERS:
                     continue
             z, p = surprise(reference, now, window)
-            if p < allowed(len(watched), window) and (best is None or p < best.p):
+            if p < allowed(len(watched) + 1, window) and (best is None or p < best.p):
                 best = Found(key, reference.family, window, reference.mean, now.mean, z, p, now.players)
         found += [best] if best is not None else []
     return found
@@ -627,6 +663,106 @@ def served_states(platform: Platform, since: datetime) -> pl.DataFrame:
     return pl.concat(found).unique("decision_id", keep="first")
 
 
+# ---- balance ---------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Probe:
+    """How well fresh probes name the acting policy from the balanced state, each taught and asked on one window of days, mean over the windows.
+
+    accuracy: balanced, 1 / policies is chance. variance: by player, with what the probes owe to the luck of what they were taught on. players: least of
+    the windows. policies: whom they told apart. each: the accuracy of each window, the newest first.
+    """
+
+    accuracy: float
+    variance: float
+    players: int
+    policies: list[str]
+    each: list[float]
+
+
+def probe(state: NDArray[Any], label: NDArray[Any], player: NDArray[Any], policies: list[str], windows: list[NDArray[np.bool_]]) -> Probe | None:
+    """Of decisions: state [N, Z], label [N] index into policies, player [N] index; windows [N] each. None where a policy acted too seldom in one of them.
+
+    Ridge classifiers on four parts of the players in five are asked about the fifth. Accuracies of such parts are not independent: their variance is
+    multiplied by 1 + 5 / 4 (Nadeau and Bengio 2003, Mach. Learn. 52, 239).
+    """
+    from sklearn.linear_model import RidgeClassifier
+    from sklearn.model_selection import GroupKFold, cross_val_predict
+
+    each, least = [], len(player)
+    shortfall = np.zeros(int(player.max(initial=0)) + 1)
+    for inside in windows:
+        x, y, who = state[inside], label[inside], player[inside]
+        acted = [len(np.unique(who[y == k])) for k in range(len(policies))]
+        if len(policies) < 2 or min(acted) < LEAST_PLAYERS:
+            return None
+        said = cross_val_predict(RidgeClassifier(alpha=PROBE_RIDGE, class_weight="balanced"), x, y, groups=who, cv=GroupKFold(PROBE_FOLDS))
+        right, count = (said == y).astype(float), np.bincount(y)
+        of_policy = np.bincount(y, right) / count
+        each.append(float(of_policy.mean()))
+        least = min(least, len(np.unique(who)))
+        shortfall += np.bincount(who, (right - of_policy[y]) / count[y], len(shortfall)) / (len(policies) * len(windows))
+    luck = 1 + PROBE_FOLDS / (PROBE_FOLDS - 1)
+    return Probe(float(np.mean(each)), luck * float((shortfall**2).sum()) * least / max(least - 1, 1), least, policies, each)
+
+
+def probes_before(policy: Policy, data: Windows, until: datetime) -> dict[int, Probe]:
+    """By window: what probes of so many days found in the last `LEVEL_DAYS` before `until`, midnight; a window is missing where there is too little."""
+    state, label, player, day, policies = _states_of(policy, data, until, LEVEL_DAYS)
+    pieces = {window: [(day >= start) & (day < start + window) for start in range(0, LEVEL_DAYS - window + 1, window)] for window in WINDOWS}
+    found = {window: probe(state, label, player, policies, inside) for window, inside in pieces.items()}
+    return {window: each for window, each in found.items() if each is not None}
+
+
+def _states_of(
+    policy: Policy, data: Windows, until: datetime, days: int, most: int = MOST_PROBED
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any], list[str]]:
+    """Balanced state, acting policy, player and day (0 is the last before `until`) of the behaviour policies' decisions by players never trained on."""
+    from fastq import evaluation
+
+    platform = policy.platform
+    day = (int(until.timestamp() * 1e6) - 1 - data.moment) // int(DAY.total_seconds() * 1e6)
+    names = [name for name in platform.policies if name in data.policies]
+    places = np.array([names.index(name) if name in names else -1 for name in data.policies], int)
+    among = probed_players(platform, data.player_ids, most)
+    rows = np.flatnonzero(among[data.player] & (places[data.policy] >= 0) & (day >= 0) & (day < days))
+    state = evaluation.situations(policy, data, rows).b.double().numpy() if len(rows) else np.zeros((0, 1))
+    return state, places[data.policy[rows]], data.player[rows], day[rows], names
+
+
+def probed_players(platform: Platform, player_ids: list[str], most: int = MOST_PROBED) -> NDArray[np.bool_]:
+    """[P] the players whom training never saw, at most so many of them, the same ones each time; of all players where those are too few."""
+    training = platform.training
+    out: NDArray[np.bool_] = held_out_players(player_ids, training.holdout, training.seed)
+    out = out if out.sum() >= 2 * LEAST_PLAYERS else np.ones_like(out)
+    return out & held_out_players(player_ids, min(1.0, most / max(int(out.sum()), 1)), training.seed + 1)
+
+
+def balance_lost(policy: Policy, data: Windows, before: Mapping[int, Probe], since: datetime, until: datetime, tests: int) -> Found | None:
+    """Whether fresh probes of the days from `since` on, up to `until`, both midnights, name the acting policy better than those before the promotion.
+
+    Of the drift tests' budget it spends the part of one of so many `tests`, in equal parts on the windows and on the days of `HORIZON`, since it looks
+    once a day. As many players as before at most: a probe that is taught on more knows more.
+    """
+    most = max((each.players for each in before.values()), default=0)
+    state, label, player, day, policies = _states_of(policy, data, until, max(WINDOWS), most)
+    best: Found | None = None
+    for window, was in before.items():
+        now = probe(state, label, player, policies, [day < window]) if until - window * DAY >= since and policies == was.policies else None
+        if now is None:
+            continue
+        z = (now.accuracy - was.accuracy) / math.sqrt(max(now.variance + was.variance, 1e-12))
+        p = float(stats.t.sf(z, now.players - 1))
+        if p < balance_allowed(tests) and (best is None or p < best.p):
+            best = Found(PROBE, "balance", window, was.accuracy, now.accuracy, z, p, now.players)
+    return best
+
+
+def balance_allowed(tests: int) -> float:
+    """The one-sided p below which a daily probe of one window is a finding, beside so many tests of drift."""
+    return ALPHA * (1 - PROMISED_SHARE) / (max(tests, 1) * len(WINDOWS) * HORIZON)
+
+
+# ---- guardrails and answers ------------------------------------------------------------------------------------------------
 def broken_guardrails(platform: Platform, decisions: pl.DataFrame, level: float = 0.98) -> list[dict[str, Any]]:
     """Ceilings and floors that the mean of these decisions, looked at at any time, has certainly passed: the bound of its confidence sequence is beyond."""
     found = []
@@ -662,6 +798,7 @@ SAYS: dict[Family, str] = {
     "volume": "{key}",
     "answers": "{key}",
     "promise": "the champion does not keep what was promised: {key}",
+    "balance": "the champion's state tells again which policy acts: {key}, accuracy",
 }
 
 

@@ -271,6 +271,7 @@ class Operations(_Branch):
     webhook: str | None = None  # where refusals, failures and findings are posted as JSON; the environment's FASTQ_WEBHOOK wins
     step_limit: Duration = timedelta(hours=6)  # that one step of a retraining may take
     keep_states: Duration = timedelta(days=90)  # for which served decisions keep the state they saw, for explanations as of then
+    keep_backups: Duration | None = None  # after which backups made here are deleted where they were written, all but the newest; none: never
 
 
 class Platform(_Branch):

@@ -145,9 +145,12 @@ def _metric_name(name: str) -> str:
 
 @contextlib.contextmanager
 def start_run(platform: Platform, name: str, params: Mapping[str, Any], tags: Mapping[str, str] | None = None, resume: str | None = None) -> Iterator[Run]:
-    """A run in the platform's experiment, ended as FINISHED, FAILED or (on Ctrl-C) KILLED; `resume` goes on with the run of that id."""
+    """A run in the platform's experiment, ended as FINISHED, FAILED or (on Ctrl-C) KILLED; `resume` goes on with the run of that id.
+
+    So does the tag `turn` with the turn's run, where whoever began it, or the store, died before its id could be noted.
+    """
     client = _client(platform)
-    from mlflow.entities import Param, RunTag
+    from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
     run_id = None
@@ -157,9 +160,11 @@ def start_run(platform: Platform, name: str, params: Mapping[str, Any], tags: Ma
             client.update_run(run_id, status="RUNNING")
     if run_id is None:
         with _translated("starting a run"):
-            run_id = client.create_run(_experiment(platform, client), run_name=name).info.run_id
-            said, labels = [Param(key, str(value)[:6000]) for key, value in params.items()], [RunTag(key, value) for key, value in (tags or {}).items()]
-            client.log_batch(run_id, params=said, tags=labels)
+            experiment, labels = _experiment(platform, client), dict(tags or {})
+            run_id = _run_of_turn(client, experiment, labels.get("turn"))
+            if run_id is None:
+                run_id = client.create_run(experiment, run_name=name, tags=labels).info.run_id
+            client.log_batch(run_id, params=[Param(key, str(value)[:6000]) for key, value in params.items()])
     run = Run(run_id, client)
     ended = "FAILED"
     try:
@@ -174,6 +179,16 @@ def start_run(platform: Platform, name: str, params: Mapping[str, Any], tags: Ma
             run.flush()
             with _translated("ending a run"):
                 client.set_terminated(run_id, status=ended)
+
+
+def _run_of_turn(client: Any, experiment: str, turn: str | None) -> str | None:
+    """The run that a turn began already, open again."""
+    if turn is None:
+        return None
+    for run in client.search_runs([experiment], filter_string=f"tags.turn = '{turn}'", max_results=1):
+        client.update_run(run.info.run_id, status="RUNNING")
+        return str(run.info.run_id)
+    return None
 
 
 def _experiment(platform: Platform, client: Any) -> str:
@@ -309,7 +324,10 @@ def promote(platform: Platform, version: str, *, reason: str = "", forced: bool 
             aliases = _aliases(platform, client)
             before = aliases.get(CHAMPION)
             if before != chosen:
-                workspace.record(who, "promote", version=chosen, previous=before, reason=reason, forced=forced)
+                said: dict[str, Any] = {"version": chosen, "previous": before, "reason": reason, "forced": forced}
+                last = history(platform)[-1:]  # of a promotion that was cut off, and is finished now
+                if not last or not {"action": "promote", **said}.items() <= last[0].items():
+                    workspace.record(who, "promote", **said)
                 if forced and verdict != "promoted":
                     client.set_model_version_tag(platform.platform, chosen, "forced", reason)
                 if before is not None:

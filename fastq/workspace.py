@@ -138,6 +138,11 @@ class Workspace:
         """Append-only JSON lines: each judgement of a candidate by the promotion gate, from which the next one's error rate follows."""
         return self.state / "attempts.jsonl"
 
+    @property
+    def backups(self) -> Path:
+        """Append-only JSON lines: which backups were made, where and when, so that they can expire."""
+        return self.state / "backups.jsonl"
+
     def make(self, *directories: Path) -> None:
         """Create directories (default: the state directory) for this user only."""
         for directory in directories or (self.state,):

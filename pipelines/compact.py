@@ -1,7 +1,8 @@
 """Flow `compact`: the retention of served decisions. What learning and estimating need stays; what only explanations as of then need goes when it is old.
 
 The state that a decision saw is most of a row. After `operations.keep_states` it is dropped, as are idempotency keys; decisions, propensities and
-outcomes stay for ever. A server may write meanwhile: each piece is one short transaction, and rows keep their ids.
+outcomes stay for ever. A server may write meanwhile: each piece is one short transaction, and rows keep their ids. Backups expire here too, so that they
+do where nobody makes new ones by the day.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import polars as pl
 from prefect import flow, task
 
-from fastq import records
+from fastq import backup, records
 from fastq.errors import WorkspaceError
 from fastq.platform import Platform
 from fastq.workspace import Workspace, replacing
@@ -35,7 +36,8 @@ def drop_old_states(workspace: str, now: str) -> dict[str, Any]:
         progress.get()("dropping old states", i, len(files), {})
         dropped += _of_batch(path, before) if path.suffix == ".parquet" else _of_log(path, int(before.timestamp() * 1e6))
     freed = size - sum(path.stat().st_size for path in files)
-    return {"states": dropped, "before": before.isoformat(), "bytes": freed, "files": len(files)}
+    expired = backup.expire(Workspace(platform.root), platform.operations.keep_backups, datetime.fromisoformat(now))
+    return {"states": dropped, "before": before.isoformat(), "bytes": freed, "files": len(files), "backups": expired}
 
 
 def _of_log(path: Path, before: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefect import flow
 
-from fastq.environment import prepare
+from fastq.environment import DEFAULTS, prepare
 from fastq.errors import ConfigurationError, GateRefused, WorkspaceError
 from fastq.platform import FILE_NAME, Platform, load_platform
 from fastq.workspace import Workspace, replacing
@@ -20,6 +20,7 @@ from pipelines.notify import notify
 
 HOURLY, NIGHTLY, WEEKLY = "7 * * * *", "30 4 * * *", "0 5 * * 0"
 WAIT_FOR_ANOTHER = 12 * 3_600.0  # seconds
+RUNS_WITH = {name: DEFAULTS[name] for name in ("PREFECT_CLIENT_RETRY_EXTRA_CODES",)}  # read before a flow of ours begins, whoever started the worker
 
 
 def _platform(workspace: str) -> Platform:
@@ -128,6 +129,7 @@ def _deployed(platform: Platform, pool: str, cron: str, zone: str) -> list[dict[
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
             entrypoint_type=EntrypointType.MODULE_PATH,
             work_pool_name=pool,
+            job_variables={"env": RUNS_WITH},
             tags=["fastq", platform.platform],
         )
         made.append({"name": f"{step.name}/{name}", "when": f"{when} {zone if step is retrain else 'UTC'}", "id": str(deployment.apply())})

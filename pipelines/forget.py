@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
 from fastq import registry, staging
+from fastq.backup import kept_backups
 from fastq.errors import FastqError, UnknownPlayerError
 from fastq.forgetting import forgotten, remember, strike_arrays, strike_log, strike_page, strike_table
 from fastq.platform import FILE_NAME, Platform
@@ -64,14 +66,20 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
         took(f"the evidence of model version {version}", rows)
     for run, rows in registry.strike_unregistered(platform, sorted(ids)).items():
         took(f"a bundle that was kept with run {run} and never registered", rows)
-    return {"player_id": player_id, "removed": removed, "logs": exported, "notes": _notes(exported)}
+    copies, keep = kept_backups(workspace), platform.operations.keep_backups
+    backups: list[dict[str, Any]] = [{**one, "until": (datetime.fromisoformat(one["at"]) + keep).isoformat() if keep else None} for one in copies]
+    return {"player_id": player_id, "removed": removed, "logs": exported, "backups": backups, "notes": _notes(exported, backups)}
 
 
-def _notes(exported: int) -> list[str]:
+def _notes(exported: int, backups: list[dict[str, Any]]) -> list[str]:
     notes = [
         "A running server keeps the model's evidence in memory: restart it.",
-        "Backups made before, and files that --out or --parquet wrote, still hold the player.",
+        "Copies of backups elsewhere, and files that --out or --parquet wrote, still hold the player.",
     ]
+    if backups:
+        last = max((str(one["until"]) for one in backups if one["until"]), default=None)
+        goes = f"they expire until {last}, once there is a newer one" if last else "they stay: operations.keep_backups, such as 30d, lets them expire"
+        notes.append(f"{len(backups)} backup{'s' * (len(backups) > 1)} made here may still hold the player; {goes}.")
     if exported:
         notes.insert(0, f"The platform's own logs still hold {exported:,} rows of the player; they are left out whenever the logs are read.")
     return notes

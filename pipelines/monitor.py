@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 from prefect import flow, task
 
-from fastq import monitoring, ope, records, registry, report
+from fastq import features, monitoring, ope, records, registry, report, windows
 from fastq.errors import UnknownPlayerError, WorkspaceError
 from fastq.monitoring import DAY, WINDOWS, Shape, Watched
 from fastq.platform import OWN_POLICY, Platform
@@ -41,12 +41,23 @@ LEAST_ANSWERS = 50
 def note_reference(workspace: str, turn: str) -> dict[str, Any]:
     """What the logs look like, and what the new policy promises: the mean immediate value per decision as served, with the gate's estimator and level."""
     platform = platform_of(workspace)
-    until = monitoring.reached(records.read_tables(platform))
+    until = monitoring.reached(monitoring.as_exported(platform, records.read_tables(platform)))
     _write(platform, "reference.json", {"turn": turn, "until": max(until.decisions, until.activity).isoformat() if until else None, "by_hours": {}})
-    promised = promises(trained_policy(Workspace(platform.root).runs / turn), windows_of(workspace, turn))
-    with replacing(Workspace(platform.root).runs / turn / "promised.json") as partial:
-        partial.write_text(json.dumps([asdict(promise) for promise in promised]), encoding="utf-8")
+    directory, data = Workspace(platform.root).runs / turn, windows_of(workspace, turn)
+    policy = trained_policy(directory)
+    promised = promises(policy, data)
+    day = _midnight(until.full) if until else None
+    probes = monitoring.probes_before(policy, data, day) if day else {}
+    balance = {"until": day.isoformat() if day else None, "probes": {str(window): asdict(probe) for window, probe in probes.items()}}
+    for name, said in (("promised.json", [asdict(promise) for promise in promised]), ("balance.json", balance)):
+        with replacing(directory / name) as partial:
+            partial.write_text(json.dumps(said), encoding="utf-8")
     return {"promises": len(promised)}
+
+
+def _midnight(moment: datetime) -> datetime:
+    """The last one up to a moment."""
+    return moment.replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 def promises(policy: Policy, data: Windows) -> list[monitoring.Promise]:
@@ -89,11 +100,13 @@ def _estimated(platform: Platform, held: Held, target: Target, reward: np.ndarra
 
 
 def keep_promise(workspace: str, turn: str, version: str) -> None:
-    """What this turn's policy promises, under the version that it became."""
+    """What this turn's policy promises, and how well its state hid who acts, under the version that it became."""
     platform = platform_of(workspace)
-    said = Workspace(platform.root).runs / turn / "promised.json"
-    if said.exists():
-        _write(platform, f"promised-{version}.json", {"version": version, "promised": json.loads(said.read_text(encoding="utf-8"))})
+    names = ("promised", "balance")
+    said = {name: Workspace(platform.root).runs / turn / f"{name}.json" for name in names}
+    found = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in said.items() if path.exists()}
+    if found:
+        _write(platform, f"promised-{version}.json", {"version": version, **found})
 
 
 def _write(platform: Platform, name: str, tree: dict[str, Any]) -> None:
@@ -123,7 +136,7 @@ def one_look(workspace: str, now: str) -> dict[str, Any]:
     if not kept.get("until"):
         raise WorkspaceError(f"{platform.root}: there is nothing to compare with yet; run `fastq retrain` first")
     after = datetime.fromisoformat(kept["until"])
-    read = records.read_records(platform, min(after, moment) - (max(WINDOWS) + 1) * DAY)
+    read = monitoring.as_exported(platform, records.read_records(platform, min(after, moment) - (max(WINDOWS) + 1) * DAY))
     watched, shapes = _reference(platform, kept, read)
     tell("looking", 1, 3, {})
     version = registry.champion(platform)
@@ -135,8 +148,11 @@ def one_look(workspace: str, now: str) -> dict[str, Any]:
     if version is not None:
         since = registry.promoted_at(platform, version)
         own = _of_champion(platform, version, since)
-        promised = [monitoring.Promise(**each) for each in _read(platform, f"promised-{version}.json").get("promised", []) if "weights" in each]
-        tests += len(promised) * len(WINDOWS)
+        said = _read(platform, f"promised-{version}.json")
+        promised = [monitoring.Promise(**each) for each in said.get("promised", []) if "weights" in each]
+        lost, asked = _balance(platform, version, said.get("balance") or {}, read, len(watched) + 1)
+        findings += [_finding(platform, found, watched) for found in lost]
+        tests += len(promised) * len(WINDOWS) + asked
         if promised and not own.is_empty():
             policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
             known = monitoring.with_expected(platform, policy, own)
@@ -150,11 +166,12 @@ def one_look(workspace: str, now: str) -> dict[str, Any]:
             f"{own.height:,} decisions of champion {version} since it was promoted, {own.drop_nulls(list(platform.objectives)).height:,} with every outcome."
         )
     tell("looking", 2, 3, {})
-    said = _read(platform, "state.json")
-    told = said.get("told", {}) if said.get("turn") == kept["turn"] else {}
-    new = [finding for finding in findings if f"{finding['key']}@{version if finding['family'] == 'promise' else ''}" not in told]
+    state = _read(platform, "state.json")
+    again = state.get("turn") == kept["turn"]
+    told = {key: at for key, at in state.get("told", {}).items() if again or key.endswith(f"@{version}")}  # a champion's own are told once, not each turn
+    new = [finding for finding in findings if _told(finding, version) not in told]
     for finding in new:
-        told[f"{finding['key']}@{version if finding['family'] == 'promise' else ''}"] = now
+        told[_told(finding, version)] = now
         finding["picture"] = _picture(platform, finding, watched)
     _write(platform, "state.json", {"turn": kept["turn"], "told": told, "looked_at": now, "findings": len(findings)})
     tell("looking", 3, 3, {})
@@ -178,10 +195,47 @@ def _reference(platform: Platform, kept: dict[str, Any], read: records.Records) 
         return {}, {}
     hours = f"{like.decisions.hour}-{like.activity.hour}-{like.full.hour}"
     if hours not in kept.setdefault("by_hours", {}):
-        made = monitoring.reference_of(platform, records.read_tables(platform), like)
+        made = monitoring.reference_of(platform, monitoring.as_exported(platform, records.read_tables(platform)), like)
         kept["by_hours"][hours] = monitoring.as_json(*made)
         _write(platform, "reference.json", kept)
     return monitoring.from_json(kept["by_hours"][hours])
+
+
+def _told(finding: dict[str, Any], version: str | None) -> str:
+    """Under what a finding is noted as told: with the version where it is the champion's and not the logs'."""
+    return f"{finding['key']}@{version if finding['family'] in ('promise', 'balance') else ''}"
+
+
+def _balance(platform: Platform, version: str, before: dict[str, Any], read: records.Records, tests: int) -> tuple[list[monitoring.Found], int]:
+    """Whether the champion's state tells again who acts, asked once for each whole day of the logs; and how many windows could be asked."""
+    probes = {int(window): monitoring.Probe(**probe) for window, probe in before.get("probes", {}).items()}
+    reached = monitoring.reached(read)
+    if not probes or reached is None:
+        return [], 0
+    since, until = datetime.fromisoformat(before["until"]), _midnight(reached.full)
+    kept = _read(platform, "balance.json")
+    if kept.get("version") != version or kept.get("until") != until.isoformat():
+        found = None
+        if until > since:
+            policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
+            data = _probed(platform, until)
+            found = monitoring.balance_lost(policy, data, probes, since, until, tests) if data is not None else None
+        kept = {"version": version, "until": until.isoformat(), "found": asdict(found) if found else None}
+        _write(platform, "balance.json", kept)
+    return [monitoring.Found(**kept["found"])] if kept["found"] else [], len(probes)
+
+
+def _probed(platform: Platform, until: datetime) -> Windows | None:
+    """The transitions of the last days before `until` of those players whose states are probed; what they did before, as far as their windows reach."""
+    whole = records.read_records(platform, until - max(WINDOWS) * DAY - platform.state.window * platform.state.period)
+    ids = whole.decisions["player_id"].unique().sort().to_list()
+    chosen = pl.Series([name for name, probed in zip(ids, monitoring.probed_players(platform, ids), strict=True) if probed], dtype=pl.String)
+    among = pl.col("player_id").is_in(chosen.implode())
+    decisions = whole.decisions.filter(among & (pl.col("decided_at") < until))
+    if decisions.is_empty():
+        return None
+    read = replace(whole, decisions=decisions, activity=whole.activity.filter(among) if whole.activity is not None else None, proposals=None)
+    return windows.build(platform, read, features.build_rows(platform, read))
 
 
 def _finding(platform: Platform, found: monitoring.Found, watched: Any) -> dict[str, Any]:

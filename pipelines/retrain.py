@@ -9,6 +9,7 @@ from uuid import UUID
 
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, create_table_artifact, update_progress_artifact
+from prefect.context import TagsContext
 
 from fastq import registry
 from fastq.platform import Platform
@@ -65,7 +66,8 @@ class StepsDone:
         self.artifact = cast("UUID", made)  # a coroutine only where one is awaited
 
     def do(self, step: Any, *arguments: Any) -> Any:
-        found = limited(step, self.platform)(*arguments)
+        with TagsContext(current_tags=set()):  # the flow run's tag is no task's: for each tag of a task the server is asked for a slot, and not twice
+            found = limited(step, self.platform)(*arguments)
         self.done += 1
         next_one = STEPS[self.done] if self.done < len(STEPS) else "done"
         update_progress_artifact(self.artifact, 100.0 * self.done / len(STEPS), description=f"Retraining of {self.platform.platform}: {next_one}")

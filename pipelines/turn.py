@@ -33,8 +33,8 @@ from fastq.workspace import Workspace, replacing
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, steps done, steps at most, metrics
 
 _HEAL = (ConnectionError, TimeoutError, sqlite3.OperationalError)
-# of Redis, PostgreSQL and HTTP clients, which are not imported for this
-_HEAL_NAMES = {"ConnectionError", "OperationalError", "ReadTimeout", "ConnectTimeout", "TimeoutError"}
+# of Redis, PostgreSQL and HTTP clients, which are not imported for this; also what is made from them, as psycopg's AdminShutdown
+_HEAL_NAMES = {"ConnectionError", "OperationalError", "TimeoutException", "TimeoutError", "Timeout", "TransportError", "RetryError"}
 
 
 def _silent(stage: str, done: int, total: int, metrics: dict[str, float]) -> None:
@@ -63,18 +63,29 @@ def may_heal(error: BaseException) -> bool:
     """Whether an error, or what caused it, is a connection or a busy database; a refusal or a mistake of ours does not heal."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, _HEAL) or type(seen).__name__ in _HEAL_NAMES:
+        if isinstance(seen, _HEAL) or not _HEAL_NAMES.isdisjoint(kind.__name__ for kind in type(seen).__mro__) or _broken_server(seen):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
 
 
-def limited(step: Any, platform: Platform) -> Any:
-    """A task that may take `operations.step_limit` at most; its results are found again whatever the limit was."""
-    return step.with_options(timeout_seconds=platform.operations.step_limit.total_seconds())
+def _broken_server(error: BaseException) -> bool:
+    """Whether a server answered that the fault is its own: Prefect's and MLflow's do while their database is away."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return (isinstance(status, int) and status >= 500) or getattr(error, "error_code", None) == "TEMPORARILY_UNAVAILABLE"
 
 
 RETRIES: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [2, 10], "retry_condition_fn": heals}
+PATIENCE: dict[str, Any] = {
+    **RETRIES,
+    "retries": 4,
+    "retry_delay_seconds": [2, 10, 30, 60],
+}  # nobody waits for a turn, and a server takes a minute to come back
+
+
+def limited(step: Any, platform: Platform) -> Any:
+    """A step of a turn: it may take `operations.step_limit` at most, and is tried again for longer; its results are found again whatever the limit was."""
+    return step.with_options(timeout_seconds=platform.operations.step_limit.total_seconds(), **PATIENCE)
 
 
 # ---- turns -------------------------------------------------------------------------------------------------------------
@@ -151,12 +162,30 @@ def running(platform: Platform, on_progress: Progress | None = None) -> Iterator
 
     with settings, _quiet(), tags(process_tag()), contextlib.ExitStack() as shown:
         start_server()
+        shown.enter_context(_prefect_answers())
         close_orphans()
         token = progress.set(on_progress or shown.enter_context(drawn()))
         try:
             yield
         finally:
             progress.reset(token)
+
+
+@contextlib.contextmanager
+def _prefect_answers() -> Iterator[None]:
+    """What Prefect's client says of a server that is away for longer than it tries again, in one sentence; raised as `WorkspaceError`."""
+    import httpx
+    from prefect.settings import get_current_settings
+
+    try:
+        yield
+    except Exception as error:
+        theirs = isinstance(error, httpx.HTTPError) or type(error).__module__.partition(".")[0] == "prefect"  # in a flow nobody else speaks HTTPX
+        if not theirs or isinstance(error, TimeoutError) or not may_heal(error):  # a step that took too long is no server that is away
+            raise
+        where = get_current_settings().api.url or "the temporary one"
+        why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise WorkspaceError(f"Prefect's server ({where}) does not answer ({why}); what is done stays done: `fastq retrain --resume`") from error
 
 
 # Deaf to the signals that a terminal or systemd sends to the whole group: it ends when its parent closes its standard input, or dies in whatever way.
@@ -264,10 +293,11 @@ def _quiet() -> Iterator[None]:
     def wanted(record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING and "PREFECT_LOGGING_LEVEL" not in os.environ:
             return False
-        refused = record.exc_info is not None and isinstance(record.exc_info[1], FastqError)
+        error = record.exc_info[1] if record.exc_info else None
+        refused = error is not None and (isinstance(error, FastqError) or may_heal(error))  # the one is told at the end, the other tried again
         said = record.getMessage()
         stopped = "aborted by an interrupt signal" in said or "aborted by a termination signal" in said  # whoever sent it knows
-        return not refused and not stopped and "Finished in state Failed" not in said
+        return not refused and not stopped and "Finished in state" not in said
 
     if "PREFECT_LOGGING_LEVEL" not in os.environ:
         logging.getLogger("prefect").setLevel(logging.WARNING)  # for good: the temporary server says goodbye when the process ends

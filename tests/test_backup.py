@@ -8,12 +8,15 @@ import shutil
 import sqlite3
 import tarfile
 import threading
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from fastq import workspace as workspaces
-from fastq.backup import KEY_VARIABLE, backup, key_from, restore
+from fastq.backup import KEY_VARIABLE, backup, expire, kept_backups, key_from, restore
 from fastq.errors import ConfigurationError, WorkspaceError
+from fastq.forgetting import forgotten, remember
 from fastq.workspace import STAGING, Workspace, finish_restore, format_of, keep, replacing, undo_upgrade, upgrade
 
 KEY = "0123456789abcdef-a-key-of-the-test"
@@ -48,6 +51,46 @@ def tree(root):
             else:
                 found[name] = path.read_bytes()
     return found
+
+
+def test_backups_expire_all_but_the_newest_and_nothing_else(made, tmp_path):
+    workspace, day = Workspace(made), timedelta(days=1)
+    names = ["a.fastq", "b.fastq", "gone.fastq", "c.fastq"]
+    for name in names:
+        assert backup(made, tmp_path / name, KEY if name == "b.fastq" else None)["expired"] == []
+    (tmp_path / "gone.fastq").unlink()
+    (tmp_path / "a.fastq").rename(tmp_path / "moved.fastq")
+    (tmp_path / "a.fastq").write_text("somebody else's")
+    later = datetime.now(UTC) + 40 * day
+    assert [Path(one["file"]).name for one in kept_backups(workspace)] == ["b.fastq", "c.fastq"]
+    assert expire(workspace, None, later) == expire(workspace, 50 * day, later) == []
+    assert expire(workspace, 30 * day, later) == [str(tmp_path / "b.fastq")]
+    assert sorted(path.name for path in tmp_path.glob("*.fastq")) == ["a.fastq", "c.fastq", "moved.fastq"]
+    assert backup(made, tmp_path / "d.fastq", keep=timedelta(0))["expired"] == [str(tmp_path / "c.fastq")]
+
+
+def test_a_backup_that_is_replaced_is_as_old_as_its_last_writing(made, tmp_path):
+    for line in ("2020-01-01T00:00:00+00:00", "2020-01-02T00:00:00+00:00"):
+        Workspace(made).append(Workspace(made).backups, {"at": line, "file": str(tmp_path / "nightly")})
+    backup(made, tmp_path / "nightly")
+    backup(made, tmp_path / "weekly", keep=timedelta(days=30))
+    assert {Path(one["file"]).name for one in kept_backups(Workspace(made))} == {"nightly", "weekly"}
+
+
+def test_who_was_forgotten_since_stays_forgotten(made, tmp_path):
+    workspace = Workspace(made)
+    remember(workspace, "p1")
+    backup(made, tmp_path / "b")
+    remember(workspace, "p2")
+    backup(made, tmp_path / "newer")
+    assert restore(made, tmp_path / "b", overwrite=True)["forgotten"] == 1
+    known = forgotten(workspace)
+    assert [p in known for p in ("p1", "p2", "p3")] == [True, True, False]
+    assert (workspace.state / "forgotten.json").stat().st_mode & 0o077 == 0
+    assert len(kept_backups(workspace)) == 2, "the newer one is known too, so that it can expire"
+    (workspace.state / "forgotten.json").write_text("{")  # what a backup is there to mend
+    assert restore(made, tmp_path / "b", overwrite=True)["forgotten"] == 0
+    assert "p1" in forgotten(workspace)
 
 
 @pytest.mark.parametrize("key", [None, KEY])

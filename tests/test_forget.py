@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fastq import queries, records, registry
+from fastq.backup import backup
 from fastq.errors import UnknownPlayerError, WorkspaceError
 from fastq.forgetting import FILE, forgotten, remember, strike_page
 from fastq.platform import Platform, load_platform, platform_from_tree
@@ -100,6 +101,7 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
     with registry.start_run(platform, "killed before its bundle was registered", {}) as run:
         run.client.log_artifacts(run.id, str(directory), "bundle")
     assert traces(platform.root, {player, *ids})
+    copy = Path(backup(platform.root, platform.root.parent / "before.fastq")["file"])
     with online.open_service(platform) as service:  # serving goes on
         document = forget(platform, player)
         after = online.decide(service, [Ask(players=(other, player))])[0]
@@ -115,6 +117,8 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
         assert place in where, place
     assert any(entry["where"].startswith(".fastq/served/") and entry["where"].endswith(".parquet") for entry in document["removed"])
     assert traces(platform.root, {player, *ids}) == []
+    assert [(one["file"], one["until"]) for one in document["backups"]] == [(str(copy), None)]
+    assert any("1 backup made here" in note and "operations.keep_backups" in note for note in document["notes"])
 
     assert rows_of(platform, other) == others
     assert len(store.read_online(store.open_store(platform), [player, other])) == 1

@@ -114,6 +114,7 @@ def test_prefect_yaml_is_what_fastq_deploy_does():
     assert {d["entrypoint"]: d["schedules"][0]["cron"] for d in tree["deployments"]} == {f"pipelines.deployments.{n}": when for n, when in whens.items()}
     for deployment in tree["deployments"]:
         assert deployment["concurrency_limit"] == {"limit": 1, "collision_strategy": "ENQUEUE"}
+        assert deployment["work_pool"]["job_variables"] == {"env": deployments.RUNS_WITH}
         flow = getattr(deployments, deployment["entrypoint"].rpartition(".")[2])
         assert deployment["name"].endswith(flow.name.removeprefix("fastq "))
 

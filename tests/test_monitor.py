@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 
+import numpy as np
 import polars as pl
 import pytest
 
-from fastq import registry
+from fastq import evaluation, features, monitoring, records, registry, windows
 from fastq.platform import load_platform
 from fastq.workspace import Workspace
 from pipelines import monitor
@@ -43,6 +45,51 @@ def test_quiet_logs_find_nothing_and_a_changed_unit_is_told_once(copy):
     assert "minutes" in [finding["key"] for finding in again["findings"]]  # it still stands
     assert again["new"] == []
     assert not again["drift"]  # but starts nothing a second time
+
+
+def acting_by_the_state(platform, policy, since):
+    """`decision_id, chosen`: a policy for each decision from `since` on, day by day, since who acted last is part of the state."""
+    read, found = records.read_tables(platform), []
+    for day in range(5):
+        data = windows.build(platform, read, features.build_rows(platform, read))
+        begun = int((since + timedelta(days=day)).timestamp() * 1e6)
+        rows = np.flatnonzero((data.moment >= begun) & (data.moment < begun + 86_400_000_000))
+        seen = evaluation.situations(policy, data, rows).b.numpy()[:, : len(platform.policies)]
+        places = ((seen - seen.mean(0)) / seen.std(0)).argmax(1)
+        found.append(pl.DataFrame({"decision_id": [data.decision_id[i] for i in rows], "chosen": [platform.policies[k] for k in places]}))
+        acting = read.decisions.join(found[-1], on="decision_id", how="left", maintain_order="left")
+        read = replace(read, decisions=acting.with_columns(policy=pl.coalesce("chosen", "policy")).drop("chosen"))
+    return pl.concat(found)
+
+
+def test_who_acts_told_by_the_state_again_is_found_once_for_a_champion(copy, policy, data):
+    """As if the champion had been promoted four days ago: nothing is found, until who acts goes by three numbers of its state."""
+    file = Workspace(copy.root).monitor / "promised-1.json"
+    kept = json.loads(file.read_text())
+    assert {"3", "7"} <= set(kept["balance"]["probes"])
+    since = datetime.fromisoformat(kept["balance"]["until"]) - timedelta(days=4)
+    probes = {window: asdict(probe) for window, probe in monitoring.probes_before(policy, data, since).items()}
+    file.write_text(json.dumps(kept | {"balance": {"until": since.isoformat(), "probes": probes}}))
+    assert monitoring.PROBE not in [finding["key"] for finding in look(copy)["findings"]]
+    looked = Workspace(copy.root).monitor / "balance.json"
+    assert json.loads(looked.read_text()) == {"version": "1", "until": kept["balance"]["until"], "found": None}
+
+    chosen = acting_by_the_state(copy, policy, since)
+    for path in sorted((copy.root / "logs" / "decisions").glob("*.parquet"))[-6:]:
+        decisions = pl.read_parquet(path).join(chosen, on="decision_id", how="left")
+        decisions.with_columns(policy=pl.coalesce("chosen", "policy")).drop("chosen").write_parquet(path)
+    assert monitoring.PROBE not in look(copy)["new"], "it is asked once a day"
+    looked.unlink()
+    found = look(copy)
+    (finding,) = [finding for finding in found["findings"] if finding["key"] == monitoring.PROBE]
+    assert finding["now"] > finding["was"] + 0.1
+    assert monitoring.PROBE in found["new"]
+    assert f"{finding['now']:.4g}" in finding["says"]
+    reference = Workspace(copy.root).monitor / "reference.json"
+    reference.write_text(json.dumps(json.loads(reference.read_text()) | {"turn": "another"}))  # a retraining that was refused
+    again = look(copy)
+    assert monitoring.PROBE in [finding["key"] for finding in again["findings"]]
+    assert monitoring.PROBE not in again["new"], "else each refused retraining would begin the next one"
 
 
 def serve(platform, version, cost, first=0, players=200):

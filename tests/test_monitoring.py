@@ -12,6 +12,7 @@ from fastq import monitoring, records, worlds
 from fastq.errors import ConfigurationError
 from fastq.monitoring import DAY, Mean, anytime_radius, difference, lift_rows, mean_by_player
 from fastq.platform import load_platform, platform_from_tree
+from serving.decision_log import Event, open_log
 
 DAYS, WARM_UP, QUIET = 38, 10, 8
 
@@ -52,6 +53,31 @@ def test_what_is_served_before_the_days_logs_have_come_is_no_loss_of_volume(aren
     now = replace(logged, decisions=pl.concat([logged.decisions, served]))
     reference = replace(read, decisions=read.decisions.filter(pl.col("decided_at") < cut))
     assert monitoring.look(platform, now, *monitoring.reference_of(platform, reference, monitoring.reached(now)), cut) == []
+
+
+def test_events_over_http_before_the_days_exports_are_no_loss_of_players(arena, tmp_path):
+    """Every tenth player's events come at once, the rest by the day. Exports that stop are missed all the same, until it is clear that they have ended."""
+    platform, whole, cut = arena
+    here = load_platform((tmp_path / "fastq.yaml").write_text((platform.root / "fastq.yaml").read_text()) and tmp_path)
+    ended, now = cut + DAY, cut + 2 * DAY + timedelta(hours=1)
+    live = whole.activity.filter((pl.col("occurred_at") >= cut) & (pl.col("occurred_at") < now) & (pl.col("player_id").hash(0) % 10 == 0))
+    log = open_log(here)
+    log.record_activity([Event(p, int(at.timestamp() * 1e6), {}) for p, at in live.select("player_id", "occurred_at").iter_rows()]).result(60)
+    log.close()
+    exported = whole.activity.filter(pl.col("occurred_at") < ended)
+    read = replace(whole, activity=pl.concat([exported, live]).unique(["player_id", "occurred_at"]), decisions=before(whole, now).decisions)
+
+    def looked_at(read):
+        reference = monitoring.reference_of(here, before(whole, cut), monitoring.reached(read))
+        return [found.key for found in monitoring.look(here, read, *reference, cut)]
+
+    assert "active players a day" in looked_at(read)
+    cut_off = monitoring.as_exported(here, read)
+    assert monitoring.reached(cut_off).activity == monitoring.reached(replace(read, activity=exported)).activity
+    assert looked_at(cut_off) == []
+    later = replace(read, activity=read.activity.filter((pl.col("occurred_at") >= now - timedelta(hours=1)) | (pl.col("occurred_at") < now - 8 * DAY)))
+    assert monitoring.as_exported(here, later).activity.height == later.activity.height, "exports that ended a week ago"
+    assert monitoring.as_exported(platform, read).activity.height == read.activity.height, "nothing came over HTTP"
 
 
 def late(read, changes, since):
@@ -202,6 +228,33 @@ def test_the_bound_for_hourly_looks_is_what_simulation_says():
         passed = (moving.max(1) > z).mean()
         assert passed == pytest.approx(1 - math.exp(-monitoring.crossing(z, window)), rel=0.2)
         assert monitoring.largest(monitoring.crossing(4.0, window), window) == pytest.approx(3.167e-5, rel=1e-3)
+
+
+# ---- the balance probe -----------------------------------------------------------------------------------------------------------
+def acted(rng, leak, players=200, days=2, size=8):
+    """state, who acts, player, days' masks: three policies, whose choice follows the state by `leak`."""
+    state = rng.standard_normal((days * players, size)) + np.tile(rng.standard_normal((players, size)) / 2, (days, 1))
+    chance = np.exp(leak * state[:, :3])
+    label = (rng.random((len(state), 1)) > np.cumsum(chance / chance.sum(1, keepdims=True), 1)).sum(1)
+    return state, label, np.tile(np.arange(players), days), ["a", "b", "c"], [np.repeat(np.arange(days) == day, players) for day in range(days)]
+
+
+def test_a_probe_finds_what_is_left_of_who_acts_and_nothing_in_noise():
+    none, some = (monitoring.probe(*acted(np.random.default_rng(1), leak)) for leak in (0.0, 2.0))
+    assert none.accuracy == pytest.approx(1 / 3, abs=3 * math.sqrt(none.variance))
+    assert some.accuracy > 0.6
+    assert (some.players, len(some.each)) == (200, 2)
+    assert some.accuracy == pytest.approx(np.mean(some.each))
+    state, label, player, names, days = acted(np.random.default_rng(2), 0.0)
+    assert monitoring.probe(state, np.where(player < 15, 2, label % 2), player, names, days) is None  # 15 players of the third say too little
+
+
+def test_a_probes_variance_holds_what_its_training_owes_to_luck():
+    """The spread of 60 probes of worlds alike is no more than they say of themselves, and not a third of it."""
+    rng = np.random.default_rng(3)
+    found = [monitoring.probe(*acted(rng, 1.0)) for _ in range(60)]
+    spread, said = np.var([each.accuracy for each in found], ddof=1), np.mean([each.variance for each in found])
+    assert said / 3 < spread < said
 
 
 def test_a_guardrail_is_broken_only_beyond_doubt(shop):

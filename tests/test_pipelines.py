@@ -9,11 +9,18 @@ import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import numpy as np
 import polars as pl
+import psycopg
 import pytest
+import redis
 import torch
 import yaml
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from prefect.concurrency._asyncio import ConcurrencySlotAcquisitionError
+from prefect.task_engine import TaskRunTimeoutError
 
 from fastq import assignment, features, learner, records, registry
 from fastq.errors import ConfigurationError, GateRefused, UnknownPlayerError, WorkspaceError
@@ -354,9 +361,29 @@ def test_turns(platform):
     assert list(Workspace(platform.root).runs.iterdir()) == []
 
 
+ASKED = httpx.Request("POST", "http://127.0.0.1:4200/api/flow_runs")
+
+
+def answered(status):
+    return httpx.HTTPStatusError("an answer", request=ASKED, response=httpx.Response(status, request=ASKED))
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
-    [(ConnectionResetError(), True), (sqlite3.OperationalError("locked"), True), (GateRefused("logs", ["bad"]), False), (ValueError(), False)],
+    [
+        (ConnectionResetError(), True),
+        (sqlite3.OperationalError("locked"), True),
+        (psycopg.errors.AdminShutdown("terminating connection"), True),
+        (redis.BusyLoadingError("Redis is loading the dataset in memory"), True),
+        (httpx.ReadError("", request=ASKED), True),
+        (answered(500), True),  # a server whose database is away
+        (MlflowException("terminating connection", error_code=TEMPORARILY_UNAVAILABLE), True),
+        (answered(404), False),
+        (MlflowException("no such run"), False),
+        (psycopg.errors.UndefinedTable("no such table"), False),
+        (GateRefused("logs", ["bad"]), False),
+        (ValueError(), False),
+    ],
 )
 def test_only_what_can_heal_is_tried_again(error, expected):
     class State:
@@ -366,6 +393,30 @@ def test_only_what_can_heal_is_tried_again(error, expected):
             raise WorkspaceError("wrapped") from error
 
     assert turn.heals(None, None, State()) is expected
+
+
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused", request=ASKED), answered(503), httpx.ReadTimeout("", request=ASKED)])
+def test_a_prefect_server_that_stays_away_is_one_sentence(error):
+    with pytest.raises(WorkspaceError, match=r"Prefect's server .* does not answer .* `fastq retrain --resume`") as said, turn._prefect_answers():
+        raise error
+    assert turn.may_heal(said.value), "a schedule tries again"
+
+
+def test_what_prefect_refuses_is_no_server_that_is_away():
+    with pytest.raises(httpx.HTTPStatusError), turn._prefect_answers():
+        raise answered(422)
+    with pytest.raises(TaskRunTimeoutError), turn._prefect_answers():
+        raise TaskRunTimeoutError("a step took longer than its limit")
+    with pytest.raises(WorkspaceError, match="Prefect's server"), turn._prefect_answers():
+        raise ConcurrencySlotAcquisitionError("no slot") from httpx.ConnectError("refused", request=ASKED)
+
+
+def test_a_step_of_a_turn_outlasts_the_restart_of_a_server(platform):
+    """Each of them: what no step heals, the whole turn would die of."""
+    for step in (retrain.ingest_logs, retrain.build_features, retrain.train_policy, retrain.evaluate_trained, retrain.register_model, retrain.make_champion):
+        made = turn.limited(step, platform)
+        assert (made.retry_condition_fn, made.retries) == (turn.heals, len(made.retry_delay_seconds))
+        assert sum(made.retry_delay_seconds) >= 60
 
 
 def test_what_took_longer_than_its_limit_is_not_tried_again():

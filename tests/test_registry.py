@@ -13,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fastq import features, registry
-from fastq.errors import BundleError, ConfigurationError, GateRefused, RequestError, UnknownPlayerError
+from fastq.errors import BundleError, ConfigurationError, GateRefused, RequestError, UnknownPlayerError, WorkspaceError
 from fastq.platform import platform_from_tree
 from fastq.workspace import Workspace
 
@@ -157,6 +157,7 @@ def test_what_a_crash_left_of_a_registration_or_a_promotion_is_finished_by_the_n
         assert len(registry.verify(registry.fetch(platform))["files"]) == 1
         cuts += 1
     assert cuts >= 3
+    assert [(line["action"], line["version"]) for line in registry.history(platform)] == [("promote", "1"), ("promote", "2")], "each deed once"
     assert [model["aliases"] for model in registry.models(platform)] == [["champion"], ["previous"]]
     assert registry.rollback(platform) == "1"
 
@@ -284,6 +285,27 @@ def test_damage_is_named(tmp_path, harm, says):
     harm(made)
     with pytest.raises(BundleError, match=says):
         registry.load_policy(made)
+
+
+def test_a_run_that_was_begun_but_never_noted_is_gone_on_with_in_its_turn(platform, monkeypatch):
+    from mlflow.exceptions import MlflowException
+
+    def gone(*_arguments, **_named):
+        raise MlflowException("the server died")
+
+    with monkeypatch.context() as away:
+        away.setattr(type(registry._client(platform)), "log_batch", gone)
+        with pytest.raises(WorkspaceError, match="starting a run failed"), registry.start_run(platform, "retrain", {"epochs": 3}, {"turn": "a"}):
+            pass
+    ids = []
+    for turn in ("a", "b"):
+        with registry.start_run(platform, "retrain", {"epochs": 3}, {"turn": turn}) as run:
+            ids.append(run.id)
+    client = registry._client(platform)
+    found = {run.data.tags["turn"]: run for run in registry._runs(platform, client)}
+    assert {turn: run.info.run_id for turn, run in found.items()} == dict(zip("ab", ids, strict=True))
+    assert len(registry._runs(platform, client)) == 2
+    assert [(run.info.status, run.data.params) for run in found.values()] == [("FINISHED", {"epochs": "3"})] * 2
 
 
 def test_names_of_models(platform):

@@ -1,7 +1,8 @@
 """`make bench-faults`: a retraining ended by kill -9 or SIGTERM at each of its steps in turn, then `fastq retrain --resume`; counted and timed.
 
     FAULTS=folder python tests/benchmarks/bench_faults.py            goes on where it was stopped, one JSON line per fault in folder/faults.jsonl
-    FAULTS=folder python tests/benchmarks/bench_faults.py in-turn    one turn that dies at each step in turn, resumed each time: half the time
+    FAULTS=folder python tests/benchmarks/bench_faults.py in-turn    one turn that dies at each step in turn, resumed: half the time (… SIGTERM: of that)
+    FAULTS=folder python tests/benchmarks/bench_faults.py servers    PostgreSQL, Redis, MLflow and Prefect each killed at such a step, and started again
 
 The command is the front door's own, in a process of its own; only where it dies is put in from outside. The gate is made to pass, so that each turn
 promotes: version 2 over version 1, which stands there before. What an undisturbed turn leaves is what each disturbed one has to leave.
@@ -9,6 +10,7 @@ promotes: version 2 over version 1, which stands there before. What an undisturb
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -31,11 +34,18 @@ MARK = "FASTQ_FAULT_RUN"  # in the environment of whatever the command starts
 DRIVER = """
 import os, signal, sys, time
 wanted, number, passed = os.environ["POINT"], int(os.environ["SIGNAL"]), open(os.environ["PASSED"], "a")
+somebody_else = os.environ.get("STRUCK")
 
 def strike(point):
+    global wanted
     passed.write(point + "\\n")
     passed.flush()
-    if point == wanted:
+    if point == wanted and somebody_else:
+        wanted = None
+        open(somebody_else, "w").close()
+        while os.path.exists(somebody_else):
+            time.sleep(0.02)
+    elif point == wanted:
         os.kill(os.getpid(), number)
         time.sleep(1)  # SIGTERM is heard between two instructions
 
@@ -121,10 +131,16 @@ def write_logs(root, days, players=80, seed=0):
     pl.DataFrame(activity).write_parquet(root / "activity.parquet")
 
 
-def retrain(root, *arguments, point="", number=signal.SIGKILL, passed=os.devnull, seconds=300):
-    """(exit code, seconds, seconds after the answer, standard error, answer) of one `fastq retrain`, ended with all that it left."""
+def retrain(root, *arguments, point="", number=signal.SIGKILL, passed=os.devnull, seconds=300, strike=None, **more):
+    """(exit code, seconds, seconds after the answer, standard error, answer) of one `fastq retrain`, ended with all that it left.
+
+    It waits at `point` while `strike()` is called, where that is given, else it dies there.
+    """
     mark = f"{root}-{time.time_ns()}"
+    struck = Path(f"{root}-struck")
+    struck.unlink(missing_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    env |= more | ({"STRUCK": str(struck)} if strike else {})
     env |= {"POINT": point, "SIGNAL": str(int(number)), "PASSED": str(passed), MARK: mark, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         began = time.monotonic()
@@ -134,6 +150,9 @@ def retrain(root, *arguments, point="", number=signal.SIGKILL, passed=os.devnull
         while process.poll() is None and time.monotonic() - began < seconds:
             if answered is None and os.fstat(out.fileno()).st_size:
                 answered = time.monotonic()
+            if strike is not None and struck.exists():
+                strike()
+                struck.unlink()
             time.sleep(0.05)
         ended = time.monotonic()
         if process.poll() is None:
@@ -239,20 +258,23 @@ def differences(seen, wanted):
     return {name: [seen[name], value] for name, value in wanted.items() if seen[name] != value}
 
 
-def in_turn(base, root, points):
+def in_turn(base, root, points, signalled=signal.SIGKILL):
     """One turn that dies at each point, one after the other, each time resumed: yields what was seen at each, and at last of the end."""
     shutil.copytree(base, root)
     for number, point in enumerate(points):
-        ended = retrain(root, *["--resume"][: min(number, 1)], point=point)
+        ended = retrain(root, *["--resume"][: min(number, 1)], point=point, number=signalled)
         names = point.startswith(("MLflow", "audit", "promote", "register"))
         yield {
             "point": point,
             "code": ended["code"],
             "seconds": round(ended["seconds"], 1),
             "left over": ended["left over"],
+            "gone after": round(ended["left for"], 1),
+            "said": ended["stderr"].strip().splitlines()[-3:],
+            "open runs": open_runs(root) if signalled != signal.SIGKILL else None,
             "champion whole": champion_is_whole(root) if names else None,
         }
-        if ended["code"] != -signal.SIGKILL:
+        if ended["code"] not in (-signal.SIGKILL, 128 + signal.SIGTERM):
             yield {"stderr": ended["stderr"][-1500:]}
             return
     again = retrain(root, "--resume")
@@ -268,7 +290,139 @@ def in_turn(base, root, points):
     }
 
 
+# ---- servers that die in the middle --------------------------------------------------------------------------------------------
+DOWN = 5.0  # seconds until whoever watches over a server starts it again; then it takes as long as it takes
+STRUCK_AT = (
+    "ingest: begins",
+    "build features: begins",
+    "train: begins",
+    "train: representation, epoch 1",
+    "evaluate: begins",
+    "register: begins",
+    "MLflow: after the version",
+    "MLflow: after alias previous",
+    "promote: done, result not kept",
+)
+SEED = """
+import sys
+from pathlib import Path
+from fastq import load_platform, registry
+platform = load_platform("fastq.yaml")
+with registry.start_run(platform, "before", {}) as run:
+    pass
+registry.promote(platform, registry.register(platform, run.id, Path(sys.argv[1])), forced=True, reason="stands before")
+"""
+
+
+def platform_on(root, servers, name, days):
+    root.mkdir(parents=True)
+    services = {"mlflow": servers.mlflow, "online_store": servers.redis}
+    (root / "fastq.yaml").write_text(yaml.safe_dump(TREE | {"platform": name, "services": services}))
+    write_logs(root, days)
+
+
+def stands_on(servers, root, name):
+    """As `stands`, of a platform whose services are servers."""
+    import psycopg
+    import redis
+
+    with psycopg.connect(f"{servers.postgres}/mlflow") as mlflow:
+        versions = mlflow.execute("SELECT version FROM model_versions WHERE name = %s ORDER BY version", (name,)).fetchall()
+        aliases = dict(mlflow.execute("SELECT alias, version FROM registered_model_aliases WHERE name = %s", (name,)).fetchall())
+        runs = mlflow.execute("SELECT r.status, count(*) FROM runs r JOIN experiments e USING (experiment_id) WHERE e.name = %s GROUP BY 1", (name,)).fetchall()
+        [(experiment,)] = mlflow.execute("SELECT experiment_id FROM experiments WHERE name = %s", (name,)).fetchall()
+    with psycopg.connect(f"{servers.postgres}/prefect") as prefect:
+        still = prefect.execute("SELECT count(*) FROM flow_run WHERE state_type IN ('RUNNING', 'PENDING')").fetchone()[0]
+    state = root / ".fastq"
+    lines = [json.loads(line) for line in (state / "attempts.jsonl").read_text().splitlines()]
+    audit = [json.loads(line) for line in (state / "audit.jsonl").read_text().splitlines()]
+    kept = servers.home / "artifacts" / str(experiment)
+    return {
+        "versions": [v for (v,) in versions],
+        "aliases": {alias: str(version) for alias, version in aliases.items()},
+        "weights": sorted(hashlib.sha256(p.read_bytes()).hexdigest() for p in kept.rglob("*.safetensors")),
+        "MLflow's runs": [list(row) for row in runs],
+        "judged by the gate": len({line["turn"] for line in lines}),
+        "promoted in the audit": sum(line["action"] == "promote" and line["version"] == "2" for line in audit),
+        "decisions": hashlib.sha256(pl.read_parquet(state / "tables" / "decisions.parquet").sort("decision_id").write_csv().encode()).hexdigest(),
+        "players online": sum(1 for key in redis.Redis.from_url(servers.redis).scan_iter() if name.encode() in key),
+        "turns under way": [p.name for p in (state / "runs").iterdir()],
+        "open runs": still,
+    }
+
+
+def struck_servers(folder):
+    """Each server killed at each of these points and started again: yields what was seen, resumed where the turn did not ride it out."""
+    sys.path.append(str(Path(__file__).parents[1]))
+    from topology import topology
+
+    log = folder / "servers.jsonl"
+    done = {(line["server"], line["point"]) for line in map(json.loads, log.read_text().splitlines())} if log.exists() else set()
+    with topology() as servers:
+        home = servers.home
+        env = {name: value for name, value in servers.env.items() if name not in os.environ} | {"PREFECT_API_URL": servers.prefect}
+        platform_on(home / "first", servers, "first", 19)
+        first = retrain(home / "first", **env)
+        assert first["code"] == 0, first["stderr"][-3000:]
+        bundle = home / "first" / ".fastq" / "models" / "1"
+
+        def turn(name, server=None, point=""):
+            root = home / name
+            platform_on(root, servers, name, 20)
+            subprocess.run([sys.executable, "-c", SEED, str(bundle)], cwd=root, check=True, env=os.environ | env)
+
+            back = []
+
+            def strike():
+                servers.servers[server].kill()
+                back.append(threading.Timer(DOWN, servers.servers[server].start))
+                back[0].start()
+
+            found = retrain(root, point=point, strike=strike if server else None, seconds=500, **env)
+            for timer in back:
+                timer.join()
+            for one in servers.servers.values():
+                one.ready()
+            return root, found
+
+        root, whole = turn("undisturbed")
+        assert whole["code"] == 0, whole["stderr"][-3000:]
+        wanted = json.loads(json.dumps(stands_on(servers, root, "undisturbed")))
+        print(f"an undisturbed turn takes {whole['seconds']:.1f} s: {wanted}", flush=True)
+        for number, (server, point) in enumerate(itertools.product(("postgres", "redis", "mlflow", "prefect"), STRUCK_AT)):
+            if (server, point) in done:
+                continue
+            name = f"struck{number}"
+            root, ended = turn(name, server, point)
+            again, before = None, None
+            if ended["code"] != 0:
+                before = stands_on(servers, root, name) if "evaluate" not in point and "begins" not in point else None
+                again = retrain(root, "--resume", **env)
+            found = {
+                "server": server,
+                "point": point,
+                "code": ended["code"],
+                "seconds": round(ended["seconds"], 1),
+                "longer by": round(ended["seconds"] - whole["seconds"], 1),
+                "said": ended["stderr"].strip().splitlines()[-4:] if ended["code"] != 0 else "",
+                "aliases then": before and before["aliases"],
+                "left over": ended["left over"],
+                "resumed": again and again["code"],
+                "recovered after": again and round(again["seconds"], 1),
+                "differs": differences(stands_on(servers, root, name), wanted),
+            }
+            with log.open("a") as out:
+                out.write(json.dumps(found) + "\n")
+            print(json.dumps(found), flush=True)
+
+
 def main():
+    if "servers" in sys.argv:
+        return struck_servers(Path(os.environ.get("FAULTS") or tempfile.mkdtemp(prefix="fastq-faults-")))
+    return deaths()
+
+
+def deaths():
     folder = Path(os.environ.get("FAULTS") or tempfile.mkdtemp(prefix="fastq-faults-"))
     base, log = folder / "base", folder / "faults.jsonl"
     if not base.exists():
@@ -291,7 +445,8 @@ def main():
     done = {(line["point"], line["signal"]) for line in map(json.loads, log.read_text().splitlines())} if log.exists() else set()
     print(f"an undisturbed turn takes {undisturbed['seconds']:.1f} s and passes {len(every)} points")
     if "in-turn" in sys.argv:
-        for found in in_turn(base, place, every):
+        signalled = signal.SIGTERM if "SIGTERM" in sys.argv else signal.SIGKILL
+        for found in in_turn(base, place, every, signalled):
             if "stands" in found:
                 found["differs"] = differences(found.pop("stands"), undisturbed["stands"])
             print(json.dumps(found), flush=True)

@@ -7,11 +7,13 @@ the monitor calls them, on the sums that it would have taken: every hour of 90 d
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ import polars as pl
 import pytest
 from scipy import stats
 
-from fastq import PlayerStates, load_platform, monitoring, worlds
+from fastq import PlayerStates, load_platform, monitoring, records, worlds
 from fastq.monitoring import (
     HORIZON,
     LEVEL_DAYS,
@@ -128,6 +130,145 @@ def test_two_measures_moved_by_a_quarter_of_a_standard_deviation(shift):
         found += seen
     print(f"\nfound within 24 hours: {found} of 50 histories with two measures moved by {shift} standard deviations")
     assert found >= 48
+
+
+# ---- planted changes, through the logs -----------------------------------------------------------------------------------------
+SHUFFLED = pl.col("propensity").shuffle(seed=1)
+PLANTED = {
+    "a unit changed": {"activity": {"minutes": pl.col("minutes") * 60}},
+    "another policy acts as retain": {"decisions": {"bonus": pl.when(pl.col("policy") == "retain").then(pl.col("bonus") * 2).otherwise("bonus")}},
+    "propensities per cent": {"decisions": {"propensity": pl.col("propensity") * 2}},
+    "propensities of other decisions": {"decisions": {"propensity": SHUFFLED}},
+}
+
+
+def planted(read, changes, since):
+    """`read` with expressions for columns of decisions or activity from `since` on."""
+    frames = {}
+    for table, at in (("decisions", "decided_at"), ("activity", "occurred_at")):
+        new = [pl.when(pl.col(at) >= since).then(to).otherwise(name).alias(name) for name, to in changes.get(table, {}).items()]
+        frames[table] = getattr(read, table).with_columns(new)
+    return replace(read, **frames)
+
+
+def lived(root, seed):
+    """(platform, what its logs hold after the first ten days, the moment of a retraining) of 2,000 players and 38 days of the simulated platform."""
+    root.mkdir()
+    worlds.write_logs(worlds.world("arena"), root, PLAYERS, 38, seed=seed)
+    platform = load_platform(root)
+    read = records.read_records(platform)
+    start = read.decisions["decided_at"].min() + timedelta(days=10)
+    kept = {"decisions": read.decisions.filter(pl.col("decided_at") >= start), "activity": read.activity.filter(pl.col("occurred_at") >= start).collect()}
+    shutil.rmtree(root)
+    read = replace(read, **kept)
+    return platform, read, monitoring.reached(read).full - timedelta(days=8)
+
+
+def before(read, moment):
+    return replace(read, decisions=read.decisions.filter(pl.col("decided_at") < moment), activity=read.activity.filter(pl.col("occurred_at") < moment))
+
+
+def look(history, references, read, moment):
+    """What the monitor finds in `read` at a moment, against what the retraining of this history saw, which is kept in `references`."""
+    platform, whole, cut = history
+    now = before(read, moment)
+    reached = monitoring.reached(now)
+    hours = (reached.decisions.hour, reached.activity.hour, reached.full.hour)
+    if hours not in references:
+        references[hours] = monitoring.reference_of(platform, before(whole, cut), reached)
+    return monitoring.look(platform, now, *references[hours], cut)
+
+
+@pytest.mark.timeout(7_200)
+def test_planted_changes_are_found_in_the_logs(tmp_path):
+    """A retraining after 20 days, the change one to three days later, at any hour; PLANTED_HISTORIES of it.
+
+    Looked at 8, 16 and 24 hours after it, and three times before it, when there is nothing to find.
+    """
+    histories, found, wrong, looks = int(os.environ.get("PLANTED_HISTORIES", "50")), Counter(), 0, 0
+    for number in range(histories):
+        history, references = lived(tmp_path / str(number), 1_000 + number), {}
+        _, whole, cut = history
+        since = cut + timedelta(hours=int(np.random.default_rng([SEED, 8, number]).integers(24, 72)))
+        for hours in (0, -8, -16):
+            wrong, looks = wrong + bool(look(history, references, whole, since + timedelta(hours=hours))), looks + 1
+        for name, changes in PLANTED.items():
+            changed = planted(whole, changes, since)
+            found[name] += any(look(history, references, changed, since + timedelta(hours=hours)) for hours in (24, 16, 8))
+    print(f"\nfound within 24 hours of {histories} histories: {dict(found)}; {wrong} of {looks} looks before the change found something")
+    assert all(found[name] >= 0.95 * histories for name in PLANTED)
+    assert wrong <= 0.05 * looks
+
+
+# ---- the balance probe ---------------------------------------------------------------------------------------------------------
+PROBED, STATE, ACTING = 600, 64, 3  # players never trained on (0.3 of them), numbers of the balanced state, policies
+
+
+def balanced_states(rng, days, leak):
+    """(state [days, players, Z], who acts [days, players]): what is a player's own, the day's chance, and what is left in it of who acts; `leak` [days]."""
+    own = rng.standard_normal((PROBED, STATE), np.float32) / 2
+    state = rng.standard_normal((days, PROBED, STATE), np.float32) + own
+    toward = np.linalg.qr(rng.standard_normal((STATE, ACTING)))[0].T.astype(np.float32)
+    chance = np.exp(leak[:, None, None] * (state @ toward.T))
+    chance = np.cumsum(chance / chance.sum(2, keepdims=True), 2)
+    return state, (rng.random((days, PROBED, 1)) > chance).sum(2)
+
+
+def lost(rng, leak):
+    """[days after the promotion, windows] how rarely chance alone takes that day's probe as far; the first week of `leak` lies before it."""
+    state, acting = balanced_states(rng, len(leak), leak)
+    names = [str(k) for k in range(ACTING)]
+
+    def probe(*windows):
+        """Of the days [from, to) of each window."""
+        pieces, first = [np.arange(*window) for window in windows], min(window[0] for window in windows)
+        inside = np.arange(first, max(window[1] for window in windows))
+        day = np.repeat(inside, PROBED)
+        masks = [np.isin(day, piece) for piece in pieces]
+        return monitoring.probe(state[inside].reshape(-1, STATE), acting[inside].ravel(), np.tile(np.arange(PROBED), len(inside)), names, masks)
+
+    before = {window: probe(*((at, at + window) for at in range(0, LEVEL_DAYS - window + 1, window))) for window in WINDOWS}
+    found = np.ones((len(leak) - LEVEL_DAYS, len(WINDOWS)))
+    for day in range(len(found)):
+        for w, (window, was) in enumerate(before.items()):
+            if day + 1 >= window:
+                now = probe((LEVEL_DAYS + day + 1 - window, LEVEL_DAYS + day + 1))
+                z = (now.accuracy - was.accuracy) / math.sqrt(now.variance + was.variance)
+                found[day, w] = stats.t.sf(z, now.players - 1)
+    return found
+
+
+@pytest.mark.timeout(14_400)
+def test_false_alarms_of_the_balance_probe():
+    """A day's look at each of 90 days; its budget is a part of what drift may spend, so none is expected in 200 histories. PROBED_HISTORIES of them."""
+    histories = int(os.environ.get("PROBED_HISTORIES", "200"))
+    p = np.array([lost(np.random.default_rng([SEED, 5, history]), np.full(LEVEL_DAYS + HORIZON, 0.5)) for history in range(histories)])
+    wrong = int((p < monitoring.balance_allowed(TESTS + 1)).any((1, 2)).sum())
+    looks = [f"{(p[:, window - 1 :, w] < 0.05).mean():.3f} and {(p[:, window - 1 :, w] < 0.001).mean():.4f}" for w, window in enumerate(WINDOWS)]
+    print(
+        f"\nbalance probe: false alarms in {wrong} of {histories} quiet histories of {HORIZON} days; looks below 0.05 and 0.001 by window: {', '.join(looks)}"
+    )
+    assert wrong <= 0.05 * histories
+
+
+@pytest.mark.timeout(3_600)
+@pytest.mark.parametrize("after", [1.0, 1.5, 2.0])
+def test_who_acts_told_by_the_state_again(after):
+    """From some day on the choice of who acts follows the state more than it did."""
+    within, accuracy = [], []
+    for history in range(50):
+        leak = np.full(LEVEL_DAYS + 21, 0.5)
+        leak[LEVEL_DAYS + 7 :] = after
+        found = (lost(np.random.default_rng([SEED, 6, history]), leak) < monitoring.balance_allowed(TESTS + 1)).any(1)
+        assert not found[:7].any()
+        within.append(int(np.argmax(found[7:])) + 1 if found[7:].any() else None)
+    rng = np.random.default_rng([SEED, 7])
+    for strength in (0.5, after):
+        state, acting = balanced_states(rng, 7, np.full(7, strength))
+        every = [np.ones(7 * PROBED, bool)]
+        accuracy.append(monitoring.probe(state.reshape(-1, STATE), acting.ravel(), np.tile(np.arange(PROBED), 7), ["a", "b", "c"], every).accuracy)
+    print(f"\nbalance: accuracy of a week's probe {accuracy[0]:.2f}, then {accuracy[1]:.2f}: found after days {sorted(Counter(within).items(), key=str)}")
+    assert sum(day is not None for day in within) >= 48
 
 
 @pytest.fixture(scope="module")
