@@ -168,7 +168,10 @@ def _scan(name: str, path: str | Path) -> pl.LazyFrame:
                 return pl.scan_csv(path, infer_schema=False, glob=remote).filter(~pl.all_horizontal(cs.all().is_null()))
         case "NDJSON":
             with naming(name):
-                return pl.scan_ndjson(path, infer_schema_length=None)
+                rows = pl.scan_ndjson(path, infer_schema_length=None)
+                # half of a character is read as a zero, and would be part of another id
+                half = pl.any_horizontal(pl.lit(value=False), cs.string().str.contains("\0", literal=True)).fill_null(value=False)
+                return rows.with_columns(pl.when(~half).then(pl.all()), pl.when(half).then(pl.lit("holds half of a character, or a zero")).alias(BROKEN))
         case _:
             raise LogsError(f"{name}: expected a name that ends in {', '.join(SUFFIXES)}; convert or rename the log")
 

@@ -279,10 +279,10 @@ def _opened(
     scan = by_line(source.name, source.at, columns) if lines and isinstance(source.at, Path) else source.scan(root)
     with naming(source.name):
         schema = scan.collect_schema()
-    others = [c for c in schema.names() if c not in columns and not (lines and c == BROKEN)]
+    others = [c for c in schema.names() if c not in columns and c != BROKEN]
     # two events may differ only in a column that is of no other use, such as an event's own id
     beside = [pl.struct(others).hash().alias(OTHERS)] if others and apart else []
-    beside += [pl.col(BROKEN)] * lines
+    beside += [pl.col(BROKEN)] * (BROKEN in schema)
     with naming(source.name):
         selected = [*selection(source.name, columns, scan), *beside, pl.lit(place, pl.UInt32).alias(FILE), pl.col(ROW)]
     frame = scan.with_row_index(ROW, 1).select(selected)

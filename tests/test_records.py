@@ -543,6 +543,21 @@ def test_a_line_that_is_no_row_is_one_refused_row(tmp_path: Path) -> None:
     assert_frame_equal(records.decisions.drop("assignment", "model_version"), others)
 
 
+@pytest.mark.parametrize("beside", [[], ["null"]], ids=["read at once", "read by line"])
+def test_half_of_a_character_is_no_other_id(tmp_path: Path, beside: list[str]) -> None:
+    """Polars reads a lone surrogate as a zero character, so that a player would be somebody else."""
+    write(tmp_path, "decisions.ndjson", good(5))
+    path = tmp_path / "logs/decisions.ndjson"
+    lines = path.read_text().splitlines()
+    lines[1] = lines[1].replace('"player_id":"', '"player_id":"secret\\ud800')
+    path.write_text("\n".join([*lines, *beside]))
+    records = read_records(bare(tmp_path))
+    assert records.counts["decisions"] == Counts(4, 1 + len(beside), 0)
+    assert records.quarantine["row"].to_list() == [2, 6][: 1 + len(beside)]
+    assert records.quarantine["reason"][0].startswith("the line ")
+    assert "secret" not in str(records.quarantine.to_dicts())
+
+
 def test_a_file_of_which_most_is_no_row_is_refused_by_name(tmp_path: Path) -> None:
     write(tmp_path, "decisions.parquet", good())
     (tmp_path / "logs/decisions.ndjson").write_text(json.dumps([{"decision_id": "d9"}, {"decision_id": "d8"}], indent=1))
