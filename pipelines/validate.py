@@ -7,7 +7,6 @@ import importlib
 import json
 import threading
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -44,10 +43,8 @@ def judged(platform: Platform, read: AnyRecords, *, whole: bool = True) -> dict[
     workspace = Workspace(platform.root)
     reference = validation.read_profile(workspace)
     reference = reference if whole or reference is None else replace(reference, rows={})
-    with ThreadPoolExecutor(1) as beside:  # each has long stretches that leave the interpreter to the other
-        sharing = beside.submit(overlap.chances, platform, read)
-        verdict = validation.validate(platform, read, reference)
-    shared = sharing.result() if verdict.passed else None
+    verdict = validation.validate(platform, read, validation.read_profile(workspace))
+    shared = overlap.chances(platform, read) if verdict.passed else None
     pairs = overlap.overlaps(platform, shared) if verdict.passed else []
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
     page, quarantine = workspace.reports / f"validation-{name}.html", workspace.quarantine / f"{name}.parquet"
