@@ -43,7 +43,7 @@ def judged(platform: Platform, read: AnyRecords, *, whole: bool = True) -> dict[
     workspace = Workspace(platform.root)
     reference = validation.read_profile(workspace)
     reference = reference if whole or reference is None else replace(reference, rows={})
-    verdict = validation.validate(platform, read, validation.read_profile(workspace))
+    verdict = validation.validate(platform, read, reference)
     shared = overlap.chances(platform, read) if verdict.passed else None
     pairs = overlap.overlaps(platform, shared) if verdict.passed else []
     name = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
