@@ -68,7 +68,7 @@ def _text(svg: ET.Element) -> str:
 # ---- numbers that visibly add up ---------------------------------------------------------------------------------------------
 def digits_for(room: float) -> int:
     """Decimals with which values on a scale this wide are told apart."""
-    return max(0, 3 - math.floor(math.log10(room))) if room > 0 else 3
+    return min(max(0, 3 - math.floor(math.log10(room))), 300) if room > 0 else 3  # beyond, a float has no power of ten
 
 
 def summing(values: Sequence[float], digits: int) -> list[float]:

@@ -6,7 +6,7 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastq import charts
@@ -34,6 +34,7 @@ def test_rounded_parts_add_up_to_the_rounded_sum_and_none_is_off_by_a_last_digit
     assert all(abs(a - b) <= unit * (1 + 1e-6) for a, b in zip(values, shown, strict=True))
 
 
+@example(values=[0.0, 5e-324])
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=12))
 def test_the_numbers_of_a_table_of_parts_add_up_as_printed(values: list[float]) -> None:
     total = sum(values)
