@@ -61,12 +61,12 @@ def heals(task: Any, run: Any, state: Any) -> bool:
 
 def may_heal(error: BaseException) -> bool:
     """Whether an error, or what caused it, is a connection or a busy database; a refusal or a mistake of ours does not heal."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, _HEAL) or not _HEAL_NAMES.isdisjoint(kind.__name__ for kind in type(seen).__mro__) or _broken_server(seen):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
+    chain = [error]
+    while (before := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(before)
+    if any(isinstance(seen, KeyboardInterrupt | SystemExit) for seen in chain):  # whoever stopped it wants it stopped, whatever a library made of that
+        return False
+    return any(isinstance(seen, _HEAL) or not _HEAL_NAMES.isdisjoint(kind.__name__ for kind in type(seen).__mro__) or _broken_server(seen) for seen in chain)
 
 
 def _broken_server(error: BaseException) -> bool:
