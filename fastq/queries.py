@@ -50,7 +50,7 @@ MOST_MEGABYTES = 1_024  # that a query may hold in memory
 MOST_BYTES = 64 * 2**20  # of an answer
 OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside the query's own memory
 CHUNK = 4_096  # decisions explained at a time, and in one file
-EXPLAINED = 50_000  # decisions, the newest, that one question explains at most, those of earlier questions left aside: half a minute
+EXPLAINED = 50_000  # decisions, the newest, that one question explains at most, those of earlier questions left aside
 ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
@@ -759,6 +759,7 @@ def _kept(platform: Platform, name: str, schema: Mapping[str, pl.DataType], made
     directory = workspace.state / "queries" / name
     workspace.make(directory)
     with workspace.lock("queries", wait_seconds=600):
+        directory.with_suffix(".parquet").unlink(missing_ok=True)  # all of it in one file, as earlier versions had it
         served: dict[str, tuple[int, Path]] = {}  # when, and in which log
         for log in decision_logs(platform):
             with reading_log(log) as database:

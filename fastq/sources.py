@@ -176,15 +176,17 @@ def _scan(name: str, path: str | Path) -> pl.LazyFrame:
             raise LogsError(f"{name}: expected a name that ends in {', '.join(SUFFIXES)}; convert or rename the log")
 
 
-def by_line(name: str, path: Path, columns: Collection[str]) -> pl.LazyFrame:
-    """A CSV or NDJSON file line by line, every field as text: slow, for files that hold lines which Polars cannot read.
+def by_line(source: Source, columns: Collection[str]) -> pl.LazyFrame:
+    """A source that `has_lines`, line by line, every field as text: slow, for files that hold lines which Polars cannot read.
 
     Each of these is a row that says why in `BROKEN`: a line of more fields than the header has, one that is no JSON object, one that has a list
     or an object for one of `columns`, one that is not UTF-8. Raises `LogsError` where most lines are such.
     """
+    path = source.at
+    assert isinstance(path, Path)
     lines: Callable[[], Iterator[tuple[dict[str, str | None], str | None]]]
-    lines = {"CSV": lambda: _csv_rows(path), "NDJSON": lambda: _json_rows(path, columns)}[format_of(name) or ""]
-    with naming(name):
+    lines = {"CSV": lambda: _csv_rows(path), "NDJSON": lambda: _json_rows(path, columns)}[format_of(source.name) or ""]
+    with naming(source.name):
         names, good, broken, first = dict[str, None](), 0, 0, ""
         for row, why in lines():
             names.update(dict.fromkeys(row))

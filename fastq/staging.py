@@ -276,7 +276,7 @@ def _opened(
     root: Path, source: Source, place: int, columns: Mapping[str, Column], by: str, without: Forgotten, *, apart: bool, lines: bool
 ) -> tuple[pl.LazyFrame, Partition]:
     """The rows of a file in canonical types, its `place` beside them, and what is known of it before it is read; `lines`: it is read by line."""
-    scan = by_line(source.name, source.at, columns) if lines and isinstance(source.at, Path) else source.scan(root)
+    scan = by_line(source, columns) if lines else source.scan(root)
     with naming(source.name):
         schema = scan.collect_schema()
     others = [c for c in schema.names() if c not in columns and c != BROKEN]

@@ -145,7 +145,7 @@ def _every(rows: Parts, columns: list[str], of: Mapping[str, tuple[pl.Expr, int]
         some = (rows.parts[part].filter(which).select(columns).gather_every(max(1, height // SAMPLE)) for which, height in of.values())
         return pl.collect_all(some, engine="in-memory")
 
-    none = [pl.DataFrame(schema={c: rows.parts[0].collect_schema()[c] for c in columns}) for _ in of]
+    none = [pl.DataFrame(schema=rows.parts[0].select(columns).collect_schema())] * len(of)
     return {name: pl.concat(each) for name, each in zip(of, zip(none, *several(sampled, len(rows.parts)), strict=True), strict=True)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -121,9 +120,9 @@ def _exported(platform: Platform, player_id: str) -> tuple[int, set[str]]:
                 try:
                     mine = _rows_of(one.name, one.scan(platform.root), player_id)
                 except UnreadableError:
-                    if not one.has_lines or not isinstance(one.at, Path):
+                    if not one.has_lines:
                         raise
-                    mine = _rows_of(one.name, by_line(one.name, one.at, columns), player_id)
+                    mine = _rows_of(one.name, by_line(one, columns), player_id)
                 rows += len(mine)
                 ids |= set(mine["decision_id"].drop_nulls()) if "decision_id" in columns else set()
         except FastqError as error:

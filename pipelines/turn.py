@@ -76,11 +76,7 @@ def _broken_server(error: BaseException) -> bool:
 
 
 RETRIES: dict[str, Any] = {"retries": 2, "retry_delay_seconds": [2, 10], "retry_condition_fn": heals}
-PATIENCE: dict[str, Any] = {
-    **RETRIES,
-    "retries": 4,
-    "retry_delay_seconds": [2, 10, 30, 60],
-}  # nobody waits for a turn, and a server takes a minute to come back
+PATIENCE = RETRIES | {"retries": 4, "retry_delay_seconds": [2, 10, 30, 60]}  # nobody waits for a turn, and a server takes a minute to come back
 
 
 def limited(step: Any, platform: Platform) -> Any:

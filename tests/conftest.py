@@ -250,79 +250,31 @@ def trained_whole_and_resumed():
 
 
 # ---- real servers, on loopback ports of their own ---------------------------------------------------------------------------
-@dataclasses.dataclass
-class Server:
-    """A Redis or a PostgreSQL of the tests' own: `url` as `services.online_store` takes it; `stop` as if the machine were gone, `start` to have it back."""
-
-    url: str
-    command: list
-    directory: Path
-    user: str | None
-    process: subprocess.Popen | None = None
-
-    def start(self):
-        with (self.directory / "server.log").open("a") as log:
-            self.process = subprocess.Popen(self.command, cwd=self.directory, stdout=log, stderr=log, stdin=subprocess.DEVNULL, user=self.user)
-        until = time.monotonic() + 60
-        while not self._answers():
-            assert self.process.poll() is None, (self.directory / "server.log").read_text()[-2000:]
-            assert time.monotonic() < until, "the server does not answer"
-            time.sleep(0.1)
-        return self
-
-    def stop(self):
-        """SIGINT is a fast shutdown to PostgreSQL; to Redis too, which then keeps what it holds."""
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
-
-    def _answers(self):
-        if self.url.startswith("redis"):
-            import redis
-
-            with contextlib.suppress(redis.RedisError):
-                return redis.Redis.from_url(self.url).ping()
-        else:
-            import psycopg
-
-            with contextlib.suppress(psycopg.Error):
-                psycopg.connect(self.url, connect_timeout=2).close()
-                return True
-        return False
-
-
-def _program(name):
-    found = shutil.which(name) or max(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{name}")), default=None)
-    assert found, f"{name} is missing (apt-get install redis-server postgresql)"
-    return found
-
-
 @pytest.fixture(scope="session")
 def redis_server():
     """A Redis that keeps nothing but in memory, and what it holds when it is stopped."""
+    import redis
+    from topology import Server, program
+
     from fastq.environment import free_ports
 
     with tempfile.TemporaryDirectory(prefix="fastq-redis-") as directory:
         (port,) = free_ports(1)
-        command = [_program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", "3600 1", "--dir", directory]
-        server = Server(f"redis://127.0.0.1:{port}/0", command, Path(directory), None).start()
+        url = f"redis://127.0.0.1:{port}/0"
+        command = [program("redis-server"), "--port", str(port), "--bind", "127.0.0.1", "--save", "3600 1", "--dir", directory]
+        server = Server(command, Path(directory) / "server.log", dict(os.environ), redis.Redis.from_url(url).ping, url=url).start().ready()
         yield server
-        server.process.kill()
-        server.process.wait()
+        server.kill()
 
 
 @pytest.fixture(scope="session")
 def postgres_server():
-    """A PostgreSQL with one database; it refuses to run as root, so there it runs as its own user."""
+    """A PostgreSQL with one database."""
+    from topology import postgres
+
     from fastq.environment import free_ports
 
     with tempfile.TemporaryDirectory(prefix="fastq-postgres-", ignore_cleanup_errors=True) as directory:
-        user = "postgres" if os.geteuid() == 0 else None
-        if user:
-            shutil.chown(directory, user)
-        home, (port,) = Path(directory), free_ports(1)
-        made = [_program("initdb"), "-D", str(home / "data"), "-U", "fastq", "--auth=trust", "--encoding=UTF8", "--no-sync"]
-        subprocess.run(made, cwd=home, check=True, user=user, capture_output=True)
-        command = [_program("postgres"), "-D", str(home / "data"), "-p", str(port), "-h", "127.0.0.1", "-k", directory]
-        server = Server(f"postgresql://fastq:none@127.0.0.1:{port}/postgres", command, home, user).start()
+        server = postgres(Path(directory), *free_ports(1))
         yield server
-        server.stop()
+        server.stop(60)

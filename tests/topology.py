@@ -30,13 +30,14 @@ ON_DISK, IN_A_BUCKET = "--artifacts-destination=/artifacts", "--artifacts-destin
 
 @dataclass
 class Server:
-    """One server in a group of its own. `answers` says whether it does by now."""
+    """One server in a group of its own. `answers` says whether it does by now; url: as `services.online_store` takes it, of those that can be one."""
 
     command: list[str]
     log: Path
     env: dict[str, str]
     answers: Callable
     user: str | None = None
+    url: str = ""
     process: subprocess.Popen | None = None
 
     def start(self):
@@ -65,13 +66,13 @@ class Server:
                     one.kill()
         self.process.wait(30)
 
-    def stop(self):
-        """As a terminal would, and whatever is left after that by force."""
+    def stop(self, seconds=5):
+        """As a terminal would, which gives it so long to end, and whatever is left after that by force."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(5)
+                self.process.wait(seconds)
                 return
 
 
@@ -108,32 +109,28 @@ def composed(service, replaced):
     return [str(found), *rest], {name: ours(value) for name, value in said.get("environment", {}).items()}
 
 
-def _program(name):
+def program(name):
     found = shutil.which(name) or max(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{name}")), default=None)
     assert found, f"{name} is missing (apt-get install redis-server postgresql)"
     return found
 
 
-def _postgres(home, port):
+def postgres(home, port):
     """It refuses to run as root, so there it runs as its own user."""
     user = "postgres" if os.geteuid() == 0 else None
-    home.mkdir()
+    home.mkdir(exist_ok=True)
     if user:
         shutil.chown(home, user)
-    made = [_program("initdb"), "-D", str(home / "data"), "-U", "fastq", "--auth=trust", "--encoding=UTF8", "--no-sync"]
+    made = [program("initdb"), "-D", str(home / "data"), "-U", "fastq", "--auth=trust", "--encoding=UTF8", "--no-sync"]
     subprocess.run(made, cwd=home, check=True, user=user, capture_output=True)
-    command = [_program("postgres"), "-D", str(home / "data"), "-p", str(port), "-h", "127.0.0.1", "-k", str(home)]
+    command = [program("postgres"), "-D", str(home / "data"), "-p", str(port), "-h", "127.0.0.1", "-k", str(home)]
     url = f"postgresql://fastq:none@127.0.0.1:{port}/postgres"
 
     def there():
         psycopg.connect(url, connect_timeout=2).close()
         return True
 
-    server = Server(command, home / "postgres.log", dict(os.environ), there, user).start().ready()
-    with psycopg.connect(url, autocommit=True) as database:
-        for statement in ("CREATE DATABASE prefect;", *(INFRA / "postgres-init.sql").read_text().splitlines()):
-            database.execute(statement)
-    return server
+    return Server(command, home / "server.log", dict(os.environ), there, user, url).start().ready()
 
 
 @contextlib.contextmanager
@@ -148,13 +145,13 @@ def topology(*, bucket=False):
 
 @contextlib.contextmanager
 def _running(home, bucket):
-    postgres, store, s3, mlflow, prefect = free_ports(5)
+    database, store, s3, mlflow, prefect = free_ports(5)
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_") and name not in DEFAULTS}
     storage = f"http://127.0.0.1:{s3}"
     cloud = KEYS | {"AWS_ENDPOINT_URL": storage, "MLFLOW_S3_ENDPOINT_URL": storage, "AWS_ALLOW_HTTP": "true"}
     env = inherited | {"HOME": str(home), "PREFECT_HOME": str(home / "prefect")} | (cloud if bucket else {})
     replaced = {
-        "postgres:5432": f"127.0.0.1:{postgres}",
+        "postgres:5432": f"127.0.0.1:{database}",
         "${POSTGRES_PASSWORD}": "none",
         "${REDIS_PASSWORD:?choose one}": PASSWORD,
         "redis-server": f"redis-server --port {store} --bind 127.0.0.1",
@@ -169,9 +166,12 @@ def _running(home, bucket):
         "mlflow": lambda: answers(f"http://localhost:{mlflow}/health"),
         "prefect": lambda: answers(f"http://localhost:{prefect}/api/health"),
     }
-    made = Topology(home, f"postgresql://fastq:none@127.0.0.1:{postgres}", url, f"http://localhost:{mlflow}", f"http://127.0.0.1:{prefect}/api", storage, env)
+    made = Topology(home, f"postgresql://fastq:none@127.0.0.1:{database}", url, f"http://localhost:{mlflow}", f"http://127.0.0.1:{prefect}/api", storage, env)
     try:
-        made.servers["postgres"] = _postgres(home / "postgres", postgres)
+        made.servers["postgres"] = postgres(home / "postgres", database)
+        with psycopg.connect(made.servers["postgres"].url, autocommit=True) as connection:
+            for statement in ("CREATE DATABASE prefect;", *(INFRA / "postgres-init.sql").read_text().splitlines()):
+                connection.execute(statement)
         if bucket:
             command = [str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", str(s3)]
             made.servers["s3"] = Server(command, home / "s3.log", env, lambda: answers(f"{storage}/moto-api/data.json")).start().ready()

@@ -263,7 +263,9 @@ def test_a_store_that_is_gone_says_so_and_comes_back(platform: Platform, server:
     store.materialize(platform, frame)
     opened = store.open_store(platform)
     file = Workspace(platform.root).feast / "online.db"
-    stop, start = (server.stop, server.start) if server else (lambda: file.rename(file.with_name("away")), lambda: file.with_name("away").rename(file))
+    stop, start = (lambda: file.rename(file.with_name("away")), lambda: file.with_name("away").rename(file))
+    if server:
+        stop, start = (lambda: server.stop(60), lambda: server.start().ready())
     stop()
     try:
         for attempt in (
