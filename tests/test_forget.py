@@ -38,6 +38,7 @@ def copied(root: Path, to: Path) -> Path:
     for left in (to / ".fastq" / "mlflow" / "artifacts").iterdir():  # of other tests, whose copies of this workspace wrote to the original
         if left.name not in runs:
             shutil.rmtree(left)
+    Workspace(to).backups.unlink(missing_ok=True)  # those are the original's
     return to
 
 
