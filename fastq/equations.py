@@ -125,9 +125,14 @@ def horizon_return(r: np.ndarray, discount: np.ndarray, following: np.ndarray, o
 
 def ridge(x: np.ndarray, y: np.ndarray, strength: np.ndarray | float) -> np.ndarray:
     """Eq. 6: `(x'x + strength I)^-1 x'y` with x [N, d], y [N, T]; one strength for all targets."""
-    gram = x.T @ x
-    gram[np.diag_indices_from(gram)] += strength
-    solution: np.ndarray = cho_solve(cho_factor(gram), x.T @ y)
+    return ridge_from(x.T @ x, x.T @ y, strength)
+
+
+def ridge_from(gram: np.ndarray, moment: np.ndarray, strength: np.ndarray | float) -> np.ndarray:
+    """Eq. 6 from `x'x` [d, d] and `x'y` [d, T], where parts of them are shared."""
+    strengthened = gram.copy()
+    strengthened[np.diag_indices_from(gram)] += strength
+    solution: np.ndarray = cho_solve(cho_factor(strengthened), moment)
     return solution
 
 

@@ -230,8 +230,10 @@ def _totals(ranks: Ranks, phi: np.ndarray) -> np.ndarray:
 
 def _distance(w: Weights, expected: np.ndarray, acts: np.ndarray, u: np.ndarray) -> np.ndarray:
     """[B, C] as `Policy._distance`, of candidates [B, D, C]; expected [B, K, D], acts [B, K]."""
-    apart = (u[:, None] - expected[..., None]) / np.maximum(w.spread, 1e-6)[..., None]
-    squares = np.add.reduce(apart * apart, 2)
+    apart = u[:, None] - expected[..., None]
+    apart /= np.maximum(w.spread, 1e-6)[..., None]  # in place: fresh memory costs as much as the arithmetic
+    apart *= apart
+    squares = np.add.reduce(apart, 2)
     distance: np.ndarray = np.sqrt(np.minimum.reduce(np.where(acts[..., None], squares, np.inf), 1))
     return distance
 

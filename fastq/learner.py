@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import subprocess
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -95,22 +96,29 @@ def player_folds(player: np.ndarray, seed: int) -> np.ndarray:
 
 def known_together(y: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Rows [N] bool and columns of `y` [N, T] that are known in just these rows: they share one factorisation."""
-    patterns, which = np.unique(np.isfinite(y).T, axis=0, return_inverse=True)
-    for pattern, rows in enumerate(patterns):
-        yield rows, np.flatnonzero(which.reshape(-1) == pattern)
+    known, alike = np.isfinite(y).T, defaultdict[bytes, list[int]](list)
+    for column, rows in enumerate(known):
+        alike[rows.tobytes()].append(column)
+    for columns in alike.values():
+        yield known[columns[0]].copy(), np.array(columns)
 
 
 def out_of_fold(x: np.ndarray, y: np.ndarray, group: np.ndarray, fold: np.ndarray, fit_on: np.ndarray) -> np.ndarray:
     """[N, T] ridge predictions of `y` within each group of rows, from the rows `fit_on` of other players; NaN targets are left out."""
     predicted = np.zeros_like(y)
     for g in np.unique(group):
-        for k in range(FOLDS):
-            here, others = (group == g) & (fold == k), (group == g) & (fold != k) & fit_on
-            for rows, columns in known_together(y[others]):
-                known = np.flatnonzero(others)[rows]
-                if len(known):
-                    mean = y[np.ix_(known, columns)].mean(0)
-                    predicted[np.ix_(here, columns)] = mean + x[here] @ equations.ridge(x[known], y[np.ix_(known, columns)] - mean, NUISANCE_RIDGE)
+        here = np.flatnonzero(group == g)
+        for rows, columns in known_together(np.where(fit_on[here, None], y[here], np.nan)):
+            known, mine = here[rows], [here[fold[here] == k] for k in range(FOLDS)]
+            ours = [known[fold[known] == k] for k in range(FOLDS)]  # a fold's others are all less its own, so each is multiplied out once
+            gram, moment = (np.stack(parts) for parts in zip(*((x[own].T @ x[own], x[own].T @ y[np.ix_(own, columns)]) for own in ours), strict=True))
+            total, sums = np.stack([y[np.ix_(own, columns)].sum(0) for own in ours]), np.stack([x[own].sum(0) for own in ours])
+            for k in range(FOLDS):
+                others = [each.sum(0) - each[k] for each in (gram, moment, total, sums)]
+                if (count := len(known) - len(ours[k])) > 0:
+                    mean = others[2] / count
+                    slope = equations.ridge_from(others[0], others[1] - np.outer(others[3], mean), NUISANCE_RIDGE)
+                    predicted[np.ix_(mine[k], columns)] = mean + x[mine[k]] @ slope
     return predicted
 
 
@@ -248,7 +256,8 @@ def confirmed_effects(design: np.ndarray, residual: np.ndarray, fold: np.ndarray
     effects, confirmed = np.zeros((t, design.shape[1])), slope > 0
     for prior, strength in np.unique(chosen[confirmed], axis=0):
         alike, d = (chosen == (prior, strength)).all(1) & confirmed, priors[int(prior)]
-        effects[alike] = (d[:, None] * equations.ridge(design * d, residual[:, alike], strength)).T * np.minimum(slope[alike], 1.0)[:, None]
+        fitted = equations.ridge_from(d[:, None] * grams.sum(0) * d, d[:, None] * moments.sum(0)[:, alike], strength)
+        effects[alike] = (d[:, None] * fitted).T * np.minimum(slope[alike], 1.0)[:, None]
     return effects, slope, np.where(confirmed, best, 0.0) / np.maximum(np.square(residual).sum(0), 1e-12)
 
 
@@ -405,28 +414,39 @@ def smallest_price(kept: Callable[[float], bool], largest: float) -> float:
     return upper
 
 
-def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: np.ndarray) -> float:
+def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: np.ndarray, first: float = REACHES[0]) -> float:
     """How far past what policies do the logs still tell what follows, in standard deviations of those policies' own noise.
 
     The farthest of `REACHES` at which the heaviest hundredth of the decisions `rows` carries at most `HEAVIEST` of all weight with which they would stand
-    for this policy, as served; the nearest if there is none. Weights are balanced over the policies (Agarwal et al., KDD 2017), which needs each one's
-    law and probability to act in the log: `REACH` where too few decisions have them, and for a catalogue, where nothing lies between items.
+    for this policy, as served; the nearest if there is none. `first` is asked first, then farther ones while they carry no more, else nearer ones. Weights are
+    balanced over the policies (Agarwal et al., KDD 2017), which needs each one's law and probability to act in the log: `REACH` where too few decisions have
+    them, and for a catalogue, where nothing lies between items.
     """
     logged = windows.mixture(rows)
     known = np.isfinite(logged) & (logged > 0)
     if policy.catalogue is not None or known.sum() < LEAST_ROWS:
         return REACH
     chosen = np.random.default_rng(policy.platform.training.seed).permutation(np.flatnonzero(known))[:WEIGHED]
-    told, logged, reach = rows[chosen], logged[chosen], REACHES[-1]
-    for reach in REACHES:
+    told, logged = rows[chosen], logged[chosen]
+
+    def borne(reach: float) -> bool | None:
+        """Whether the logs bear this one; None where fastq serves without noise, and no weight tells."""
         reaching = replace(policy, details={"reach": reach})
-        at = situation_of(reaching, seen[told])
-        weight = np.sort(reaching.density(windows.action[told], reaching.best(at)) / logged)
-        if not np.isfinite(weight).all():  # served without noise
-            return REACH
-        if 0 < weight[-math.ceil(len(weight) / 100) :].sum() <= HEAVIEST * weight.sum():  # where none has any, the logs tell nothing
-            break
-    return reach
+        weight = np.sort(reaching.density(windows.action[told], reaching.best(situation_of(reaching, seen[told]))) / logged)
+        if not np.isfinite(weight).all():
+            return None
+        return bool(0 < weight[-math.ceil(len(weight) / 100) :].sum() <= HEAVIEST * weight.sum())  # where none has any, the logs tell nothing
+
+    place = REACHES.index(first) if first in REACHES else 0
+    bears = borne(REACHES[place])
+    if bears is None:
+        return REACH
+    if bears:
+        while place > 0 and borne(REACHES[place - 1]):
+            place -= 1
+    else:
+        place = next((nearer for nearer in range(place + 1, len(REACHES)) if borne(REACHES[nearer])), len(REACHES) - 1)
+    return REACHES[place]
 
 
 def linear_level(policy: Policy, windows: Windows, b: np.ndarray, reward: np.ndarray, target: np.ndarray, rows: np.ndarray) -> None:
@@ -435,19 +455,21 @@ def linear_level(policy: Policy, windows: Windows, b: np.ndarray, reward: np.nda
     target [N, M]: reward less the effect of the logged action plus the discounted effect of the policy's next action.
     """
     x = np.concatenate([np.ones((len(b), 1)), b], 1)
-    following = np.maximum(windows.following, 0)
+    following, discounts, ridge = np.maximum(windows.following, 0), windows.platform.discounts, NUISANCE_RIDGE * 0.1
     weight, bias = policy.values.linear.weight.detach().view(-1, 2, b.shape[1]), policy.values.linear.bias.detach().view(-1, 2)
-    for j in range(reward.shape[1]):
-        known = rows[np.isfinite(target[rows, j])]
-        if len(known) == 0:
+    for known, columns in known_together(target[rows]):
+        told = rows[known]
+        if len(told) == 0:
             continue
-        a = x[known].T @ (x[known] - windows.discount[known, j, None] * x[following[known]])
-        a[np.diag_indices_from(a)] += NUISANCE_RIDGE * 0.1
-        value = np.linalg.solve(a, x[known].T @ target[known, j])
-        now = equations.ridge(x[known], reward[known, j, None], NUISANCE_RIDGE * 0.1)[:, 0]
-        for head, solution in enumerate((value, now)):
-            weight[j, head].copy_(torch.from_numpy(solution[1:]))
-            bias[j, head].copy_(torch.tensor(solution[0]))
+        here, there = x[told], x[following[told]]
+        gram, now = here.T @ here, equations.ridge(here, reward[np.ix_(told, columns)], ridge)
+        for discount in np.unique(discounts[columns]):
+            alike = columns[discounts[columns] == discount]
+            a = gram - here.T @ (windows.discount[told, alike[0], None] * there) + ridge * np.eye(len(gram))
+            value = np.linalg.solve(a, here.T @ target[np.ix_(told, alike)])
+            for head, solution in enumerate((value, now[:, np.isin(columns, alike)])):
+                weight[alike, head] = torch.from_numpy(solution[1:].T).float()
+                bias[alike, head] = torch.from_numpy(solution[0]).float()
 
 
 def train(
@@ -570,17 +592,18 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     )
     if start is not None:
         policy.actor.load_state_dict(start.actor.state_dict())
-    policy = replace(policy, details={"reach": evidenced_reach(policy, seen, windows, learned)})
+    policy = replace(policy, details={"reach": evidenced_reach(policy, seen, windows, learned, start.farthest if start else REACHES[0])})
     sample = np.random.default_rng(training.seed).permutation(learned)[:GUARDRAIL_SAMPLE]
+    b, reward = seen.b.numpy().astype(float), windows.reward / scale
     if any(o.ceiling is not None or o.floor is not None for o in platform.objectives.values()):
-        linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, level_targets(policy, seen, windows, features, scale), learned)
+        linear_level(policy, windows, b, reward, np.where(windows.open_ended, np.nan, reward), learned)  # prices ask for immediate values alone
         policy = replace(policy, multipliers=guardrail_prices(policy, situation_of(policy, seen[sample])))
-    targets = level_targets(policy, seen, windows, features, scale)
-    linear_level(policy, windows, seen.b.numpy().astype(float), windows.reward / scale, targets, learned)
+    targets = level_targets(policy, seen, windows, features, scale, learned)
+    linear_level(policy, windows, b, reward, targets, learned)
 
     module = ValueAndActor(
         policy,
-        stage_two_data(policy, seen, network, states, windows, features, scale),
+        stage_two_data(policy, seen, network, states, windows, features, scale, learned),
         torch.from_numpy(lesson.checked),
         seed=training.seed,
         epochs=min(training.epochs, LEVEL_EPOCHS if start is None else WARM_EPOCHS),
@@ -631,9 +654,8 @@ def diagnostics(policy: Policy, seen: Represented, windows: Windows, features: n
     largest = float(platform.discounts.max())
     needed = 1 if largest == 0 else math.ceil(math.log(TAIL) / math.log(largest))
     longest = int(np.bincount(windows.player[rows]).max()) if len(rows) else 1
-    open_ended = windows.truncated[:, None] & (platform.discounts > 0)
     steps = max(min(needed, longest // 2), 1)
-    returned = equations.horizon_return(windows.reward, windows.discount, windows.following, open_ended, level, steps)[rows]
+    returned = equations.horizon_return(windows.reward, windows.discount, windows.following, windows.open_ended, level, steps)[rows]
     told = evenly(rows[np.isfinite(returned).all(1) & np.isfinite(features[rows]).all(1)], LOOKED_AT)
     answer: dict[str, float] = {"compared_decisions": len(told), "compared_horizon": steps}
     if len(told):
@@ -667,10 +689,9 @@ def evenly(rows: np.ndarray, most: int) -> np.ndarray:
 
 def best_features(policy: Policy, at: Situation) -> Tensor:
     """[N, P] expected action features of the policy as it would be served in every state."""
-    w = policy.platform.weights
     if policy.catalogue is None:
-        return policy.served_features(policy.best_units(at, w, *policy.platform.bounds.T))
-    parts = []
+        return policy.served_features(torch.from_numpy(policy.units.standard(policy.best(at))))
+    parts, w = [], policy.platform.weights
     for start in range(0, len(at), 2048):
         piece = at[start : start + 2048]
         total, items = policy.item_scores(piece, w, None)
@@ -680,44 +701,50 @@ def best_features(policy: Policy, at: Situation) -> Tensor:
 
 
 @torch.no_grad()
-def looked_at(policy: Policy, seen: Represented) -> Iterator[tuple[slice, Situation]]:
-    """The critic's view of every decision, a piece at a time: of all at once it would be many times what they were learned from."""
-    for start in range(0, len(seen.b), LOOKED_AT):
-        rows = slice(start, start + LOOKED_AT)
-        yield rows, policy.situation_of(seen[rows])
+def looked_at(policy: Policy, seen: Represented, rows: np.ndarray) -> Iterator[tuple[np.ndarray, Situation]]:
+    """The critic's view of decisions, a piece at a time: of all at once it would be many times what they were learned from."""
+    for start in range(0, len(rows), LOOKED_AT):
+        piece = rows[start : start + LOOKED_AT]
+        yield piece, policy.situation_of(seen[piece])
 
 
-def level_targets(policy: Policy, seen: Represented, windows: Windows, features: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """[N, M] reward less the effect of the logged action plus the discounted effect of the policy's next one, in networks' units."""
-    effect, logged = np.empty_like(windows.reward), np.empty_like(windows.reward)
-    for rows, at in looked_at(policy, seen):
-        effect[rows] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], best_features(policy, at) - at.reference).numpy()
-        logged[rows] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], torch.from_numpy(np.nan_to_num(features[rows])) - at.reference).numpy()
+def level_targets(policy: Policy, seen: Represented, windows: Windows, features: np.ndarray, scale: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """[N, M] reward less the effect of the logged action plus the discounted effect of the policy's next one, in networks' units; NaN but for the decisions
+    `rows`, all of some players.
+    """
+    effect, logged = np.zeros_like(windows.reward), np.full_like(windows.reward, np.nan)
+    for piece, at in looked_at(policy, seen, rows):
+        effect[piece] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], best_features(policy, at) - at.reference).numpy()
+        logged[piece] = torch.einsum("bmp,bp->bm", at.slope[:, :, 0], torch.from_numpy(np.nan_to_num(features[piece])) - at.reference).numpy()
     following = np.maximum(windows.following, 0)
-    open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
-    return np.where(open_ended, np.nan, (windows.reward - logged + windows.discount * effect[following]) / scale)
+    return np.where(windows.open_ended, np.nan, (windows.reward - logged + windows.discount * effect[following]) / scale)
 
 
 @torch.no_grad()
 def stage_two_data(
-    policy: Policy, seen: Represented, network: Any, states: Any, windows: Windows, features: np.ndarray, scale: np.ndarray
+    policy: Policy, seen: Represented, network: Any, states: Any, windows: Windows, features: np.ndarray, scale: np.ndarray, learned: np.ndarray
 ) -> dict[str, Tensor]:
-    """What a stage-2 step gathers from, worked out once: states, counterfactual states, rewards; and, for all decisions the same, effects and their doubt."""
-    open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
-    usable = np.isfinite(windows.reward) & ~open_ended & np.isfinite(features).all(1)[:, None]
+    """What a stage-2 step gathers from, worked out once: states, counterfactual states, rewards; and, for all decisions the same, effects and their doubt.
+
+    Of the decisions `learned` alone; where the others stand is left empty, so that a decision keeps its number.
+    """
+    usable = np.isfinite(windows.reward) & ~windows.open_ended & np.isfinite(features).all(1)[:, None]
     weights = torch.from_numpy(policy.platform.weights)
     prices = torch.stack([weights, -torch.from_numpy(policy.multipliers)], 1)  # [M, 2] of the value and of the immediate value
-    pieces: dict[str, list[Tensor]] = {name: [] for name in ("counterfactual", "expert", "reference", "reach", "priced")}
-    size, k = 0.0, len(windows.policies)
-    for rows, at in looked_at(policy, seen):
-        hidden = network.experts(network.encoder(*states.gather(torch.arange(len(seen.b))[rows])[:2]))[0]
-        pieces["counterfactual"].append(torch.stack([network.balance(hidden[:, branch]) for branch in range(k)], 1))
-        pieces["expert"].append(at.expected[..., : windows.action.shape[1]].float())
-        pieces["reference"].append(at.reference.float())
-        pieces["reach"].append(at.reach.float())
-        pieces["priced"].append(torch.einsum("mt,bmtp->bp", prices, at.slope))
+    size, k, d, found = 0.0, len(windows.policies), windows.action.shape[1], dict[str, Tensor]()
+    for rows, at in looked_at(policy, seen, learned):
+        hidden = network.experts(network.encoder(*states.gather(torch.from_numpy(rows))[:2]))[0]
+        piece = {
+            "counterfactual": torch.stack([network.balance(hidden[:, branch]) for branch in range(k)], 1),
+            "expert": at.expected[..., :d],
+            "reference": at.reference,
+            "reach": at.reach,
+            "priced": torch.einsum("mt,bmtp->bp", prices, at.slope),
+        }
+        for name, values in piece.items():
+            found.setdefault(name, torch.zeros(len(seen.b), *values.shape[1:]))[rows] = values.float()
         size += float(torch.einsum("m,bmp->bp", weights, at.slope[:, :, 0]).abs().sum())
-    unit = max(size / max(features.size, 1), 1e-9)
+    unit = max(size / max(len(learned) * features.shape[1], 1), 1e-9)
 
     def tensor(array: Any) -> Tensor:
         return torch.as_tensor(array).float()
@@ -729,8 +756,8 @@ def stage_two_data(
         "doubt": tensor(policy._joint / unit**2),  # noqa: SLF001 - of the weights that it is trained for
         "phi": tensor(np.nan_to_num(features)),
         "action": tensor(policy.units.standard(windows.action)),
-        **{name: torch.cat(parts) for name, parts in pieces.items() if name != "priced"},
-        "priced": torch.cat([(part / unit).float() for part in pieces["priced"]]),
+        **found,
+        "priced": found["priced"] / unit,
         "reward": torch.nan_to_num(tensor(windows.reward / scale)),
         "discount": tensor(windows.discount),
         "usable": torch.from_numpy(usable),

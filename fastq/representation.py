@@ -348,8 +348,7 @@ def fit(module: Stage, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, 
 
 def outcome_targets(windows: Windows, horizon: int) -> tuple[np.ndarray, np.ndarray]:
     """Immediate values [N, M] and discounted sums over `horizon` decisions [N, M]; NaN where not known."""
-    open_ended = windows.truncated[:, None] & (windows.platform.discounts > 0)
-    summed = equations.horizon_return(windows.reward, windows.discount, windows.following, open_ended, np.zeros_like(windows.reward), horizon)
+    summed = equations.horizon_return(windows.reward, windows.discount, windows.following, windows.open_ended, np.zeros_like(windows.reward), horizon)
     return windows.reward, summed
 
 

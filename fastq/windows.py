@@ -102,6 +102,11 @@ class Windows:
         return (self.following < 0) & ~self.terminated
 
     @property
+    def open_ended(self) -> np.ndarray:
+        """[N, M] something follows that the log does not hold, and that counts for the objective."""
+        return self.truncated[:, None] & (self.platform.discounts > 0)
+
+    @property
     def switched(self) -> np.ndarray:
         """[N] another policy makes the player's next decision."""
         return (self.following >= 0) & (self.policy[self.following] != self.policy)

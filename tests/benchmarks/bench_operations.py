@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+import torch
 from scipy import stats
 
-from fastq import PlayerStates, load_platform, monitoring, records, worlds
+from fastq import PlayerStates, evaluation, features, learner, load_platform, monitoring, records, windows, worlds
 from fastq.monitoring import (
     HORIZON,
     LEVEL_DAYS,
@@ -274,7 +275,7 @@ def test_who_acts_told_by_the_state_again(after):
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory):
     """(policy, promises) of a platform as large as the demo's; FASTQ_BENCH_WORKSPACE names a workspace that has been through `fastq demo`, else it is made."""
-    from fastq import features, load_policy, records, windows
+    from fastq import load_policy
     from pipelines.monitor import promises
 
     root = os.environ.get("FASTQ_BENCH_WORKSPACE")
@@ -371,6 +372,59 @@ def test_a_broken_guardrail_is_rolled_back_in_time(excess):
         intime += excess * day <= 3
     print(f"\nguardrail {excess:.0%} above its ceiling: rolled back in time in {intime} of 50 runs")
     assert intime >= 48
+
+
+# ---- a warm start beside a cold one --------------------------------------------------------------------------------------------
+def until(platform, read, back):
+    """Transitions of all but the last `back` days of decisions and activity."""
+    cut = read.decisions["decided_at"].max() - timedelta(days=back)
+    known = before(read, cut) if back else read
+    return windows.build(platform, known, features.build_rows(platform, known))
+
+
+def trained(platform, data, start=None):
+    """(policy, seconds of processor time) of one training."""
+    began = time.process_time()
+    policy = learner.train(platform, data, start=start)
+    return policy, time.process_time() - began
+
+
+@pytest.mark.timeout(7_200)
+@pytest.mark.parametrize("name", ["arena", "narrow", "moody", "costly", "settled"])
+def test_a_warm_start_beside_a_cold_one(name, tmp_path):
+    """From the policy of all days but the last, beside training afresh on all of them: the value on players held out, paired, and processor time.
+
+    WARM_PLAYERS (600), WARM_DAYS (30); WARM_SEEDS (2) platforms, each with a luck of its own, and each training twice for its time.
+    """
+    torch.set_num_threads(1)
+    players, days = int(os.environ.get("WARM_PLAYERS", "600")), int(os.environ.get("WARM_DAYS", "30"))
+    ratios, behind = [], []
+    for seed in range(int(os.environ.get("WARM_SEEDS", "2"))):
+        root = tmp_path / str(seed)
+        root.mkdir()
+        worlds.write_logs(worlds.world(name), root, players, days, seed=seed)
+        platform = load_platform(root)
+        read = records.read_records(platform)
+        read = replace(read, activity=read.activity.collect().lazy())
+        now, yesterday = until(platform, read, 0), until(platform, read, 1)
+        old, _ = trained(platform, yesterday)
+        (cold, cold_s), (warm, warm_s) = trained(platform, now), trained(platform, now, old)
+        cold_s, warm_s = cold_s + trained(platform, now)[1], warm_s + trained(platform, now, old)[1]
+        ratios.append(warm_s / cold_s)
+        found = evaluation.evaluate(warm, now, cold).difference
+        behind.append(found["high"])
+        truth = [
+            worlds.true_values(worlds.world(name), lambda states, by=by: by.recommend(PlayerStates(**states), explore=False).action, 1_500, 30).total
+            for by in (old, cold, warm)
+        ]
+        print(
+            f"\n{name} {seed}: {len(now):,} decisions, warm {warm_s / 2:.2f} of {cold_s / 2:.2f} CPU-s, {ratios[-1]:.2f}; held out, warm less cold "
+            f"{found['value']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f}); true value a day: "
+            f"old {truth[0]:.3f}, cold {truth[1]:.3f}, warm {truth[2]:.3f}"
+        )
+    print(f"{name}: a warm start takes {np.median(ratios):.2f} of the cold one's time")
+    assert np.median(ratios) <= 0.3
+    assert min(behind) >= 0, "on players held out a warm start is worth no less than the cold one, as far as they can tell"
 
 
 # ---- what the flow costs over the library --------------------------------------------------------------------------------------
