@@ -271,6 +271,11 @@ class Operations(_Branch):
     webhook: str | None = None  # where refusals, failures and findings are posted as JSON; the environment's FASTQ_WEBHOOK wins
     step_limit: Duration = timedelta(hours=6)  # that one step of a retraining may take
     keep_states: Duration = timedelta(days=90)  # for which served decisions keep the state they saw, for explanations as of then
+    # what `compact` deletes when it is older; none: nothing
+    keep_quarantine: Duration | None = timedelta(days=90)  # rows that the gate refused
+    keep_reports: Duration | None = timedelta(days=365)  # of the logs, and pictures of what the monitor found; a model's go with the model
+    keep_models: Duration | None = timedelta(days=365)  # that never were champion and that no decision's explanation needs, with their MLflow runs
+    keep_runs: Duration | None = timedelta(days=90)  # of flows, in Prefect's books, with their small results
     keep_backups: Duration | None = None  # after which backups made here are deleted where they were written, all but the newest; none: never
 
 

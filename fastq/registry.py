@@ -18,9 +18,11 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -557,6 +559,40 @@ def strike_unregistered(platform: Platform, decision_ids: Sequence[str]) -> dict
                 artifacts.delete_artifacts("bundle")
                 removed[run.info.run_id] = rows
     return removed
+
+
+def retire(platform: Platform, before: datetime, needed: Collection[str] = (), busy: str | None = None, who: str = "fastq") -> tuple[list[str], int]:
+    """Delete the versions that were registered before a moment and that nobody can ask for any more, and how many runs went, theirs and those without any.
+
+    What stays: what an alias names, whatever ever was champion or was rolled back from, the newest, the `needed` ones, and the run of the turn `busy`.
+    The audit log is told first. A run that is deleted on a server stands in MLflow's bin, files and all, until `mlflow gc` is run there; the embedded
+    store is emptied.
+    """
+    client, workspace = _client(platform), Workspace(platform.root)
+    oldest = int(before.timestamp() * 1000)
+    with workspace.lock("registry", wait_seconds=120), workspace.lock("models", wait_seconds=300), _translated("retiring models"):
+        versions = _versions(platform, client)
+        stays = {*needed, *_aliases(platform, client).values(), *(str(v.version) for v in versions[:1])}
+        promotions = [said for said in history(platform) if said.get("action") in ("promote", "rollback")]
+        stays |= {str(said[key]) for said in promotions for key in ("version", "previous") if said.get(key)}
+        gone = [v for v in versions if v.creation_timestamp < oldest and str(v.version) not in stays]
+        for version in gone:
+            name = str(version.version)
+            workspace.record(who, "retire", version=name, reason=f"registered before {before:%Y-%m-%d}, never champion, and nothing needs it")
+            client.delete_model_version(platform.platform, name)
+            shutil.rmtree(workspace.models / name, ignore_errors=True)
+        kept = {version.run_id for version in versions} - {version.run_id for version in gone}
+        runs = [r.info.run_id for r in _runs(platform, client) if r.info.start_time < oldest and r.info.run_id not in kept and r.data.tags.get("turn") != busy]
+        for run in runs:
+            client.delete_run(run)
+    if runs and platform.services.mlflow == "sqlite":
+        store = f"sqlite:///{Workspace(platform.root.resolve()).mlflow / 'mlflow.db'}"
+        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--tracking-uri", store]  # also what a stop left in the bin
+        done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode != 0:
+            said = (done.stderr.strip().splitlines() or [f"code {done.returncode}"])[-1]
+            raise WorkspaceError(f"MLflow: emptying its bin failed ({said[:300]})")
+    return [str(version.version) for version in gone], len(runs)
 
 
 def _without_evidence(bundle: Path, target: Path, rows: Sequence[int]) -> None:

@@ -31,7 +31,7 @@ from fastq.windows import Windows
 from fastq.workspace import replacing
 
 HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
-WARM_EPOCHS, WARM_PATIENCE = 3, 2  # at most, and without improvement, where training goes on from a policy: measured in infra/log.md
+WARM_EPOCHS, WARM_PATIENCE = 2, 2  # at most, and without improvement, where training goes on from a policy: a third is worth no more (infra/log.md)
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
 
 

@@ -73,7 +73,7 @@ def recommend_all(workspace: str) -> dict[str, Any]:
 
 @flow(name="fastq compact", persist_result=False, validate_parameters=False)
 def compact(workspace: str) -> dict[str, Any]:
-    """The served decisions' retention."""
+    """The retention of whatever would grow for ever (`operations.keep_…`)."""
     from pipelines.compact import compact as smaller
 
     return smaller(_platform(workspace))

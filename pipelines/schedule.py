@@ -1,6 +1,6 @@
 """Retraining by the clock and by drift, in the foreground of one machine.
 
-Each retraining and each look of the monitor runs in a process of its own (`python -m pipelines.schedule WORKSPACE retrain`), so that what it
+Each retraining, look of the monitor and weekly `compact` runs in a process of its own (`python -m pipelines.schedule WORKSPACE retrain`), so that what it
 leaks or dies of is not ours; what it came to is one line of JSON on its standard output. What was done last is kept in `schedule.json`: after a
 stop a time that was missed is made up for once, and a stopped retraining goes on at the step where it was.
 """
@@ -32,7 +32,7 @@ logger = logging.getLogger("fastq.schedule")
 BACK_OFF = (60.0, 300.0, 1_500.0)  # seconds before each further try of what can heal
 LONGEST_NAP = 30.0  # seconds: a clock that was set, or a machine that slept, is noticed within that
 STOP_SECONDS = 60.0  # that a retraining is given to end after SIGTERM
-LOOK_EVERY = timedelta(hours=1)
+LOOK_EVERY, COMPACT_EVERY = timedelta(hours=1), timedelta(days=7)
 WAIT_FOR_ANOTHER = 12 * 3_600.0  # seconds for which a retraining waits for one that somebody else started
 
 
@@ -105,7 +105,7 @@ def schedule(
     until: Callable[[], bool] = lambda: False,
     back_off: tuple[float, ...] = BACK_OFF,
 ) -> None:
-    """Retrain at the times of `cron`, look for drift each hour, retrain on a finding; until a signal, or `until` says so.
+    """Retrain at the times of `cron`, look for drift each hour, retrain on a finding, compact each week; until a signal, or `until` says so.
 
     Raises `ConfigurationError` for a cron expression or zone that can't be read, `WorkspaceError` where a schedule runs here already.
     """
@@ -114,6 +114,9 @@ def schedule(
         planned = due(workspace, times, cron, datetime.now(UTC))
         if noted(workspace).get("cron") != cron or noted(workspace).get("zone") != zone:
             note(workspace, cron=cron, zone=zone, planned=datetime.now(UTC).isoformat())
+        if "compacted" not in noted(workspace):
+            note(workspace, compacted=datetime.now(UTC).isoformat())
+        compacted = datetime.fromisoformat(noted(workspace)["compacted"])
         say(f"{platform.platform}: next retraining at {planned:%Y-%m-%d %H:%M} UTC{'; a look for drift each hour' if look else ''}")
         if (workspace.runs / "turn.json").exists():
             say("a retraining was stopped here; it goes on where it was")
@@ -131,6 +134,10 @@ def schedule(
                 if work(platform, "monitor", say, back_off).get("drift"):
                     say("drift was found; retraining")
                     work(platform, "retrain", say, back_off)
+            elif now - compacted >= COMPACT_EVERY:
+                compacted = now
+                note(workspace, compacted=now.isoformat())
+                work(platform, "compact", say, back_off)
             else:
                 wake = min(planned, next_look) if next_look is not None else planned
                 time.sleep(min(max((wake - now).total_seconds(), 0.05), LONGEST_NAP))
@@ -191,6 +198,10 @@ def answer(root: str, what: str) -> dict[str, Any]:
             from pipelines.monitor import monitor
 
             return monitor(platform)
+        if what == "compact":
+            from pipelines.compact import compact
+
+            return compact(platform)
         from pipelines.retrain import retrain
 
         try:

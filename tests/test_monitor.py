@@ -125,3 +125,32 @@ def test_a_champion_that_breaks_its_ceiling_is_rolled_back_with_a_reason(copy):
     assert (last["action"], last["who"]) == ("rollback", "monitor")
     assert "above its ceiling" in last["reason"]
     assert look(copy)["rolled_back_to"] is None  # version 1 has broken nothing
+
+
+def test_exports_that_stop_while_http_goes_on_are_missed(copy, monkeypatch):
+    """A tenth of the players comes over HTTP, up to now. The platform's own exports end: told after `serving.stale_after` periods, and not before."""
+    from serving.decision_log import Decision, Event, open_log
+
+    read = records.read_records(copy)
+    ends = [read.decisions["decided_at"].max(), read.activity.select(pl.col("known_at").max()).item()]
+    ended = max(ends)
+    action, days = dict.fromkeys(copy.dimension_names, 2.0), copy.serving.stale_after
+    log = open_log(copy)
+    try:
+        for day in range(1, days + 2):
+            at = int((ended + timedelta(days=day)).timestamp() * 1e6)
+            log.append([Decision(f"served-{day}-{p}", f"p{p:05d}", at, "fastq", 0.1, "1", action, {}, None) for p in range(30)]).result()
+            log.record_activity([Event(f"p{p:05d}", at, {"games": 1.0}, at) for p in range(30)]).result()
+    finally:
+        log.close()
+
+    def missed(moment):
+        return [f["says"] for f in monitor.one_look.fn(str(copy.root), moment.isoformat())["findings"] if f["family"] == "volume" and "stopped" in f["says"]]
+
+    assert missed(min(ends) + timedelta(days=days, hours=-1)) == []
+    found = missed(ended + timedelta(days=days, hours=2))
+    assert [says.split(" has ")[0] for says in found] == ["the decisions log", "the activity log"]
+    assert all("stopped arriving: nothing since" in says for says in found)
+    with monkeypatch.context() as patch:  # what came over HTTP alone would hide it
+        patch.setattr(monitoring, "as_exported", lambda _, read: read)
+        assert missed(ended + timedelta(days=days, hours=2)) == []

@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +195,37 @@ def test_aliases_move_and_every_move_is_audited(platform):
         ("eve", "rollback", "3", "2", "", False),
     ]
     assert registry.history(platform) == audit(platform)
+
+
+def test_what_nobody_can_ask_for_is_retired_and_nothing_else(platform):
+    """Six versions: 1 was champion, 2 is previous, 4 is champion, 3 and 5 never were, 6 is the newest; 5 decided what is still explained."""
+    for weight in range(1, 7):
+        registered(platform, float(weight), **({} if weight in (1, 2, 4) else {"passed": False}))
+    for version in ("1", "2", "4"):
+        registry.promote(platform, version)
+    with (
+        registry.start_run(platform, "never registered", {}, {"turn": "long ago"}) as lost,
+        registry.start_run(platform, "under way", {}, {"turn": "now"}) as busy,
+    ):
+        pass
+    client, copy = registry._client(platform), registry.fetch(platform, "3")
+    where = Path(client.get_run(client.get_model_version("arena", "3").run_id).info.artifact_uri)
+    assert registry.retire(platform, datetime.now(UTC) - timedelta(days=1), {"5"}, "now") == ([], 0), "nothing is that old"
+    later = datetime.now(UTC) + timedelta(seconds=1)
+    assert (copy.exists(), (where / "bundle").exists()) == (True, True)
+    assert registry.retire(platform, later, {"5"}, "now", who="ada") == (["3"], 2)
+    assert [m["version"] for m in registry.models(platform)] == ["6", "5", "4", "2", "1"]
+    assert not copy.exists()
+    assert not where.exists(), "its files are gone from the store"
+    with sqlite3.connect(Workspace(platform.root).mlflow / "mlflow.db") as database:
+        kept = {run for (run,) in database.execute("SELECT run_uuid FROM runs")}
+    assert busy.id in kept
+    assert lost.id not in kept
+    assert len(kept) == 6
+    assert (audit(platform)[-1]["action"], audit(platform)[-1]["version"], audit(platform)[-1]["who"]) == ("retire", "3", "ada")
+    assert registry.rollback(platform) == "2", "the way back is open"
+    assert registry.retire(platform, later, {"5"}, "now") == ([], 0)
+    assert registered(platform, 7.0) == "7", "no number comes twice"
 
 
 def test_a_version_that_was_never_judged_is_not_promoted(platform):

@@ -132,6 +132,16 @@ def test_drift_starts_a_retraining(shop, monkeypatch):
     assert "minutes a day: 60 times as many" in said
 
 
+def test_it_compacts_once_a_week(shop, monkeypatch):
+    answers = {"retrain": PROMOTED, "compact": {"states": 3}}
+    did, _ = run(shop, monkeypatch, answers, ticks=5, look=False)
+    assert [what for what, _ in did] == ["retrain"], "the first week begins"
+    note(Workspace(shop.root), compacted="2026-02-22T02:30:00+00:00", planned="2026-03-01T03:00:00+00:00")
+    did, _ = run(shop, monkeypatch, answers, ticks=60 * 24, look=False)
+    assert did == [("compact", "03:00")], "seven days and a half hour later, once"
+    assert schedule.noted(Workspace(shop.root))["compacted"].startswith("2026-03-01")
+
+
 def test_only_what_can_heal_is_tried_again_and_bad_news_is_posted(shop, monkeypatch, posted):
     gone = {"error": "PostgreSQL went away", "heals": True}
     did, _ = run(shop, monkeypatch, {"retrain": [gone, gone, PROMOTED]}, ticks=5, look=False)

@@ -172,8 +172,38 @@ def reference(workspace: Path) -> dict:
     return {"quantities": len(profile.edges)}
 
 
-def run(what: str, workspace: Path, *more: str) -> dict:
-    shutil.rmtree(workspace / ".fastq", ignore_errors=True)
+def data_half(workspace: Path) -> dict:
+    """What a retraining does before it learns: read, judge and keep the logs, build the features, fill both stores, lay the transitions."""
+    from pipelines.ingest import ingest_logs
+    from pipelines.materialize import build_features, windows_of
+
+    stages, turn = {}, "turn"
+    ingest_logs.fn(str(workspace), turn, None)
+    stages["read, judge, keep"] = time.perf_counter()
+    build_features.fn(str(workspace), turn)
+    stages["features, stores"] = time.perf_counter()
+    data = windows_of(str(workspace), turn)
+    stages["transitions"] = time.perf_counter()
+    return {"decisions": len(data), "fingerprint": data.fingerprint(), "stages": stages}
+
+
+def daily_log(n: int) -> Path:
+    """A workspace with `n` decisions, a file for each day; the last one lies beside, still to come."""
+    workspace, draw, players = WHERE / f"daily-{n}", np.random.default_rng(n), n // 50
+    shutil.rmtree(workspace, ignore_errors=True)
+    platform = platform_tree(measures=0)
+    for day in range(DAYS):
+        chunk = next(decisions(draw, n // DAYS, players, chunk=n))
+        ids, at = pl.select(f"d{day:03d}-" + pl.int_range(len(chunk)).cast(pl.String)).to_series(), moments(draw, len(chunk), day, day + 1)
+        written(workspace / ("decisions" if day < DAYS - 1 else ".") / f"{day:03d}.parquet", [chunk.with_columns(decision_id=ids, decided_at=at)])
+    pl.DataFrame({"player_id": [f"p{i:07d}" for i in range(players)], "age": draw.integers(18, 80, players)}).write_parquet(workspace / "players.parquet")
+    (workspace / "fastq.yaml").write_text(json.dumps(platform | {"logs": platform["logs"] | {"decisions": "decisions/*.parquet"}}))
+    return workspace
+
+
+def run(what: str, workspace: Path, *more: str, again: bool = False) -> dict:
+    if not again:
+        shutil.rmtree(workspace / ".fastq", ignore_errors=True)
     if (workspace / "reference.json").exists():
         (workspace / ".fastq").mkdir()
         shutil.copy(workspace / "reference.json", workspace / ".fastq" / "reference.json")
@@ -220,6 +250,25 @@ def test_ten_million_decisions_through_the_gate():
 
 
 @pytest.mark.timeout(3_600)
+def test_one_new_day_on_ten_million_decisions():
+    """The data half of a retraining after one more day, beside that of the first one, which reads everything. DECISIONS of them."""
+    n = int(os.environ.get("DECISIONS", "10000000"))
+    workspace = daily_log(n)
+    try:
+        run("data_half", workspace)
+        (workspace / f"{DAYS - 1:03d}.parquet").rename(workspace / "decisions" / f"{DAYS - 1:03d}.parquet")
+        day = run("data_half", workspace, again=True)
+        whole = run("data_half", workspace)
+    finally:
+        shutil.rmtree(workspace)
+    show(f"data half of {whole['decisions']:,} decisions, everything new", whole)
+    show("one new day", day, whole)
+    print(f"stages {whole['stages']} and {day['stages']}")
+    assert day["fingerprint"] == whole["fingerprint"], "the same transitions, whatever was read before"
+    assert day["cpu"] <= whole["cpu"] / 10
+
+
+@pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("n", SIZES)
 def test_events_of_one_size(n):
     """A point of the slope, kept: pieces of the whole need not be measured in one go."""
@@ -254,7 +303,7 @@ if __name__ == "__main__":
     what, workspace, *more = sys.argv[1:]
     sys.path.insert(0, str(Path(__file__).parents[2]))
     begun, used = time.perf_counter(), time.process_time()
-    answer = {"bare": bare, "windows": windows, "validate": validate, "reference": reference}[what](Path(workspace), *more)
+    answer = {"bare": bare, "windows": windows, "validate": validate, "reference": reference, "data_half": data_half}[what](Path(workspace), *more)
     answer |= {"wall": time.perf_counter() - begun, "cpu": time.process_time() - used, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
     if "stages" in answer:
         answer["stages"] = {name: round(at - begun, 2) for name, at in answer["stages"].items()}

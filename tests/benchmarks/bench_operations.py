@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+import yaml
 from scipy import stats
 
 from fastq import PlayerStates, evaluation, features, learner, load_platform, monitoring, records, windows, worlds
@@ -425,6 +426,63 @@ def test_a_warm_start_beside_a_cold_one(name, tmp_path):
     print(f"{name}: a warm start takes {np.median(ratios):.2f} of the cold one's time")
     assert np.median(ratios) <= 0.3
     assert min(behind) >= 0, "on players held out a warm start is worth no less than the cold one, as far as they can tell"
+
+
+# ---- a whole turn on two nodes ----------------------------------------------------------------------------------------------------
+@pytest.mark.timeout(3_600)
+def test_a_whole_turn_on_two_nodes_of_which_one_is_killed(tmp_path):
+    """`retrain` with features and both stages on a cluster of two nodes; one is killed while they learn and another takes its place: equal to one machine."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    from fastq import load_policy
+    from pipelines.retrain import retrain
+
+    torch.set_num_threads(1)
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    places = {name: tmp_path / name for name in ("alone", "together")}
+    places["alone"].mkdir()
+    worlds.write_logs(worlds.world("arena"), places["alone"], 300, 24, seed=100)
+    shutil.copytree(places["alone"], places["together"])
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    second, killed, seen = cluster.add_node(**node), [], []
+    try:
+        for place, more in (("alone", {}), ("together", {"ray": cluster.address})):
+            file = places[place] / "fastq.yaml"
+            tree = yaml.safe_load(file.read_text())
+            tree |= {"training": {"preset": "default", "epochs": 4, "batch_size": 256, "workers": 2 if more else 1}, "services": more}
+            file.write_text(yaml.safe_dump(tree))
+
+        def strike(stage, done, total, metrics):
+            seen.append((stage, done))
+            if stage == "representation" and done >= 1 and not killed:
+                killed.append(second.unique_id)
+                cluster.remove_node(second, allow_graceful=False)
+                cluster.add_node(**node)
+
+        one = retrain(load_platform(places["alone"]), on_progress=lambda *_: None)
+        ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
+        two = retrain(load_platform(places["together"]), on_progress=strike)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert killed, "a node was killed while they learned"
+    policies = [load_policy(f"models:/arena/{found['version']}", places[place]) for found, place in ((one, "alone"), (two, "together"))]
+    assert policies[0].details["data"] == policies[1].details["data"], "the data half exactly"
+    platform = load_platform(places["alone"])
+    read = records.read_tables(platform)
+    data = windows.build(platform, read, features.build_rows(platform, read))
+    held_out = np.flatnonzero(windows.held_out_players(data.player_ids, platform.training.holdout, platform.training.seed)[data.player])
+    values = [policy.recommend(data.states(held_out), explore=False).value.mean() for policy in policies]
+    estimates = [{(e["policy"], e["objective"], e["estimator"]): e["value"] for e in found["estimates"]} for found in (one, two)]
+    apart = max(abs(estimates[1][key] - value) / max(abs(value), 1e-9) for key, value in estimates[0].items() if value is not None)
+    print(
+        f"\nheld-out value {values[0]:.6f} on one machine, {values[1]:.6f} on two nodes, "
+        f"{abs(values[1] / values[0] - 1):.1e} apart; estimates {apart:.1e} apart"
+    )
+    assert values[1] == pytest.approx(values[0], rel=1e-4)
+    assert one["promoted"] == two["promoted"]
+    assert [done for stage, done in seen if stage == "value and actor"][-1] == 4
 
 
 # ---- what the flow costs over the library --------------------------------------------------------------------------------------
