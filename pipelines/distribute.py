@@ -93,24 +93,32 @@ def followed(path: Path, tell: Progress) -> Iterator[None]:
         thread.join()
 
 
-def with_cells(platform: Platform, rows: PlayerRows, told: list[dict[str, Any]] | None = None) -> PlayerRows:
+def with_cells(platform: Platform, rows: PlayerRows, told: list[dict[str, Any]] | None = None, turn: str | None = None) -> PlayerRows:
     """`rows`, built from the workspace's accepted tables, with the cells of each part worked out on the cluster that `services.ray` names.
 
-    A cluster that this process is connected to already is used as it is. `told` gets what each part's work was. Raises `WorkspaceError`
-    where the cluster can't be reached or a node can't do its part.
+    Once in a `turn`: whoever asks again, as each worker of its training does, is given what lies there. They hold the cluster's processors, so that nobody
+    would work it out for them. A cluster that this process is connected to already is used as it is. `told` gets what each part's work was.
+    Raises `WorkspaceError` where the cluster can't be reached or a node can't do its part.
     """
     if not rows.events:
         return rows
     workspace = Workspace(platform.root)
+    cells, parts = workspace.features / "cells", range(len(rows.events))
+    made = cells / "turn"
+    if turn is not None and made.exists() and made.read_text(encoding="utf-8") == turn:
+        return dataclasses.replace(rows, ready=tuple(pl.scan_parquet(cells / f"{part}.parquet") for part in parts))
     with connected(platform, "work out the features"):
         import ray.data
 
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-        shutil.rmtree(workspace.features / "cells", ignore_errors=True)
-        workspace.make(workspace.features / "cells")
-        items = [{"workspace": str(platform.root), "part": part} for part in range(len(rows.events))]
+        shutil.rmtree(cells, ignore_errors=True)
+        workspace.make(cells)
+        items = [{"workspace": str(platform.root), "part": part} for part in parts]
         done = ray.data.from_items(items, override_num_blocks=len(items)).map(work_out).take_all()
     if told is not None:
         told += done
-    return dataclasses.replace(rows, ready=tuple(pl.scan_parquet(workspace.features / "cells" / f"{item['part']}.parquet") for item in items))
+    if turn is not None:
+        with replacing(made) as partial:
+            partial.write_text(turn, encoding="utf-8")
+    return dataclasses.replace(rows, ready=tuple(pl.scan_parquet(cells / f"{part}.parquet") for part in parts))

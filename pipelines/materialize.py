@@ -80,7 +80,7 @@ def windows_of(workspace: str, turn: str) -> Windows:
     pointers = pl.read_parquet(Workspace(platform.root).features / POINTERS_FILE)
     rows = features.build_rows(platform, read)
     if platform.services.ray != "local":
-        rows = with_cells(platform, rows)
+        rows = with_cells(platform, rows, turn=turn)
     return windows.build(platform, read, rows, pointers)
 
 

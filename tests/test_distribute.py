@@ -75,6 +75,15 @@ def test_two_nodes_make_what_one_machine_makes_and_one_that_is_left_does_too(tmp
     assert sorted(part["part"] for part in left) == list(range(len(rows.events)))
     assert after.matrix.tobytes() == alone.matrix.tobytes()
 
+    # once in a turn, also for workers that hold every processor there is: nobody is asked again
+    with_cells(platform, rows, turn="now")
+    with monkeypatch.context() as patch:
+        patch.setattr(ray.data, "from_items", lambda *_, **__: pytest.fail("asked again"))
+        kept = with_cells(platform, rows, turn="now")
+        assert windows.build(platform, read, kept).matrix.tobytes() == alone.matrix.tobytes()
+        with pytest.raises(pytest.fail.Exception):
+            with_cells(platform, rows, turn="the next one")
+
     # and where what it reads is gone, that is said
     (Workspace(tmp_path).tables / "activity.parquet").write_bytes(b"gone")
     with pytest.raises(WorkspaceError, match=r"services\.ray: local: the cluster could not work out the features"):
