@@ -105,7 +105,7 @@ def test_only_eligible_items_come_and_their_probabilities_add_up(service: Servic
 
 def test_a_proposal_that_is_not_eligible_is_refused(service: Service) -> None:
     assert answers(service, Ask(players=("p1",), eligible=("a1", "a2"), proposals={"random": {"item_id": "a2"}}))
-    with pytest.raises(RequestError, match="proposals.random: 'a4' is not among the request's eligible items"):
+    with pytest.raises(RequestError, match=r"proposals\.random: 'a4' is not among the request's eligible items"):
         answers(service, Ask(players=("p1",), eligible=("a1", "a2"), proposals={"random": {"item_id": "a4"}}))
 
 
