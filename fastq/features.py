@@ -558,17 +558,13 @@ def online_schema(platform: Platform) -> dict[str, pl.DataType | type[pl.DataTyp
 
 
 def _rolled(values: np.ndarray, shift: np.ndarray, fill: float) -> np.ndarray:
-    """Each player's rows moved `shift` periods into the past; the new periods hold `fill`."""
-    window = values.shape[1]
-    if (shift == shift[:1]).all():  # nearly always, and then without a look at each cell
-        by = min(int(shift[0]), window) if len(shift) else 0
-        moved = np.empty_like(values)
-        moved[:, : window - by], moved[:, window - by :] = values[:, by:], fill
-        return moved
-    source = np.arange(window)[None, :] + shift[:, None]
-    inside = source < window
-    moved = np.take_along_axis(values, np.minimum(source, window - 1).reshape(source.shape + (1,) * (values.ndim - 2)), 1)
-    return np.where(inside.reshape(inside.shape + (1,) * (values.ndim - 2)), moved, fill).astype(values.dtype)
+    """Each player's rows moved `shift` periods into the past; the new periods hold `fill`. What is given stays as it is."""
+    window, moved = values.shape[1], values.copy()
+    shift = np.minimum(shift, window)
+    for by in set(shift.tolist()) - {0}:  # nearly always one, and the same for all
+        rows = slice(None) if (shift == by).all() else shift == by
+        moved[rows, : window - by], moved[rows, window - by :] = values[rows, by:], fill
+    return moved
 
 
 def states_at(platform: Platform, online: OnlineStates | pl.DataFrame, at: datetime) -> PlayerStates:

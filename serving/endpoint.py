@@ -706,8 +706,8 @@ def create_app(platform: Platform) -> FastAPI:
         repeatable = None
         key = request.headers.get("idempotency-key")
         if key is not None and not asked.dry_run:
-            if len(key) > MOST_KEY:
-                raise RequestError(f"Idempotency-Key: expected at most {MOST_KEY} characters")
+            if not 0 < len(key) <= MOST_KEY:  # an empty one would stand for every request that forgot to fill it in
+                raise RequestError(f"Idempotency-Key: expected 1 to {MOST_KEY} characters")
             digest = hashlib.sha256(orjson.dumps(orjson.loads(raw), option=orjson.OPT_SORT_KEYS)).hexdigest()
             repeatable = Repeatable(f"{caller_of(request).key_id}:{key}", digest)
             if (earlier := service.log.repeated(repeatable)) is not None:
@@ -831,7 +831,7 @@ def document(app: FastAPI) -> dict[str, Any]:
         parts.setdefault("schemas", {}).update({"Problem": Problem.model_json_schema(), **asked.pop("$defs", {}), "RecommendationRequest": asked})
         hot = schema["paths"]["/v1/recommendations"]["post"]  # reads its own body, so FastAPI does not know of it
         hot["requestBody"] = {"required": True, "content": {"application/json": {"schema": {"$ref": "#/components/schemas/RecommendationRequest"}}}}
-        again = {"type": "string", "maxLength": MOST_KEY, "description": "the same key gives the same decisions again"}
+        again = {"type": "string", "minLength": 1, "maxLength": MOST_KEY, "description": "the same key gives the same decisions again"}
         hot["parameters"] = [{"name": "Idempotency-Key", "in": "header", "required": False, "schema": again}]
         parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, methods in schema["paths"].items():

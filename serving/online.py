@@ -153,7 +153,11 @@ class Service:
         return self._pause
 
     def policy_of(self, version: str) -> Policy:
-        """The policy of a registered version, the one in service or an older one."""
+        """The policy of a registered version, or of the one that an alias names now: the one in service or another."""
+        if not version.isdecimal():
+            from fastq import registry
+
+            version = registry.resolve(self.platform, version)
         for model in (self.current(), self.challenger):
             if model is not None and version == model.version:
                 return model.policy
@@ -454,7 +458,7 @@ def decide(service: Service, asks: Sequence[Ask]) -> list[list[Decision] | Fastq
     count = len(players)
     for number, ask in enumerate(asks):
         try:
-            model.policy.check(ask.limits, ask.eligible, ask.top_k or 1, ask.exploration)
+            check(model.policy, ask)
             if capped(service.platform) and (twice := [p for p, times in Counter(ask.player_ids).items() if times > 1]):
                 raise RequestError(f"{twice[0]}: expected each player once in a request, since what they may have is capped (serving.frequency, budgets)")
             if ask.states:
@@ -486,7 +490,7 @@ def decide(service: Service, asks: Sequence[Ask]) -> list[list[Decision] | Fastq
 def _paused(service: Service, model: Model, pause: Pause, ask: Ask, moment: int) -> list[Decision] | FastqError:
     """A request's decisions while fastq is paused: the policy's proposals, or the default action."""
     try:
-        model.policy.check(ask.limits, ask.eligible, ask.top_k or 1, ask.exploration)
+        check(model.policy, ask)
         found = []
         for player_id in ask.player_ids:
             proposal = None if pause.policy is None else proposal_of(service.platform, ask, pause.policy, player_id)
@@ -740,6 +744,36 @@ def proposal_of(platform: Platform, ask: Ask, policy: str, player_id: str) -> Ac
     return None if given is None else checked_action(platform, given, f"proposals.{policy}")
 
 
+def check(policy: Policy, ask: Ask) -> None:
+    """Raises the `RequestError` that says what of a request cannot be answered."""
+    policy.check(ask.limits, ask.eligible, ask.top_k or 1, ask.exploration)
+    if ask.proposals:
+        _check_proposals(policy, ask)
+
+
+def _check_proposals(policy: Policy, ask: Ask) -> None:
+    """Raises `RequestError` for a proposal that could not be served under the request's own limits, whether or not its player is held out.
+
+    Else a mistake would show for the few players alone whom it concerns.
+    """
+    platform = policy.platform
+    for name, given in cast("Mapping[str, Any]", ask.proposals).items():
+        if name not in platform.policies:
+            raise RequestError(f"proposals: {name!r} is no policy of this platform; expected {', '.join(platform.policies)}")
+        each = {name: given} if set(given) == set(platform.action_columns) else {f"{name}.{player}": action for player, action in given.items()}
+        for where, action in each.items():
+            if not isinstance(action, Mapping):
+                raise RequestError(f"proposals.{where}: expected an action, {{{', '.join(platform.action_columns)}}}, or one for each player, got {action!r}")
+            proposed = checked_action(platform, action, f"proposals.{where}")
+            if policy.catalogue is not None:
+                if ask.eligible is not None and proposed["item_id"] not in ask.eligible:
+                    raise RequestError(f"proposals.{where}: {proposed['item_id']!r} is not among the request's eligible items")
+                continue
+            for dimension, low, high in zip(platform.dimension_names, *policy.edges(ask.limits), strict=True):
+                if not low <= cast("float", proposed[dimension]) <= high:
+                    raise RequestError(f"proposals.{where}.{dimension}: {proposed[dimension]:g} lies outside of the request's limits, {low:g} to {high:g}")
+
+
 def checked_action(platform: Platform, given: Mapping[str, Any], where: str) -> Action:
     """An action that somebody wrote by hand, inside the platform's bounds. Raises `RequestError`."""
     if set(given) != set(platform.action_columns):
@@ -957,7 +991,7 @@ def alternative(service: Service, policy: Policy, against: str | Mapping[str, An
         if logged is None:
             raise RequestError("against: nothing is logged of this player inside the window; name a policy or an action")
         return ("logged", as_array(policy, logged))
-    if against.startswith("model:"):
+    if against.startswith("model:") and against != "model:":
         return service.policy_of(against.removeprefix("model:"))
     raise RequestError(
         f"against: {against!r} is not known; expected {', '.join(policy.policies)}, logged, model:VERSION, "

@@ -192,6 +192,9 @@ def test_the_same_idempotency_key_gives_the_same_decisions(call, player: str) ->
     first = call("POST", "/v1/recommendations", body, "recommend", **{"Idempotency-Key": "once"})
     assert call("POST", "/v1/recommendations", body, "recommend", **{"Idempotency-Key": "once"}) == first
     assert call("POST", "/v1/recommendations", {"players": [player]}, "recommend", **{"Idempotency-Key": "once"})[0] == 422
+    for nothing in ("", "k" * 301):  # an empty one would stand for every request that forgot to fill it in
+        status, said = call("POST", "/v1/recommendations", body, "recommend", **{"Idempotency-Key": nothing})
+        assert (status, said["detail"]) == (422, "Idempotency-Key: expected 1 to 300 characters")
     other = call("POST", "/v1/recommendations", body, "admin", **{"Idempotency-Key": "once"})  # another caller's key is another matter
     assert other[1] != first[1]
 

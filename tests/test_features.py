@@ -783,3 +783,13 @@ def test_no_attributes():
 def test_wrong_attributes_are_named(attributes: pl.DataFrame | np.ndarray, sentence: str):
     with pytest.raises(RequestError, match=sentence):
         features.attribute_frame(NARROW, PlayerStates(HISTORY, attributes))
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6))
+def test_rows_are_moved_each_by_its_own_periods(shift: list[int]):
+    values = np.arange(len(shift) * 4 * 2, dtype=np.float32).reshape(len(shift), 4, 2)
+    kept = values.copy()
+    moved = features._rolled(values, np.array(shift), np.nan)
+    for row, by in enumerate(shift):
+        same(moved[row], np.concatenate([values[row, by:], np.full((min(by, 4), 2), np.nan)]))
+    same(values, kept)

@@ -12,7 +12,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from fastq import assignment, features, records
+from fastq import assignment, features, records, registry
 from fastq.errors import BundleError, RequestError, UnknownPlayerError
 from fastq.platform import Holdout, Platform, load_platform, platform_from_tree
 from fastq.workspace import Workspace
@@ -269,6 +269,35 @@ def test_the_holdout_is_a_fixed_share_that_gets_the_proposal_that_came_along(ser
         decided(service, Ask(players=(held[0],), proposals={policy: {held[0]: {"nothing": 1}}}))
 
 
+def test_a_wrong_proposal_is_refused_whoever_it_is_for(service: Service, players: list[str]) -> None:
+    policy, proposal = service.platform.policies[0], some_action(service.platform)
+    name, (low, high) = service.platform.dimension_names[0], service.platform.bounds[0]
+    assert service.platform.serving.holdout.share == 0
+    ask = Ask(players=(players[0],), proposals={policy: proposal})
+    assert decided(service, ask)[0].policy == "fastq"
+    for proposals, says in (
+        ({"retian": proposal}, "'retian' is no policy of this platform; expected"),
+        ({policy: {**proposal, name: float(high) + 1}}, rf"proposals.{policy}.{name}: expected a number"),
+        ({policy: {"p1": {**proposal, name: None}}}, rf"proposals.{policy}.p1.{name}: expected a number"),
+        ({policy: {name: 1.0}}, rf"proposals.{policy}.{name}: expected an action"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            decided(service, replace(ask, proposals=proposals))
+    middle = float(low + high) / 2
+    limits = {name: {"low": middle}}
+    assert decided(service, replace(ask, proposals={policy: {**proposal, name: middle}}, limits=limits))
+    with pytest.raises(RequestError, match=rf"{name}: {low:g} lies outside of the request's limits, {middle:g} to {high:g}"):
+        decided(service, replace(ask, proposals={policy: {**proposal, name: float(low)}}, limits=limits))
+
+
+def test_an_alias_is_the_version_that_it_names_now(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(registry, "resolve", lambda _, name: asked.append(name) or service.current().version)
+    for _ in range(2):
+        assert service.policy_of("champion") is service.current().policy
+    assert asked == ["champion", "champion"]  # what it named before is not what it names for ever
+
+
 def test_excluded_players_get_the_default_action(platform: Platform, players: list[str]) -> None:
     (platform.root / "excluded.csv").write_text(f"player_id\n{players[0]}\n")
     platform = platform.model_copy(update={"serving": platform.serving.model_copy(update={"exclude": "excluded.csv"})})
@@ -424,8 +453,9 @@ def test_every_alternative_that_the_contract_names(service: Service, players: li
     assert online.explain_question(service, Question(player_id=player, against=f"model:{version}"))["contrast"]["difference"] == pytest.approx(0, abs=1e-9)
     assert online.explain_question(service, Question(player_id=player))["contrast"] is None
     assert online.explain_question(service, Question(player_id=player, weights={next(iter(platform.objectives)): 3.0}))["what_if"]["parts"]
-    with pytest.raises(RequestError, match="against"):
-        online.explain_question(service, Question(player_id=player, against="nobody"))
+    for nobody in ("nobody", "model:"):
+        with pytest.raises(RequestError, match="against"):
+            online.explain_question(service, Question(player_id=player, against=nobody))
     with pytest.raises(RequestError, match="weights"):
         online.explain_question(service, Question(player_id=player, weights={"nothing": 1.0}))
     with pytest.raises(UnknownPlayerError):

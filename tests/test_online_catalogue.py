@@ -103,6 +103,12 @@ def test_only_eligible_items_come_and_their_probabilities_add_up(service: Servic
             answers(service, ask)
 
 
+def test_a_proposal_that_is_not_eligible_is_refused(service: Service) -> None:
+    assert answers(service, Ask(players=("p1",), eligible=("a1", "a2"), proposals={"random": {"item_id": "a2"}}))
+    with pytest.raises(RequestError, match=r"proposals\.random: 'a4' is not among the request's eligible items"):
+        answers(service, Ask(players=("p1",), eligible=("a1", "a2"), proposals={"random": {"item_id": "a4"}}))
+
+
 def test_the_default_item_where_it_is_eligible_else_an_empty_state_is_scored(service: Service) -> None:
     default = answers(service, Ask(players=("nobody-yet",), top_k=3))[0]
     assert (default["action"], default["value"], default["propensity"]) == ({"item_id": "a3"}, None, None)

@@ -62,6 +62,20 @@ def test_without_exploration_the_best_action_has_no_propensity(policy, states):
     assert np.isnan(with_platform(policy, serving__exploration=0.0).recommend(states).propensity).all()
 
 
+@pytest.mark.parametrize("share", [1e-300, 1e-12, 1e-7])
+def test_noise_and_limits_too_narrow_for_floats_have_no_density_instead_of_a_wrong_one(policy, states, share):
+    found = policy.recommend(states, exploration=share)
+    np.testing.assert_array_equal(found.action, found.mean)
+    assert np.isnan(found.propensity).all()
+    low, high = policy.platform.bounds[1]
+    narrow = {policy.platform.dimension_names[1]: {"low": low, "high": low + min(share, 1e-9) * (high - low)}}
+    for limited in (policy.recommend(states, limits=narrow), policy.recommend(states, limits=narrow, exploration=1e-5)):
+        assert np.isnan(limited.propensity).all()
+        assert np.isnan(policy.density(limited.action, limited.mean, narrow)).all()
+    wider = policy.recommend(states, exploration=1e-5)
+    assert np.isfinite(wider.propensity).all() and (wider.action != wider.mean).all()
+
+
 def test_propensities_are_the_density_of_the_drawn_actions(policy, states):
     one = PlayerStates(np.repeat(states.history[3:4], 40_000, 0), pl.concat([states.attributes[3:4]] * 40_000))
     found = policy.recommend(one, seeds=np.arange(40_000, dtype=np.uint64))

@@ -30,6 +30,7 @@ from fastapi import Body, FastAPI
 
 from fastq import features, registry
 from fastq.environment import free_ports
+from fastq.errors import BundleError
 from fastq.platform import load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
@@ -334,7 +335,9 @@ def test_faults_under_load(trained: Path, tmp_path: Path) -> None:
         weights = space.models / copies[1] / "weights.safetensors"
         weights.chmod(0o600)
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x00\x01")
-        registry.promote(platform, copies[1], reason="a fault test", forced=True)
+        with pytest.raises(BundleError):
+            registry.promote(platform, copies[1], reason="a fault test", forced=True)
+        registry._client(platform).set_registered_model_alias(platform.platform, registry.CHAMPION, copies[1])  # as in MLflow's own page
         load.during("a corrupt champion", 4, 0, 0)
         assert load.last["model_version"] == copies[0]
         registry.promote(platform, first, reason="a fault test", forced=True)
