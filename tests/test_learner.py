@@ -360,7 +360,7 @@ class TestEvidencedReach:
 
     def test_logs_in_which_nothing_like_it_was_done_take_it_least_far(self, told):
         data, policy, seen = told
-        serving = policy.platform.serving.model_copy(update={"exploration": 1e-8})
+        serving = policy.platform.serving.model_copy(update={"exploration": 1e-5})
         narrow = dataclasses.replace(policy, platform=policy.platform.model_copy(update={"serving": serving}))
         assert self.reach((data, narrow, seen)) == learner.REACHES[-1]
 
