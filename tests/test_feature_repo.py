@@ -281,3 +281,17 @@ def test_a_platform_whose_name_has_a_hyphen_gets_a_project_that_sqlite_takes():
     from feature_repo.definitions import project_name
 
     assert project_name(SimpleNamespace(platform="open-bandit.v1")) == "open_bandit_v1"
+
+
+def test_feasts_types_are_not_checked_at_each_call_and_others_are():
+    import feast
+    import typeguard
+
+    assert not {"check_argument_types", "TypeCheckMemo"} & set(feast.Entity.__init__.__code__.co_names + feast.FeatureView.__init__.__code__.co_names)
+
+    @typeguard.typechecked
+    def half(x: int) -> float:
+        return x / 2
+
+    with pytest.raises(typeguard.TypeCheckError):
+        half("two")
