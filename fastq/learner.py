@@ -741,8 +741,9 @@ def stage_two_data(
             "reach": at.reach,
             "priced": torch.einsum("mt,bmtp->bp", prices, at.slope),
         }
+        found = found or {name: torch.zeros(len(seen.b), *values.shape[1:]) for name, values in piece.items()}
         for name, values in piece.items():
-            found.setdefault(name, torch.zeros(len(seen.b), *values.shape[1:]))[rows] = values.float()
+            found[name][rows] = values.float()
         size += float(torch.einsum("m,bmp->bp", weights, at.slope[:, :, 0]).abs().sum())
     unit = max(size / max(len(learned) * features.shape[1], 1), 1e-9)
 

@@ -586,7 +586,7 @@ def retire(platform: Platform, before: datetime, needed: Collection[str] = (), b
         for run in runs:
             client.delete_run(run)
     if runs and platform.services.mlflow == "sqlite":
-        store = f"sqlite:///{Workspace(platform.root.resolve()).mlflow / 'mlflow.db'}"
+        store = client.tracking_uri
         command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", store, "--tracking-uri", store]  # also what a stop left in the bin
         done = subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
         if done.returncode != 0:

@@ -47,7 +47,7 @@ def drop_old_files(workspace: str, now: str) -> dict[str, Any]:
     """Refused rows, the reports of validations, what the monitor drew, and backups. What is told of a model is the model's."""
     platform, moment = platform_of(workspace), datetime.fromisoformat(now)
     space, keep = Workspace(platform.root), platform.operations
-    reports = [path for path in space.reports.glob("*") if path.name.startswith(("validation-", "drift-"))]
+    reports = [*space.reports.glob("validation-*"), *space.reports.glob("drift-*")]
     return {
         "quarantine": _older(space.quarantine.glob("*.parquet"), keep.keep_quarantine, moment),
         "reports": _older(reports, keep.keep_reports, moment),

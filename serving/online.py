@@ -756,7 +756,8 @@ def _check_proposals(policy: Policy, ask: Ask) -> None:
 
     Else a mistake would show for the few players alone whom it concerns.
     """
-    platform = policy.platform
+    platform, eligible = policy.platform, None if ask.eligible is None else frozenset(ask.eligible)
+    edges = [] if policy.catalogue is not None else list(zip(platform.dimension_names, *policy.edges(ask.limits), strict=True))
     for name, given in cast("Mapping[str, Any]", ask.proposals).items():
         if name not in platform.policies:
             raise RequestError(f"proposals: {name!r} is no policy of this platform; expected {', '.join(platform.policies)}")
@@ -765,11 +766,9 @@ def _check_proposals(policy: Policy, ask: Ask) -> None:
             if not isinstance(action, Mapping):
                 raise RequestError(f"proposals.{where}: expected an action, {{{', '.join(platform.action_columns)}}}, or one for each player, got {action!r}")
             proposed = checked_action(platform, action, f"proposals.{where}")
-            if policy.catalogue is not None:
-                if ask.eligible is not None and proposed["item_id"] not in ask.eligible:
-                    raise RequestError(f"proposals.{where}: {proposed['item_id']!r} is not among the request's eligible items")
-                continue
-            for dimension, low, high in zip(platform.dimension_names, *policy.edges(ask.limits), strict=True):
+            if eligible is not None and proposed["item_id"] not in eligible:
+                raise RequestError(f"proposals.{where}: {proposed['item_id']!r} is not among the request's eligible items")
+            for dimension, low, high in edges:
                 if not low <= cast("float", proposed[dimension]) <= high:
                     raise RequestError(f"proposals.{where}.{dimension}: {proposed[dimension]:g} lies outside of the request's limits, {low:g} to {high:g}")
 
