@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -428,7 +429,8 @@ class Policy:
         phi = action_features(self._units(actions), self.polynomial)
         other = at.reference[:, None] if reference is None else action_features(self._units(reference), self.polynomial)
         variance = torch.einsum("bcp,bpq,bcq->bc", phi - other, self.shape_of_doubt(at, w), phi - other).clamp(min=0)
-        variance = variance + self._own_response(w, (phi - other)[..., : len(self.units.centre)])
+        apart = (phi - other)[..., : len(self.units.centre)]
+        variance = self._within_a_decision(w, variance) + self._within_a_decision(w, self._own_response(w, apart))
         if reference is None:
             variance = variance + ((at.disagreement @ torch.from_numpy(np.abs(w))) ** 2)[:, None] + self.details.get("level_variance", 0.0)
         return variance.sqrt().numpy()
@@ -436,16 +438,28 @@ class Policy:
     def _own_response(self, w: np.ndarray, apart: Tensor) -> Tensor:
         """[B, C] variance of how differently people who look alike respond to actions that are `apart` [B, C, D], in standard units.
 
-        `fastq.learner.own_response` says how it starts, by dimension (older bundles: one share for all). It ends where one decision would account for more than
-        its own part of what is unexplained of a sum over `horizon` of them. 0 for bundles from before it was asked.
+        `fastq.learner.own_response` says it, by dimension (older bundles: one share for all). 0 for bundles from before it was asked.
         """
         own = self.details.get("own_response")
         if not own:
             return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
-        unexplained, most = float(w @ np.array(own["covariance"]) @ w), 1 / own["horizon"]
         share = np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
-        begins = apart.square() @ torch.from_numpy(share)
-        return unexplained * most * -torch.expm1(-begins / most)
+        return float(w @ np.array(own["covariance"]) @ w) * (apart.square() @ torch.from_numpy(share))
+
+    def _within_a_decision(self, w: np.ndarray, variance: Tensor) -> Tensor:
+        """A variance as it is where it is small, that ends where one decision would account for more than its own part of what is unexplained of a sum over
+        `horizon` of them: squares of distances have no end, responses have. Bundles from before `own_response` do not know that part.
+        """
+        most = self.stake(w) ** 2
+        return -most * torch.expm1(-variance / most) if most > 0 else variance
+
+    def stake(self, w: np.ndarray) -> float:
+        """What one decision accounts for under the weights `w` [M]: a standard deviation, its part of what is unexplained of a sum over `horizon` decisions.
+
+        The scale on which it matters how well a difference between two actions is known. NaN for bundles from before `own_response` was asked.
+        """
+        own = self.details.get("own_response")
+        return math.sqrt(max(float(w @ np.array(own["covariance"]) @ w), 0.0) / own["horizon"]) if own else math.nan
 
     def score(self, enc: Encoded | Situation, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
         """What ranks actions [B, C, D]: `value`, `caution`, `guardrail` and `total` = value - caution - guardrail, each [B, C]."""

@@ -285,9 +285,14 @@ def test_the_verdict_follows_the_numbers(arena):
         best = policy.best(policy.encode(states))
         other = best + k * (policy.platform.bounds[:, 1] - best)
         why = explain(policy, states, against=other, attributions=False)
-        for width, verdict in zip(why.evidence.width, why.evidence.verdict, strict=True):
-            assert ("is known only to" in verdict) == (width > explanation.WIDE)
-    assert (why.evidence.width > explanation.WIDE).all()  # more than half way to the bounds
+        unknown = (why.contrast.high - why.contrast.difference) / (explanation.CERTAINTY * policy.stake(policy.platform.weights))
+        for much, verdict, grade in zip(unknown, why.evidence.verdict, why.evidence.grade, strict=True):
+            assert ("is known only to" in verdict) == (much > 1)
+            assert (grade in {"thin", "very thin"}) == verdict.startswith("thin: ")  # the grade and the verdict never contradict each other
+            assert (grade == "very thin") == (much > explanation.GRADES["thin"])
+        assert as_dict(why)["evidence"]["grade"] == why.evidence.grade[0]
+        assert np.isfinite(unknown).all()
+    assert (unknown > 1).all()  # most of the way to the bounds
     assert "smaller than its doubt" not in str(why.evidence.verdict)  # a small difference is no sign of a large error
 
 
@@ -304,12 +309,14 @@ def test_an_interval_widens_with_the_distance_of_the_actions(arena):
     for k in (0.1, 0.3, 0.9):
         other = best + k * (policy.platform.bounds[:, 1] - best)
         now, then = (explain(p, states, against=other, attributions=False) for p in (policy, before))
-        half, narrow = (why.contrast.high - why.contrast.difference for why in (now, then))
+        half, shared = (why.contrast.high - why.contrast.difference for why in (now, then))
         apart = np.square(policy.units.standard(best) - policy.units.standard(other)) @ np.array(own["share"])
         unexplained = policy.platform.weights @ np.array(own["covariance"]) @ policy.platform.weights
-        variance = unexplained * (1 - np.exp(-apart * own["horizon"])) / own["horizon"]
-        np.testing.assert_allclose(half**2 - narrow**2, explanation.CERTAINTY**2 * variance, rtol=1e-6)
-        assert (variance < unexplained * np.minimum(apart, 1 / own["horizon"])).all()
+        most = unexplained / own["horizon"]  # what one decision accounts for: neither what people share nor what is each one's own goes beyond
+        own_part, shared_part = (most * (1 - np.exp(-begins / most)) for begins in (unexplained * apart, (shared / explanation.CERTAINTY) ** 2))
+        np.testing.assert_allclose(half**2, explanation.CERTAINTY**2 * (own_part + shared_part), rtol=1e-6)
+        assert (own_part < np.minimum(unexplained * apart, most)).all()
+        assert policy.stake(policy.platform.weights) == pytest.approx(np.sqrt(most))
         one, same = (explain(p, states, against=other, attributions=False).contrast for p in (older, alike))
         np.testing.assert_array_equal(one.high, same.high)
         np.testing.assert_array_equal(now.contrast.difference, then.contrast.difference)
