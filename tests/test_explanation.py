@@ -312,8 +312,10 @@ def test_an_interval_widens_with_the_distance_of_the_actions(arena):
         half, shared = (why.contrast.high - why.contrast.difference for why in (now, then))
         apart = np.square(policy.units.standard(best) - policy.units.standard(other)) @ np.array(own["share"])
         unexplained = policy.platform.weights @ np.array(own["covariance"]) @ policy.platform.weights
-        most = unexplained / own["horizon"]  # what one decision accounts for: neither what people share nor what is each one's own goes beyond
-        own_part, shared_part = (most * (1 - np.exp(-begins / most)) for begins in (unexplained * apart, (shared / explanation.CERTAINTY) ** 2))
+        most = unexplained / own["horizon"]  # what one decision accounts for: what is each one's own ends there, what people share at twice that
+        own_part, shared_part = (
+            end * (1 - np.exp(-begins / end)) for begins, end in ((unexplained * apart, most), ((shared / explanation.CERTAINTY) ** 2, 2 * most))
+        )
         np.testing.assert_allclose(half**2, explanation.CERTAINTY**2 * (own_part + shared_part), rtol=1e-6)
         assert (own_part < np.minimum(unexplained * apart, most)).all()
         assert policy.stake(policy.platform.weights) == pytest.approx(np.sqrt(most))
