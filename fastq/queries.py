@@ -58,6 +58,12 @@ EXPLAINED = 50_000  # decisions, the newest, that one question explains at most,
 ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
 SETTLED_NS = 100_000_000  # how old the last change of a file must be before it tells the file from what it becomes
 FORM = 1  # of what is kept of what was served; another number wherever something else is made of the same logs
+DEEDS = frozenset(  # functions that a SELECT may call and that do something, or run a text that nobody parsed here
+    {
+        *("enable_logging", "disable_logging", "truncate_duckdb_logs", "write_log", "enable_profiling", "disable_profiling"),
+        *("checkpoint", "force_checkpoint", "query", "json_execute_serialized_sql"),
+    }
+)
 STRAY = "?stray"  # column: among the accepted decisions too, though the validation did not know that it was served
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
@@ -380,6 +386,22 @@ def _only_a_select(connection: DuckDBPyConnection, sql: str) -> None:
     found = "another statement" if parsed["error"] else f"{len(parsed['statements'])} statements"
     if parsed["error"] or len(parsed["statements"]) != 1:
         raise RequestError(f"expected one SELECT, got {found}: the views are read-only, and no file, setting or extension is within reach")
+    if called := sorted(_called(parsed) & DEEDS):
+        raise RequestError(f"expected one SELECT that only reads, got {called[0]}(): no log, profile or checkpoint is within reach, nor SQL inside SQL")
+
+
+def _called(parsed: Any) -> set[str]:
+    """The names of all functions in what DuckDB's parser found."""
+    found: set[str] = set()
+    left = [parsed]
+    while left:
+        match left.pop():
+            case dict() as node:
+                found |= {str(name).lower() for name in [node.get("function_name")] if name}
+                left += node.values()
+            case list() as nodes:
+                left += nodes
+    return found
 
 
 def _run(connection: DuckDBPyConnection, sql: str, rows: int, megabytes: float) -> tuple[list[Any], bool]:

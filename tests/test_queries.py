@@ -460,6 +460,12 @@ HOSTILE = [
     "SELECT getenv('HOME')",
     "SELECT * FROM duckdb_secrets()",
     "SELECT * FROM platform",  # a variable of the program around it
+    "SELECT * FROM enable_logging(storage = 'file', storage_path = '{outside}/log.csv')",
+    'SELECT * FROM decisions, (SELECT * FROM system.main."Enable_Logging"())',
+    "SELECT write_log('nothing')",
+    "FROM force_checkpoint()",
+    "FROM query('FROM enable_logging()')",
+    "SELECT * FROM json_execute_serialized_sql(json_serialize_sql('FROM enable_logging()'))",
 ]
 
 
