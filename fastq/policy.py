@@ -42,7 +42,6 @@ NEAREST_ITEMS = 512  # items of a large catalogue that are re-ranked
 REACH = 1.0  # how far, in standard deviations of a behaviour policy's own noise, an action may lie from the nearest one that acts, where logs cannot say
 CAUTION, CAUTION_AMONG_ITEMS = 0.5, 4.0  # where no reach bounds how far one may go, doubt has to; measured in infra/log.md
 OUTSIDE = 1e3  # what one standard deviation beyond the reach costs an action's total: more than any value
-SHARED = 2.0  # times what one decision accounts for (variances) at which the doubt of the effects that people share ends
 RARE = 0.05  # a policy that acts in less than this share of such states is no evidence there
 NEIGHBOURS = 5  # logged decisions that count as the nearest
 SAMPLED = 256  # logged decisions from which the usual distance between neighbours is read
@@ -430,8 +429,7 @@ class Policy:
         phi = action_features(self._units(actions), self.polynomial)
         other = at.reference[:, None] if reference is None else action_features(self._units(reference), self.polynomial)
         variance = torch.einsum("bcp,bpq,bcq->bc", phi - other, self.shape_of_doubt(at, w), phi - other).clamp(min=0)
-        apart = (phi - other)[..., : len(self.units.centre)]
-        variance = self._ended(w, variance, SHARED) + self._ended(w, self._own_response(w, apart), 1.0)
+        variance = variance + self._own_response(w, (phi - other)[..., : len(self.units.centre)])
         if reference is None:
             variance = variance + ((at.disagreement @ torch.from_numpy(np.abs(w))) ** 2)[:, None] + self.details.get("level_variance", 0.0)
         return variance.sqrt().numpy()
@@ -439,20 +437,15 @@ class Policy:
     def _own_response(self, w: np.ndarray, apart: Tensor) -> Tensor:
         """[B, C] variance of how differently people who look alike respond to actions that are `apart` [B, C, D], in standard units.
 
-        `fastq.learner.own_response` says it, by dimension (older bundles: one share for all). 0 for bundles from before it was asked.
+        `fastq.learner.own_response` says how it starts, by dimension (older bundles: one share for all). It ends at one decision's stake, since squares of
+        distances have no end and responses have. 0 for bundles from before it was asked.
         """
-        own = self.details.get("own_response")
-        if not own:
+        own, most = self.details.get("own_response"), self.stake(w) ** 2
+        if not own or most <= 0:
             return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
         share = np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
-        return float(w @ np.array(own["covariance"]) @ w) * (apart.square() @ torch.from_numpy(share))
-
-    def _ended(self, w: np.ndarray, variance: Tensor, stakes: float) -> Tensor:
-        """A variance as it is where it is small, that ends at so many times what one decision accounts for: squares of distances have no end, responses have.
-        Bundles from before `own_response` do not know what that is.
-        """
-        most = stakes * self.stake(w) ** 2
-        return -most * torch.expm1(-variance / most) if most > 0 else variance
+        begins = own["horizon"] * (apart.square() @ torch.from_numpy(share))
+        return -most * torch.expm1(-begins)
 
     def stake(self, w: np.ndarray) -> float:
         """What one decision accounts for under the weights `w` [M]: a standard deviation, its part of what is unexplained of a sum over `horizon` decisions.

@@ -309,16 +309,13 @@ def test_an_interval_widens_with_the_distance_of_the_actions(arena):
     for k in (0.1, 0.3, 0.9):
         other = best + k * (policy.platform.bounds[:, 1] - best)
         now, then = (explain(p, states, against=other, attributions=False) for p in (policy, before))
-        half, shared = (why.contrast.high - why.contrast.difference for why in (now, then))
+        half, narrow = (why.contrast.high - why.contrast.difference for why in (now, then))
         apart = np.square(policy.units.standard(best) - policy.units.standard(other)) @ np.array(own["share"])
         unexplained = policy.platform.weights @ np.array(own["covariance"]) @ policy.platform.weights
-        most = unexplained / own["horizon"]  # what one decision accounts for: what is each one's own ends there, what people share at twice that
-        own_part, shared_part = (
-            end * (1 - np.exp(-begins / end)) for begins, end in ((unexplained * apart, most), ((shared / explanation.CERTAINTY) ** 2, 2 * most))
-        )
-        np.testing.assert_allclose(half**2, explanation.CERTAINTY**2 * (own_part + shared_part), rtol=1e-6)
-        assert (own_part < np.minimum(unexplained * apart, most)).all()
-        assert policy.stake(policy.platform.weights) == pytest.approx(np.sqrt(most))
+        variance = unexplained * (1 - np.exp(-apart * own["horizon"])) / own["horizon"]
+        np.testing.assert_allclose(half**2 - narrow**2, explanation.CERTAINTY**2 * variance, rtol=1e-6)
+        assert (variance < unexplained * np.minimum(apart, 1 / own["horizon"])).all()
+        assert policy.stake(policy.platform.weights) == pytest.approx(np.sqrt(unexplained / own["horizon"]))
         one, same = (explain(p, states, against=other, attributions=False).contrast for p in (older, alike))
         np.testing.assert_array_equal(one.high, same.high)
         np.testing.assert_array_equal(now.contrast.difference, then.contrast.difference)
