@@ -293,6 +293,10 @@ def test_the_verdict_follows_the_numbers(arena):
         assert as_dict(why)["evidence"]["grade"] == why.evidence.grade[0]
         assert np.isfinite(unknown).all()
     assert (unknown > 1).all()  # most of the way to the bounds
+    assert list(explanation.GRADES.values()) == sorted(explanation.GRADES.values())
+    assert explanation.grades(np.array([0.2, 0.2, 1.0, 9.0, np.nan, np.nan]), [False, True, False, True, False, True]) == [
+        "ample", "thin", "fair", "very thin", "fair", "thin"
+    ]  # fmt: skip
     assert "smaller than its doubt" not in str(why.evidence.verdict)  # a small difference is no sign of a large error
 
 
