@@ -302,7 +302,7 @@ def ask(platform: Platform, sql: str, *, rows: int = MOST_ROWS, seconds: float =
     import pyarrow as pa
 
     order = {"workspace": str(platform.root), "sql": sql, "rows": rows, "seconds": seconds, "megabytes": megabytes}
-    for left in reversed(range(ASKED)):
+    for _ in range(ASKED):
         # -P: a file duckdb.py in the current directory is none of ours
         child = subprocess.run([sys.executable, "-P", "-m", "fastq.queries"], input=json.dumps(order).encode(), capture_output=True, check=False)
         if child.returncode == -signal.SIGALRM:
@@ -313,14 +313,12 @@ def ask(platform: Platform, sql: str, *, rows: int = MOST_ROWS, seconds: float =
             raise RuntimeError(f"a query's process ended with {child.returncode}: {child.stderr.decode('utf-8', 'replace')[-4000:]}")
         head, _, body = child.stdout.partition(b"\n")
         said = json.loads(head)
-        if said["replaced"] and left:
-            continue
         if said["replaced"]:
-            raise WorkspaceError(f"{Workspace(platform.root).tables}: a validation replaces the accepted logs just now; ask again in a moment")
+            continue
         if kind := said.get("error"):
             raise {"WorkspaceError": WorkspaceError, "BundleError": BundleError}.get(kind, RequestError)(said["says"])
         return Answer(pa.ipc.open_stream(body).read_all(), bool(said["truncated"]))
-    raise AssertionError
+    raise WorkspaceError(f"{Workspace(platform.root).tables}: a validation replaces the accepted logs just now; ask again in a moment")
 
 
 def _too_much_memory(megabytes: float) -> str:
@@ -483,13 +481,13 @@ def connect(workspace: str | Path = ".") -> DuckDBPyConnection:
     """
     platform = load_platform(workspace)
     place = Workspace(platform.root)
-    for left in reversed(range(ASKED)):
+    for _ in range(ASKED):
         put_back(place)
         before = written(place)
         try:
             connection = _opened(platform, frozenset(VIEWS), None)
         except WorkspaceError:
-            if written(place) == before or not left:
+            if written(place) == before:
                 raise
             continue
         if written(place) == before:  # else some views may be of the tables before and some of those after
