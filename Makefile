@@ -62,7 +62,7 @@ bench-online: $(VENV)/.installed  ## one player's state out of SQLite, Redis and
 bench-ope: $(VENV)/.installed  ## coverage of the intervals and error rates of the gate, in simulated truth; LOGS=2000, CELLS=folder to go on in
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_ope*.py' tests/benchmarks $(ARGS)
 
-bench-obp: $(VENV)/.installed  ## errors of the off-policy estimators beside the Open Bandit Pipeline's, on the same arrays; installs it in a folder of its own
+bench-obp: $(VENV)/.installed  ## errors of the off-policy estimators beside the Open Bandit Pipeline's and SCOPE-RL's, on the same arrays; installs them in folders of their own
 	@$(VENV)/bin/python -m pytest -s -o python_files='bench_*.py' tests/benchmarks/bench_obp.py $(ARGS)
 
 bench-analyst: $(VENV)/.installed  ## what an analyst waits for: pages, sliders, SQL, explanations of everybody

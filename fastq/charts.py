@@ -398,6 +398,14 @@ def gauge(low: float, high: float, reach: tuple[float, float] | None, chosen: fl
     return _text(svg)
 
 
+def meter(step: int, of: int) -> str:
+    """`step` of `of` equal pieces filled, from the left; the word for it stands in the page."""
+    svg, height, width = _canvas(10.0, None, "meter"), 10.0, WIDE / of
+    for i in range(of):
+        _rect(svg, i * width + 12, (i + 1) * width - 12, 0, height, "on" if i < step else "off")
+    return _text(svg)
+
+
 def heat(share: float) -> str:
     """One cell of a matrix: a ground whose strength is a share between 0 and 1."""
     svg = _canvas(ROW, None, "heat")

@@ -1101,7 +1101,8 @@ def _explanation(document: Document) -> Iterable[RenderableType]:
             + ", ".join(f"{_plain(name)} {value:+.4f}" for name, value in strongest)
             + f" (unexplained: {attributions['completeness_gap']:.4f})"
         )
-    yield f"Evidence: {_plain(evidence['verdict'])}; policies that act in such a state: {_plain(', '.join(evidence['policies']) or 'none')}"
+    acting = _plain(", ".join(evidence["policies"]) or "none")
+    yield f"Evidence: {evidence['grade']}; {_plain(evidence['verdict'])}; policies that act in such a state: {acting}"
 
 
 def _forgotten(document: Document) -> Iterable[RenderableType]:

@@ -26,7 +26,7 @@ CERTAINTY = 1.645  # standard deviations on either side of a normal's mean that 
 FAR_STATE = 2.0  # times the usual distance; about 1 in 100 states of players who were never trained on lie further away
 FAR_ACTION = 3.0  # standard deviations of a policy's own noise
 LEAST_SPREAD = 0.01  # share of a dimension's range that counts as noise of a policy that has none
-WIDE = 2.0  # times what is usually not known of the difference between the policies' own actions; chosen on simulated players
+GRADES = {"ample": 0.25, "good": 0.5, "fair": 1.0, "thin": 1.5, "very thin": math.inf}  # best first: up to what, of one decision's stake, is not known
 DISAGREEING = 0.25  # share of the parts' size that the twin critics may differ by
 EDGES = (0.0, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # first pieces of the path of integrated gradients
 POINTS = 8  # Gauss-Legendre points on each piece
@@ -83,7 +83,8 @@ class Evidence:
     nearest [B, N] positions in `policy.reference`, and distance [B, N] between balanced states, where 1 is usual between a logged decision
     and its own nearest ones; disagreement [B] of the twin critics about the value; policies: who acts in at least 1 of 20 such states;
     width [B] of the contrast's interval (without one: of the difference to what the likeliest policy would do), in times what is usual between the policies'
-    own actions, NaN for models that were not measured; verdict: `well supported`, or `thin: ` and why.
+    own actions, NaN for models that were not measured; verdict: `well supported`, or `thin: ` and why; grade: one of `GRADES`, by how
+    much is not known of that difference beside what one decision accounts for (`Policy.stake`); at best `thin` where the verdict says so for other reasons.
     """
 
     nearest: np.ndarray
@@ -92,6 +93,7 @@ class Evidence:
     policies: list[list[str]]
     width: np.ndarray
     verdict: list[str]
+    grade: list[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +246,8 @@ class Imagined:
     """One player's action that somebody imagines, beside the recommended one and the best one under `weights`, all valued under `weights` and the platform's.
 
     actions: `recommended`, `best`, `imagined`, each [D] raw units or an item id; values: name -> (platform's weights, these weights);
-    difference, low, high: imagined less recommended under these weights, with the 90 % interval; parts [M, 2] of it; decisive as in `Contrast`.
+    difference, low, high: imagined less recommended under these weights, with the 90 % interval; parts [M, 2] of it; decisive as in `Contrast`; verdict, width
+    and grade of the evidence as in `Evidence`.
     """
 
     weights: dict[str, float]
@@ -256,6 +259,8 @@ class Imagined:
     parts: np.ndarray
     decisive: list[tuple[str, str]]
     verdict: str
+    width: float
+    grade: str
 
 
 def imagine(policy: Policy, states: PlayerStates, recommended: Any, imagined: Any, weights: Mapping[str, float]) -> Imagined:
@@ -276,7 +281,7 @@ def imagine(policy: Policy, states: PlayerStates, recommended: Any, imagined: An
     evidence = _evidence(policy, at, near, stacked[:, 2:], unweighted[2:] * policy.platform.weights[:, None], None)
     return Imagined(
         wanted, {name: action[0] for name, (_, action) in given.items()}, values, difference, difference - half, difference + half, parts,
-        decisive_reasons(parts[None], list(policy.platform.objectives))[0], evidence.verdict[0],
+        decisive_reasons(parts[None], list(policy.platform.objectives))[0], evidence.verdict[0], float(evidence.width[0]), evidence.grade[0],
     )  # fmt: skip
 
 
@@ -420,6 +425,8 @@ def _evidence(
         half = CERTAINTY * policy.doubt(at, actions[:, :1], policy.expert_actions(at)[np.arange(len(at)), likeliest][:, None])[:, 0]
     usual = policy.details.get("own_response", {}).get("usual")  # bundles from before it was measured do not say
     times = half / (CERTAINTY * usual) if usual else np.full(len(at), np.nan)
+    stake = CERTAINTY * policy.stake(policy.platform.weights)
+    unknown = half / stake if stake > 0 else np.full(len(at), np.nan)
     against = contrast.against if contrast is not None else None
     unshared = doubts(policy.details.get("overlap", ()), against, acted or [None] * len(at))
     verdicts = []
@@ -436,13 +443,20 @@ def _evidence(
         if contrast is not None and away[i, 1] > FAR_ACTION:
             far = f"{_number(away[i, 1])} times as far from what {doer} would do here as {whose} decisions usually stray from it"
             why.append(f"what it is compared with lies {far}")
-        if times[i] > WIDE:
+        if unknown[i] > GRADES["fair"]:
             what = "the difference" if contrast is not None else f"the difference to what {doers[i]} would do here"
-            why.append(f"{what} is known only to {_number(half[i])} either way, {_number(times[i])} times what is usual between the policies' own actions")
+            why.append(f"{what} is known only to {_number(half[i])} either way, and one decision accounts for some {_number(stake)}")
         if disagreement[i] > DISAGREEING * size[i]:
             why.append(f"the two critics differ by {_number(disagreement[i])} about the value")
         verdicts.append(f"thin: {'; '.join(why)}" if why else "well supported")
-    return Evidence(nearest, distance, disagreement, policies, times, verdicts)
+    return Evidence(nearest, distance, disagreement, policies, times, verdicts, grades(unknown, [verdict != "well supported" for verdict in verdicts]))
+
+
+def grades(unknown: np.ndarray, thin: Sequence[bool]) -> list[str]:
+    """One of `GRADES` for what is not known [B] of differences, in one decision's stake (NaN: not measured, `fair`); `thin` at best where warned."""
+    names = list(GRADES)
+    at = np.searchsorted(list(GRADES.values()), np.where(np.isfinite(unknown), unknown, GRADES["fair"]))
+    return [names[max(i, names.index("thin")) if warned else i] for i, warned in zip(at.tolist(), thin, strict=True)]
 
 
 # ---- as people and programs read it ------------------------------------------------------------------------------------
@@ -451,9 +465,9 @@ def as_dict(
 ) -> dict[str, Any]:
     """Player i's part as `POST /v1/explanations` answers it: strict JSON.
 
-    Beside the contract's keys: `units` of the action, `weights` in `what_if`. `model_version` is the policy's own unless given; `against`
-    names the alternative where the explanation was made with a bare array. A nearest decision's `distance` is 1 where it is as near as logged
-    decisions usually are to each other.
+    Beside the contract's keys: `units` of the action, `weights` in `what_if`, `width` and `grade` in `evidence`. `model_version` is the policy's own unless
+    given; `against` names the alternative where the explanation was made with a bare array. A nearest decision's `distance` is 1 where it is as near as
+    logged decisions usually are to each other.
     """
     policy, platform = explanation.policy, explanation.policy.platform
 
@@ -495,7 +509,7 @@ def as_dict(
             for at, done, far in zip(evidence.nearest[i], actions, evidence.distance[i].tolist(), strict=True)
         ],
         "disagreement": float(evidence.disagreement[i]), "policies": evidence.policies[i],
-        "width": float(evidence.width[i]) if math.isfinite(evidence.width[i]) else None, "verdict": evidence.verdict[i],
+        "width": float(evidence.width[i]) if math.isfinite(evidence.width[i]) else None, "verdict": evidence.verdict[i], "grade": evidence.grade[i],
     }  # fmt: skip
     return answer
 
@@ -536,7 +550,10 @@ def sentences(answer: Mapping[str, Any]) -> list[str]:
     else:
         said = [_difference(what, contrast, units), _decision(contrast)]
     thin = evidence["verdict"] != "well supported"
-    said.append(f"The evidence is {evidence['verdict']}." if thin else f"It is well supported: {joined(evidence['policies'])} acted in such states.")
+    very = "very " if evidence.get("grade") == "very thin" else ""
+    known = f", with {evidence['grade']} evidence" if "grade" in evidence else ""
+    supported = f"It is well supported{known}: {joined(evidence['policies'])} acted in such states."
+    said.append(f"The evidence is {very}{evidence['verdict']}." if thin else supported)
     if what_if := answer.get("what_if"):
         weighed = joined([f"{name} weighed {_number(weight)}" for name, weight in what_if.get("weights", {}).items()]) or "the objectives weighed otherwise"
         best = action_words(what_if["action"], units)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -436,16 +437,23 @@ class Policy:
     def _own_response(self, w: np.ndarray, apart: Tensor) -> Tensor:
         """[B, C] variance of how differently people who look alike respond to actions that are `apart` [B, C, D], in standard units.
 
-        `fastq.learner.own_response` says how it starts, by dimension (older bundles: one share for all). It ends where one decision would account for more than
-        its own part of what is unexplained of a sum over `horizon` of them. 0 for bundles from before it was asked.
+        `fastq.learner.own_response` says how it starts, by dimension (older bundles: one share for all). It ends at one decision's stake, since squares of
+        distances have no end and responses have. 0 for bundles from before it was asked.
+        """
+        own, most = self.details.get("own_response"), self.stake(w) ** 2
+        if not own or most <= 0:
+            return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
+        share = np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
+        begins = own["horizon"] * (apart.square() @ torch.from_numpy(share))
+        return -most * torch.expm1(-begins)
+
+    def stake(self, w: np.ndarray) -> float:
+        """What one decision accounts for under the weights `w` [M]: a standard deviation, its part of what is unexplained of a sum over `horizon` decisions.
+
+        The scale on which it matters how well a difference between two actions is known. NaN for bundles from before `own_response` was asked.
         """
         own = self.details.get("own_response")
-        if not own:
-            return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
-        unexplained, most = float(w @ np.array(own["covariance"]) @ w), 1 / own["horizon"]
-        share = np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
-        begins = apart.square() @ torch.from_numpy(share)
-        return unexplained * most * -torch.expm1(-begins / most)
+        return math.sqrt(max(float(w @ np.array(own["covariance"]) @ w), 0.0) / own["horizon"]) if own else math.nan
 
     def score(self, enc: Encoded | Situation, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
         """What ranks actions [B, C, D]: `value`, `caution`, `guardrail` and `total` = value - caution - guardrail, each [B, C]."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import glob
+import hashlib
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time as clock
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -32,8 +34,9 @@ import numpy as np
 import polars as pl
 
 from fastq.errors import BundleError, FastqError, RequestError, WorkspaceError
+from fastq.forgetting import forgotten
 from fastq.platform import Platform, format_duration, load_platform
-from fastq.records import decision_logs, json_fields, read_served, reading_log, served_log
+from fastq.records import decision_logs, json_fields, put_back, read_served, reading_log, served_log, written
 from fastq.sources import TIME
 from fastq.workspace import Workspace, replacing
 
@@ -48,10 +51,20 @@ MOST_ROWS = 10_000  # of an answer, unless more are asked for
 MOST_SECONDS = 60  # that a query may run
 MOST_MEGABYTES = 1_024  # that a query may hold in memory
 MOST_BYTES = 64 * 2**20  # of an answer
+ASKED = 3  # times that a question is asked at most, where the accepted logs are replaced while it is answered
 OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside the query's own memory
 CHUNK = 4_096  # decisions explained at a time, and in one file
 EXPLAINED = 50_000  # decisions, the newest, that one question explains at most, those of earlier questions left aside
 ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
+SETTLED_NS = 100_000_000  # how old the last change of a file must be before it tells the file from what it becomes
+FORM = 1  # of what is kept of what was served; another number wherever something else is made of the same logs
+DEEDS = frozenset(  # functions that a SELECT may call and that do something, or run a text that nobody parsed here
+    {
+        *("enable_logging", "disable_logging", "truncate_duckdb_logs", "write_log", "enable_profiling", "disable_profiling"),
+        *("checkpoint", "force_checkpoint", "query", "json_execute_serialized_sql"),
+    }
+)
+STRAY = "?stray"  # column: among the accepted decisions too, though the validation did not know that it was served
 WHOLE_CATALOGUE = ("query", "information_schema", "duckdb_", "show", "pg_")  # words of queries that may read views without naming them
 
 _EXPLAINED = {
@@ -70,6 +83,7 @@ _EXPLAINED = {
     "disagreement": pl.Float64(),
     "distance": pl.Float64(),
     "policies": pl.List(pl.String()),
+    "grade": pl.String(),
     "verdict": pl.String(),
 }
 
@@ -173,6 +187,7 @@ def views(platform: Platform) -> dict[str, View]:
                 Column("disagreement", number, weighted, "of the two critics about the value"),
                 Column("distance", number, "times the usual", "mean distance of the nearest logged decisions' states; null if too few were kept"),
                 Column("policies", f"{text}[]", "", "who acts in at least 1 of 20 such states"),
+                Column("grade", text, "", "of the evidence: 'ample', 'good', 'fair', 'thin' or 'very thin'"),
                 Column("verdict", text, "", "'well supported', or 'thin: ' and why"),
             ],
         ),
@@ -287,19 +302,23 @@ def ask(platform: Platform, sql: str, *, rows: int = MOST_ROWS, seconds: float =
     import pyarrow as pa
 
     order = {"workspace": str(platform.root), "sql": sql, "rows": rows, "seconds": seconds, "megabytes": megabytes}
-    # -P: a file duckdb.py in the current directory is none of ours
-    child = subprocess.run([sys.executable, "-P", "-m", "fastq.queries"], input=json.dumps(order).encode(), capture_output=True, check=False)
-    if child.returncode == -signal.SIGALRM:
-        raise RequestError(f"the query ran longer than {seconds:g} seconds and was stopped; narrow it by time or player, or count instead of listing")
-    if child.returncode < 0:  # where memory is refused, some libraries know no other end
-        raise RequestError(_too_much_memory(megabytes))
-    if child.returncode:
-        raise RuntimeError(f"a query's process ended with {child.returncode}: {child.stderr.decode('utf-8', 'replace')[-4000:]}")
-    head, _, body = child.stdout.partition(b"\n")
-    said = json.loads(head)
-    if kind := said.get("error"):
-        raise {"WorkspaceError": WorkspaceError, "BundleError": BundleError}.get(kind, RequestError)(said["says"])
-    return Answer(pa.ipc.open_stream(body).read_all(), bool(said["truncated"]))
+    for _ in range(ASKED):
+        # -P: a file duckdb.py in the current directory is none of ours
+        child = subprocess.run([sys.executable, "-P", "-m", "fastq.queries"], input=json.dumps(order).encode(), capture_output=True, check=False)
+        if child.returncode == -signal.SIGALRM:
+            raise RequestError(f"the query ran longer than {seconds:g} seconds and was stopped; narrow it by time or player, or count instead of listing")
+        if child.returncode < 0:  # where memory is refused, some libraries know no other end
+            raise RequestError(_too_much_memory(megabytes))
+        if child.returncode:
+            raise RuntimeError(f"a query's process ended with {child.returncode}: {child.stderr.decode('utf-8', 'replace')[-4000:]}")
+        head, _, body = child.stdout.partition(b"\n")
+        said = json.loads(head)
+        if said["replaced"]:
+            continue
+        if kind := said.get("error"):
+            raise {"WorkspaceError": WorkspaceError, "BundleError": BundleError}.get(kind, RequestError)(said["says"])
+        return Answer(pa.ipc.open_stream(body).read_all(), bool(said["truncated"]))
+    raise WorkspaceError(f"{Workspace(platform.root).tables}: a validation replaces the accepted logs just now; ask again in a moment")
 
 
 def _too_much_memory(megabytes: float) -> str:
@@ -313,6 +332,14 @@ def _main() -> None:
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print is no part of the answer
     order = json.loads(sys.stdin.buffer.read())
+    workspace = Workspace(Path(order["workspace"]))
+    put_back(workspace)
+    before = written(workspace)
+
+    def say(document: dict[str, Any]) -> None:
+        """The head of the answer; where the tables were replaced meanwhile, whoever asked has to ask again, for the answer may be of both."""
+        out.write(json.dumps(document | {"replaced": written(workspace) != before}).encode() + b"\n")
+
     try:
         platform, sql, megabytes = load_platform(order["workspace"]), order["sql"], order["megabytes"]
         connection = _opened(platform, _named(sql), megabytes)
@@ -323,13 +350,13 @@ def _main() -> None:
         with pa.ipc.new_stream(sink, batches[0].schema) as writer:
             for batch in batches:
                 writer.write_batch(batch)
-        out.write(json.dumps({"truncated": truncated}).encode() + b"\n")
+        say({"truncated": truncated})
         out.write(sink.getvalue())
     except FastqError as error:
         kind = next((k.__name__ for k in (WorkspaceError, BundleError) if isinstance(error, k)), "RequestError")
-        out.write(json.dumps({"error": kind, "says": str(error)}).encode() + b"\n")
+        say({"error": kind, "says": str(error)})
     except MemoryError:
-        out.write(json.dumps({"error": "RequestError", "says": _too_much_memory(order["megabytes"])}).encode() + b"\n")
+        say({"error": "RequestError", "says": _too_much_memory(order["megabytes"])})
     out.flush()
     os._exit(0)  # DuckDB's threads may be in the middle of what nobody waits for
 
@@ -357,6 +384,22 @@ def _only_a_select(connection: DuckDBPyConnection, sql: str) -> None:
     found = "another statement" if parsed["error"] else f"{len(parsed['statements'])} statements"
     if parsed["error"] or len(parsed["statements"]) != 1:
         raise RequestError(f"expected one SELECT, got {found}: the views are read-only, and no file, setting or extension is within reach")
+    if called := sorted(_called(parsed) & DEEDS):
+        raise RequestError(f"expected one SELECT that only reads, got {called[0]}(): no log, profile or checkpoint is within reach, nor SQL inside SQL")
+
+
+def _called(parsed: Any) -> set[str]:
+    """The names of all functions in what DuckDB's parser found."""
+    found: set[str] = set()
+    left = [parsed]
+    while left:
+        match left.pop():
+            case dict() as node:
+                found |= {str(name).lower() for name in [node.get("function_name")] if name}
+                left += node.values()
+            case list() as nodes:
+                left += nodes
+    return found
 
 
 def _run(connection: DuckDBPyConnection, sql: str, rows: int, megabytes: float) -> tuple[list[Any], bool]:
@@ -436,7 +479,21 @@ def connect(workspace: str | Path = ".") -> DuckDBPyConnection:
     Temporary tables may be made; nothing else can be written, no file or network reached, no setting changed. Memory is DuckDB's own default
     limit. Raises `WorkspaceError` where no logs were accepted yet.
     """
-    return _opened(load_platform(workspace), frozenset(VIEWS), None)
+    platform = load_platform(workspace)
+    place = Workspace(platform.root)
+    for _ in range(ASKED):
+        put_back(place)
+        before = written(place)
+        try:
+            connection = _opened(platform, frozenset(VIEWS), None)
+        except WorkspaceError:
+            if written(place) == before:
+                raise
+            continue
+        if written(place) == before:  # else some views may be of the tables before and some of those after
+            return connection
+        connection.close()
+    raise WorkspaceError(f"{place.tables}: a validation replaces the accepted logs just now; connect again in a moment")
 
 
 def _named(sql: str) -> frozenset[str]:
@@ -489,6 +546,11 @@ class _Sources:
     def frame(self, name: str, frame: pl.DataFrame) -> None:
         self.connection.register(name, frame.to_arrow())
 
+    def kept(self, name: str, make: Callable[[], pl.DataFrame]) -> None:
+        """What is made of served decisions, and kept in a file until anything changes of which it could be made."""
+        found = _kept_frame(self.platform, name.strip("_"), make)
+        self.frame(name, found) if isinstance(found, pl.DataFrame) else self.parquet(name, found)
+
     def parquet(self, name: str, *paths: Path) -> None:
         if self._by_path and not any(glob.has_magic(str(path)) for path in paths):
             these = [_text(str(path.resolve())) for path in paths]
@@ -524,7 +586,7 @@ def _lay(sources: _Sources, wanted: frozenset[str]) -> None:
     if wanted & {"outcomes"}:
         _lay_outcomes(sources, known["outcomes"])
     if wanted & {"recommendations"}:
-        sources.frame("_recommendations", _recommendations(platform, known["recommendations"]))
+        sources.kept("_recommendations", lambda: _recommendations(platform, known["recommendations"]))
         sources.view(known["recommendations"], "FROM _recommendations")
     if wanted & {"explanations"}:
         sources.parquet("_explanations", *_explained(platform))
@@ -566,10 +628,24 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
     path = _accepted(platform, "decisions", view, (origin, accepted))
     sources.parquet("_accepted", path)
     logged = f"SELECT *, 'logs' AS {_name(origin)}, true AS {_name(accepted)}"
+    sources.kept("_served", lambda: _served(platform, path, [column.name for column in view.columns]))
+    found = sources.connection.execute(f"SELECT count(*), coalesce(bool_or({_name(STRAY)}), false) FROM _served").fetchone()  # noqa: S608 - a constant
+    assert found is not None
+    others = "_accepted"
+    if found[1]:
+        others = f"_accepted ANTI JOIN (SELECT decision_id FROM _served WHERE {_name(STRAY)}) USING (decision_id)"  # noqa: S608 - a constant
+    served = f" UNION ALL BY NAME SELECT * EXCLUDE ({_name(STRAY)}) FROM _served" if found[0] else ""  # noqa: S608 - a constant
+    sources.view(view, f"{logged} FROM {others}{served}")
+
+
+def _served(platform: Platform, path: Path, columns: list[str]) -> pl.DataFrame:
+    """What fastq served as it stands now, in the `columns` of the view, and with `STRAY`: whether it stands among the accepted decisions in `path` too."""
+    origin, accepted = columns[-2:]
     served = read_served(platform)
     if served.is_empty():
-        sources.view(view, f"{logged} FROM _accepted")
-        return
+        return served.with_columns(pl.lit(None, pl.String).alias(origin), pl.lit(None, pl.Boolean).alias(accepted)).select(
+            *columns, pl.lit(value=False).alias(STRAY)
+        )
     objectives = list(platform.objectives)
     exported = _exported(platform, served)
     strays = _strays(path, served, exported, objectives)
@@ -583,12 +659,7 @@ def _lay_decisions(sources: _Sources, known: Mapping[str, View]) -> None:
         pl.col("decision_id").is_in(exported["decision_id"].implode()).alias(accepted),
         pl.lit("served").alias(origin),
     )
-    sources.frame("_served", merged.select(column.name for column in view.columns))
-    others = "_accepted"
-    if not strays.is_empty():
-        sources.frame("_strays", strays.select("decision_id"))
-        others = "_accepted ANTI JOIN _strays USING (decision_id)"
-    sources.view(view, f"{logged} FROM {others} UNION ALL BY NAME FROM _served")
+    return merged.select(*columns, pl.col("decision_id").is_in(strays["decision_id"].implode()).alias(STRAY))
 
 
 def _exported(platform: Platform, served: pl.DataFrame) -> pl.DataFrame:
@@ -631,8 +702,10 @@ def _readable(path: Path, columns: list[str]) -> pl.DataFrame:
 
 
 def _lay_outcomes(sources: _Sources, view: View) -> None:
-    reported = _latest(served_log(sources.platform, "outcomes"), ["decision_id", "objective"])
-    sources.frame("_reported", reported.select("decision_id", "objective", _moment("recorded_at")))
+    def reported() -> pl.DataFrame:
+        return _latest(served_log(sources.platform, "outcomes"), ["decision_id", "objective"]).select("decision_id", "objective", _moment("recorded_at"))
+
+    sources.kept("_reported", reported)
     long = " UNION ALL ".join(
         f"SELECT decision_id, {_text(o)} AS objective, {_name(o)} AS value FROM decisions WHERE {_name(o)} IS NOT NULL"  # noqa: S608 - names are quoted
         for o in sources.platform.objectives
@@ -695,10 +768,14 @@ def _lay_activity(sources: _Sources, view: View) -> None:
         sources.view(view, f"SELECT {', '.join(f'NULL AS {_name(c.name)}' for c in view.columns)} WHERE false")
         return
     sources.parquet("_activity", _accepted(platform, "activity", view))
-    heard = served_log(platform, "activity").sort("recorded_at").unique(["player_id", "occurred_at", "body"], keep="first", maintain_order=True)
-    values = json_fields("body", dict.fromkeys(platform.state.measures, pl.Float64()))
-    heard = heard.with_columns(_moment("occurred_at"), pl.max_horizontal("recorded_at", "occurred_at").cast(TIME).alias("known_at"), *values)
-    sources.frame("_heard", heard.select(column.name for column in view.columns))
+
+    def heard() -> pl.DataFrame:
+        events = served_log(platform, "activity").sort("recorded_at").unique(["player_id", "occurred_at", "body"], keep="first", maintain_order=True)
+        values = json_fields("body", dict.fromkeys(platform.state.measures, pl.Float64()))
+        events = events.with_columns(_moment("occurred_at"), pl.max_horizontal("recorded_at", "occurred_at").cast(TIME).alias("known_at"), *values)
+        return events.select(column.name for column in view.columns)
+
+    sources.kept("_heard", heard)
     # of what is counted a value says nothing; and exports are often float32
     same = " AND ".join(
         f"(h.{_name(n)} IS NULL) = (a.{_name(n)} IS NULL)" if m.aggregate == "count"
@@ -707,6 +784,63 @@ def _lay_activity(sources: _Sources, view: View) -> None:
     )  # fmt: skip
     on = "h.player_id = a.player_id AND h.occurred_at = a.occurred_at" + (f" AND {same}" if same else "")
     sources.view(view, f"FROM _activity UNION ALL BY NAME FROM _heard AS h ANTI JOIN _activity AS a ON {on}")
+
+
+# ---- what is kept of what was served -----------------------------------------------------------------------------------
+def _kept_frame(platform: Platform, name: str, make: Callable[[], pl.DataFrame]) -> pl.DataFrame | Path:
+    """What `make` makes of the servers' logs, the batches and the accepted tables; the file it is kept in where none of them changed since it was made.
+
+    Whoever forgets a player notes that, then strikes every Parquet file under the lock that is held here from reading to writing, then the logs: nothing is
+    kept as long as these still hold somebody forgotten. Nor where the lock is not to be had, where something changes meanwhile, or where there is no room.
+    """
+    workspace = Workspace(platform.root)
+    directory = workspace.state / "queries"
+    if (now := _as_it_lies(platform)) is None:
+        return make()
+    path = directory / f"{name}-{now}.parquet"
+    if path.exists():
+        return path
+    try:
+        with workspace.lock("queries"):
+            found = make()
+            if _as_it_lies(platform) != now or _holds_forgotten(platform):
+                return found
+            workspace.make(directory)
+            with replacing(path) as partial:
+                found.write_parquet(partial, compression="lz4")
+            for old in directory.glob(f"{name}-*.parquet"):  # a question that is being answered may still read it
+                if old != path and clock.time() - old.stat().st_mtime > 2 * MOST_SECONDS:
+                    old.unlink(missing_ok=True)
+            return path
+    except (WorkspaceError, OSError):
+        return make()
+
+
+def _as_it_lies(platform: Platform) -> str | None:
+    """A name for the servers' logs, the batches, the accepted tables and the platform file as they are; None where a file changed so lately that its time of
+    change may not tell it from what comes next. Every commit writes to a log or to its `-wal`, and no reader does.
+    """
+    workspace = Workspace(platform.root)
+    places = [path for kind in ("db", "db-wal", "parquet") for path in workspace.served.glob(f"[!.]*.{kind}")]
+    found = []
+    for place in sorted([*places, workspace.tables, *workspace.tables.glob("*.parquet")]):
+        try:
+            about = place.stat()
+        except FileNotFoundError:
+            return None
+        if about.st_size or place.suffix != ".db-wal":  # an empty one may come from a reader
+            found.append((place.name, about.st_ino, about.st_size, about.st_mtime_ns))
+    if clock.time_ns() - max(changed for *_, changed in found) < SETTLED_NS:
+        return None
+    return hashlib.sha256(json.dumps([FORM, platform.model_dump_json(), found]).encode()).hexdigest()[:20]
+
+
+def _holds_forgotten(platform: Platform) -> bool:
+    workspace = Workspace(platform.root)
+    if not (gone := forgotten(workspace)):
+        return False
+    served = [served_log(platform, table)["player_id"] for table in ("decisions", "activity")] + [batch["player_id"] for batch in _batches(platform)]
+    return bool(gone.holds(pl.concat([ids.cast(pl.String) for ids in served])).any())
 
 
 # ---- models ------------------------------------------------------------------------------------------------------------
@@ -838,7 +972,7 @@ def _parts(platform: Platform, decisions: list[Any]) -> pl.DataFrame:
                     "decision_id": ids, "model_version": version, "against": against, "low": low, "high": high, "width": why.evidence.width,
                     "caution": why.score["caution"], "guardrail": why.score["guardrail"], "disagreement": why.evidence.disagreement,
                     "distance": why.evidence.distance.mean(1) if why.evidence.distance.shape[1] else None,
-                    "policies": why.evidence.policies, "verdict": why.evidence.verdict,
+                    "policies": why.evidence.policies, "grade": why.evidence.grade, "verdict": why.evidence.verdict,
                 },
                 schema_overrides={name: kind for name, kind in _EXPLAINED.items() if name not in ("objective", "horizon", "value", "decisive")},
             )  # fmt: skip

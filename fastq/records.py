@@ -48,6 +48,7 @@ AT_ONCE = 4  # parts at most that are looked at together
 CONFLICT, EXECUTED, LOG, KNOWN, DIFFERS = "?conflict", "?executed", "?log", "?known", "?differs"  # columns beside a row's own, as in `sources`
 BOUND_TOLERANCE = 1e-6  # of a dimension's range: actions logged in float32 miss their own bounds by less
 PROBABILITY_TOLERANCE = 1e-6
+READINGS = 5  # of the accepted tables at most, while they are replaced again and again; then nobody may replace them
 LARGEST = 1e30  # of any number, either way: states are float32, and sums of events have to stay inside it
 # Of any time: those that programs write for "none" or "for ever" would lay a player's grid over centuries.
 EARLIEST, ZERO, AHEAD = datetime(1900, 1, 2, tzinfo=UTC), datetime(1970, 1, 1, tzinfo=UTC), timedelta(days=366)
@@ -914,15 +915,45 @@ def _recover(workspace: Workspace) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def written(workspace: Workspace) -> tuple[int, int] | None:
+    """Which writing of the accepted tables lies there, None where there is none: the same before and after reading, all that was read belongs together."""
+    try:
+        found = workspace.tables.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def put_back(workspace: Workspace) -> None:
+    """Wait for whoever replaces the tables just now, and put them back where that process was killed; nothing where they lie in their place."""
+    if not workspace.tables.exists() and workspace.state.exists():
+        with workspace.lock("tables", wait_seconds=60):
+            _recover(workspace)
+
+
 def read_tables(platform: Platform) -> Records:
-    """The tables that `write_tables` kept.
+    """The tables that `write_tables` kept, all of one writing; a validation may replace them meanwhile.
 
     Raises `WorkspaceError` if there are none, or if they were written for another `fastq.yaml`.
     """
+    workspace = Workspace(platform.root)
+    for again in range(READINGS):
+        put_back(workspace)
+        before = written(workspace)
+        try:
+            found = _read_tables(platform)
+        except WorkspaceError:
+            if written(workspace) == before and (before or again):  # none at all may have been the moment between two renames
+                raise
+        else:
+            if written(workspace) == before:
+                return found
+    with workspace.lock("tables", wait_seconds=60):  # they are replaced again and again
+        return _read_tables(platform)
+
+
+def _read_tables(platform: Platform) -> Records:
     directory = Workspace(platform.root).tables
-    if not directory.exists() and Workspace(platform.root).state.exists():
-        with Workspace(platform.root).lock("tables", wait_seconds=60):
-            _recover(Workspace(platform.root))
     try:
         summary = json.loads((directory / "summary.json").read_text(encoding="utf-8"))
         frames = {path.stem: pl.read_parquet(path) for path in directory.glob("*.parquet") if path.stem != "activity"}

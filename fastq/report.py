@@ -381,9 +381,16 @@ _TRUTH_PAGE = """\
 <ul>
   <li>Evidence is called thin for {{ share(d.warnings.thin) }}; the mean error is {{ number(d.warnings.error_thin) }} there and
     {{ number(d.warnings.error_else) }} elsewhere.</li>
-  <li>The largest quarter of errors is told by the warning with an area under the curve of {{ number(d.warnings.area) }},
-    by the stated width of the interval with {{ number(d.warnings.area_of_width) }} (0.5 is chance, 1 is always).</li>
+  <li>The largest quarter of errors is told by the grade of the evidence with an area under the curve of {{ number(d.warnings.area) }}, by the yes or no of
+    the verdict with {{ number(d.warnings.area_of_verdict) }}, by the stated width of the interval with {{ number(d.warnings.area_of_width) }} (0.5 is chance,
+    1 is always).</li>
 </ul>
+<div class="wide"><table>
+  <thead><tr><th>Grade of the evidence</th><th class="n">Given to</th><th class="n">Mean error</th></tr></thead>
+  <tbody>{% for row in d.warnings.grades %}
+  <tr><td>{{ row.grade }}</td><td class="n">{{ row.of }}</td><td class="n">{{ number(row.error) }}</td></tr>{% endfor %}
+  </tbody>
+</table></div>
 
 <h2>Attributions</h2>
 <p>How far the model's value moves when measures of a player are as if never known: those that the attribution calls most important, any, the least

@@ -37,10 +37,11 @@ def examine(policy: Policy, world: worlds.Arena, *, people: int = 150, lives: in
     states, lives, days, seed: what was asked. contrasts: per kind of alternative the 90 % interval's coverage (`share`, with the 95 % interval
     of that share; the study's own luck is added to the stated one), its half width, the error's mean and size. pairs: true and stated difference of each
     player, for the picture. reasons: shares of single stated reasons, and of a contrast's decisive ones taken together, that hold, and how many were
-    asked. warnings: area under the curve that finds the largest quarter of errors, by the verdict and by the stated width; mean errors where evidence
-    was called thin and elsewhere. deletion: how far the value moves when k measures are deleted, by attribution, at random, the least first.
+    asked. warnings: area under the curve that finds the largest quarter of errors, by the grade of the evidence, by the verdict alone (a yes or no) and by the
+    stated width; mean errors where evidence was called thin and elsewhere; grades: how many were given each, and their mean error. deletion: how far the
+    value moves when k measures are deleted, by attribution, at random, the least first.
     """
-    start = _lived(world, people, seed)
+    start, grades = _lived(world, people, seed), list(explanation.GRADES)
     states = PlayerStates(**start.states())
     here = ~start.gone & start.served()
     at = policy.situations(policy.encode(states))
@@ -64,7 +65,8 @@ def examine(policy: Policy, world: worlds.Arena, *, people: int = 150, lives: in
         pairs += [{"against": kind, "true": float(t), "stated": float(s), "half": float(h)} for t, s, h in zip(true, stated, half, strict=True)]
         reasons += _reasons(lived, [why.contrast.decisive[i] for i in np.flatnonzero(here)], list(policy.platform.objectives))
         beyond = np.sqrt(np.maximum((stated - true) ** 2 - luck**2, 0))
-        errors.append(np.stack([beyond, [why.evidence.verdict[i] != "well supported" for i in np.flatnonzero(here)], why.evidence.width[here]]))
+        said = [(why.evidence.verdict[i] != "well supported", grades.index(why.evidence.grade[i])) for i in np.flatnonzero(here)]
+        errors.append(np.stack([beyond, *np.array(said, float).T, why.evidence.width[here]]))
     return {
         "states": int(here.sum()), "lives": lives, "days": days, "seed": seed, "contrasts": contrasts, "pairs": pairs,
         "reasons": {name: _share(np.array([ok for one, ok in reasons if one == name])) for name in ("single", "together")},
@@ -119,6 +121,9 @@ def _true_parts(policy: Policy, start: worlds.Simulation, actions: Array, lives:
     lived = start.copy(c * lives)
     lived.people = np.tile(np.arange(people), c * lives) + np.repeat(np.arange(lives), c * people) * people
     lived.seed = start.seed + LIFE
+    # who opens the app today is luck that lies ahead of the decision like all later luck, so each life has its own, which the branches share
+    coin = np.random.default_rng([start.seed, LIFE]).random((lives, 1, people))
+    lived.active = np.broadcast_to(coin < start.opening, (lives, c, people)).ravel() & ~lived.gone
     parts = np.zeros((lives, c, people, len(weights), 2))
     action = np.tile(actions.reshape(c * people, -1), (lives, 1))
     for day in range(days):
@@ -144,7 +149,7 @@ def _reasons(lived: Array, decisive: list[list[tuple[str, str]]], objectives: li
     return found
 
 
-def _warnings(error: Array, thin: Array, width: Array) -> dict[str, float | None]:
+def _warnings(error: Array, thin: Array, grade: Array, width: Array) -> dict[str, Any]:
     large, warned = error >= np.quantile(error, LARGE), thin > 0
 
     def area(score: Array) -> float | None:
@@ -153,7 +158,9 @@ def _warnings(error: Array, thin: Array, width: Array) -> dict[str, float | None
     def mean(of: Array) -> float | None:
         return float(error[of].mean()) if of.any() else None
 
-    return {"area": area(thin), "area_of_width": area(width), "thin": float(warned.mean()), "error_thin": mean(warned), "error_else": mean(~warned)}
+    graded = [{"grade": name, "of": int((grade == i).sum()), "error": mean(grade == i)} for i, name in enumerate(explanation.GRADES)]
+    areas = {"area": area(grade), "area_of_verdict": area(thin), "area_of_width": area(width)}
+    return {**areas, "thin": float(warned.mean()), "error_thin": mean(warned), "error_else": mean(~warned), "grades": graded}
 
 
 def _share(held: Array) -> dict[str, float | None]:

@@ -36,6 +36,7 @@ OBJECTIVES = ("returns", "ltv", "engagement", "dwell", "cost")
 SUMMARY = ("games_week", "games_last", "rating_last", "rating_week", "share_active", "idle", "reached_week", "deposits_week", "bonus_week", "nudges_week")
 MIXTURE = "mixture"  # the logging platform itself: experiment-path selection over the behaviour policies
 SESSIONS = 4  # at most so many sessions per player and day
+OPENING = 0.6  # of a standard normal, below which a new player opens the app on the first day
 LOOKBACK = 7  # days of history that the behaviour policies look at
 DECISION_HOUR = 6  # UTC; everything a player does on that day happens later
 _TARGET, _BONUS, _NUDGES = range(3)
@@ -332,7 +333,8 @@ class Sessions:
 class Simulation:
     """A world that runs: `reset`, then per day `states`, `behaviour` or a policy of one's own, and `step`.
 
-    Days are counted from 0. `active` [n] says who opens the app today (not known to anyone at decision time), `gone` [n] who has left for good.
+    Days are counted from 0. `active` [n] says who opens the app today (not known to anyone at decision time), `opening` [n] with which chance that was
+    drawn, `gone` [n] who has left for good.
     """
 
     def __init__(self, world: Arena, players: int, seed: int) -> None:
@@ -361,7 +363,7 @@ class Simulation:
         self.appetite = w.appetite + w.taste * self.taste
         self.mood, self.habit = 0.6 * draws[:, 9], 0.35 * (np.log(tenure) - 4.5) + 0.4 * draws[:, 10]
         self.fatigue, self.annoyed, self.entitled = np.zeros(players), np.zeros(players), np.zeros(players)
-        self.active = draws[:, 11] < 0.6
+        self.active, self.opening = draws[:, 11] < OPENING, np.full(players, ndtr(OPENING))
         self.gone, self.idle = np.zeros(players, bool), np.zeros(players, int)
         blank = np.full((players, len(MEASURES)), np.nan), np.full((players, len(w.dimensions)), np.nan), np.full((players, len(OBJECTIVES)), np.nan)
         self.history, self.actions, self.objectives = ([array] * w.window for array in blank)
@@ -488,7 +490,8 @@ class Simulation:
         self.gone = self.gone | leaves | (self.idle >= w.churn)
         drawn = 0.6 * self.mood + 0.9 * self.habit + pull + 0.4 * active
         pushed = 0.6 * self.fatigue + 0.4 * self.annoyed + 0.15 * np.minimum(self.idle, 5)
-        self.active = (chance[:, 3] < _logistic(w.presence + drawn - pushed)) & ~self.gone
+        self.opening = _logistic(w.presence + drawn - pushed) * ~self.gone
+        self.active = chance[:, 3] < self.opening
 
         objectives = np.stack([self.active * 1.0, active * deposit / 100, active * engagement, active * dwell, cost], 1)
         objectives[~served] = 0.0

@@ -205,6 +205,9 @@ def subject_page(service: Service, question: Question) -> dict[str, Any]:
         "moved_days": charts.columns(attributions["periods"], "how much each period of the history moved the value, oldest first") if attributions else "",
         "gap": attributions["completeness_gap"] if attributions else 0.0,
         "thin": _thin(verdict),
+        "grade": _graded(
+            answer["evidence"]["grade"], answer["evidence"]["width"], f"to {_against_words(against)}" if contrast else f"to what {usual} would do"
+        ),
         "chances": sorted(zip(subject.policy.policies, at.assignment[0].tolist(), strict=True), key=lambda pair: -pair[1]),
         "outcomes": service.log.known([subject.decision.decision_id])[subject.decision.decision_id] if subject.decision else None,
         "decided_at": moment,
@@ -217,6 +220,13 @@ def subject_page(service: Service, question: Question) -> dict[str, Any]:
 def _thin(verdict: str) -> list[str]:
     """What makes evidence thin, as sentences; none where it is not."""
     return [_typeset(why[0].upper() + why[1:]) for why in verdict.removeprefix("thin: ").split("; ")] if verdict.startswith("thin") else []
+
+
+def _graded(name: str, width: float | None, between: str) -> dict[str, Any]:
+    """The grade of the evidence in words and as a picture; `width` in times the usual, of the difference `between` the action and another."""
+    names = list(explanation.GRADES)
+    step = len(names) - names.index(name)
+    return {"name": name, "names": names, "step": step, "width": width, "between": between, "meter": charts.meter(step, len(names))}
 
 
 def _typeset(text: str) -> str:
@@ -417,6 +427,7 @@ def what_if_page(service: Service, given: Mapping[str, str]) -> dict[str, Any]:
         "waterfall": charts.waterfall(parts, found.decisive, found.difference, found.low, found.high) if found.parts.any() else None,
         "items": policy.catalogue.ids[:500] if policy.catalogue is not None else [],
         "thin": _thin(found.verdict),
+        "grade": _graded(found.grade, found.width if math.isfinite(found.width) else None, "to what the likeliest policy would do"),
     }  # fmt: skip
 
 

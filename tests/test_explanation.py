@@ -285,9 +285,18 @@ def test_the_verdict_follows_the_numbers(arena):
         best = policy.best(policy.encode(states))
         other = best + k * (policy.platform.bounds[:, 1] - best)
         why = explain(policy, states, against=other, attributions=False)
-        for width, verdict in zip(why.evidence.width, why.evidence.verdict, strict=True):
-            assert ("is known only to" in verdict) == (width > explanation.WIDE)
-    assert (why.evidence.width > explanation.WIDE).all()  # more than half way to the bounds
+        unknown = (why.contrast.high - why.contrast.difference) / (explanation.CERTAINTY * policy.stake(policy.platform.weights))
+        for much, verdict, grade in zip(unknown, why.evidence.verdict, why.evidence.grade, strict=True):
+            assert ("is known only to" in verdict) == (much > 1)
+            assert (grade in {"thin", "very thin"}) == verdict.startswith("thin: ")  # the grade and the verdict never contradict each other
+            assert (grade == "very thin") == (much > explanation.GRADES["thin"])
+        assert as_dict(why)["evidence"]["grade"] == why.evidence.grade[0]
+        assert np.isfinite(unknown).all()
+    assert (unknown > 1).all()  # most of the way to the bounds
+    assert list(explanation.GRADES.values()) == sorted(explanation.GRADES.values())
+    assert explanation.grades(np.array([0.2, 0.2, 1.0, 9.0, np.nan, np.nan]), [False, True, False, True, False, True]) == [
+        "ample", "thin", "fair", "very thin", "fair", "thin"
+    ]  # fmt: skip
     assert "smaller than its doubt" not in str(why.evidence.verdict)  # a small difference is no sign of a large error
 
 
@@ -310,6 +319,7 @@ def test_an_interval_widens_with_the_distance_of_the_actions(arena):
         variance = unexplained * (1 - np.exp(-apart * own["horizon"])) / own["horizon"]
         np.testing.assert_allclose(half**2 - narrow**2, explanation.CERTAINTY**2 * variance, rtol=1e-6)
         assert (variance < unexplained * np.minimum(apart, 1 / own["horizon"])).all()
+        assert policy.stake(policy.platform.weights) == pytest.approx(np.sqrt(unexplained / own["horizon"]))
         one, same = (explain(p, states, against=other, attributions=False).contrast for p in (older, alike))
         np.testing.assert_array_equal(one.high, same.high)
         np.testing.assert_array_equal(now.contrast.difference, then.contrast.difference)

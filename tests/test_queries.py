@@ -6,8 +6,10 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,6 +24,7 @@ import fastq as library
 from fastq import queries, records, registry
 from fastq.errors import RequestError, WorkspaceError
 from fastq.explanation import HORIZONS
+from fastq.forgetting import remember
 from fastq.platform import load_platform, platform_from_tree
 from fastq.workspace import Workspace
 from serving import online
@@ -154,6 +157,110 @@ def test_what_was_served_is_told_from_the_logs_by_the_validation_and_looked_for_
     whole.write_parquet(tables / "decisions.parquet")
     assert_frame_equal(records.read_tables(platform).decisions, whole)
     assert found() == []
+
+
+def _settled(platform):
+    """Every file as if it had been changed a while ago, so that its time of change tells it from what it becomes."""
+    for path in Workspace(platform.root).state.rglob("*"):
+        if path.is_file() or path.name == "tables":
+            then = min(path.stat().st_mtime, time.time()) - 1
+            os.utime(path, (then, then))
+
+
+def test_what_was_served_is_read_anew_only_where_something_changed(served, tmp_path, monkeypatch):
+    platform = load_platform(shutil.copytree(served[0].root, tmp_path / "copy"))
+    workspace, read = Workspace(platform.root), []
+    shutil.rmtree(workspace.state / "queries", ignore_errors=True)
+    monkeypatch.setattr(queries, "read_served", lambda asked: read.append(1) or records.read_served(asked))
+    first, reported = served[1][3]["decision_id"], next(iter(platform.objectives))
+
+    def asked(by_path=True):
+        names = ("decisions", "outcomes", "recommendations", "activity")
+        connection = queries._opened(platform, frozenset(names), 512 if by_path else None)
+        found = [pl.from_arrow(connection.execute(f"FROM {view} ORDER BY ALL").to_arrow_table()) for view in names]
+        connection.close()
+        return found
+
+    def kept():
+        return sorted(path.name.split("-")[0] for path in (workspace.state / "queries").glob("*-*.parquet"))
+
+    newest = time.time() + 600
+    os.utime(workspace.tables / "decisions.parquet", (newest, newest))
+    fresh = asked()  # too new to be told from what may come
+    assert (len(read), kept()) == (1, [])
+    _settled(platform)
+    made = asked()
+    assert (len(read), kept()) == (2, ["heard", "recommendations", "reported", "served"])
+    for again in (asked(), asked(by_path=False)):
+        assert len(read) == 2
+        for one, other, third in zip(fresh, made, again, strict=True):
+            assert_frame_equal(one, other)
+            assert_frame_equal(one, third)
+    log = open_log(platform)  # a server comes and is told something
+    log.report([Reported(first, {reported: 41.0})]).result()
+    assert asked()[0].filter(pl.col("decision_id") == first)[reported].to_list() == [41.0]
+    _settled(platform)
+    asked()
+    so_far = len(read)
+    log.report([Reported(first, {reported: 42.0})], correct=True).result()  # into a log that is there, and stays open
+    assert asked()[0].filter(pl.col("decision_id") == first)[reported].to_list() == [42.0]
+    log.close()
+    _settled(platform)
+    asked()
+    assert len(read) > so_far
+    so_far = len(read)
+    records.write_tables(records.read_tables(platform), workspace)  # a validation
+    _settled(platform)
+    asked()
+    assert len(read) == so_far + 1
+
+
+def test_of_somebody_forgotten_nothing_is_kept_for_later_questions(served, tmp_path):
+    """The player is noted first and struck from the logs last; a question in between must leave no copy behind."""
+    platform = load_platform(shutil.copytree(served[0].root, tmp_path / "copy"))
+    for player, kept in (("somebody-else", 2), (served[1][0]["player_id"], 0)):
+        shutil.rmtree(Workspace(platform.root).state / "queries", ignore_errors=True)
+        remember(Workspace(platform.root), player)
+        _settled(platform)
+        queries._opened(platform, frozenset({"decisions", "outcomes"}), 512).close()
+        assert len(list((Workspace(platform.root).state / "queries").glob("*-*.parquet"))) == kept
+
+
+def test_a_question_over_tables_that_are_replaced_meanwhile_is_asked_again(served, tmp_path, monkeypatch):
+    platform = load_platform(shutil.copytree(served[0].root, tmp_path / "copy"))
+    workspace = Workspace(platform.root)
+    kept = records.read_tables(platform)
+    fewer = dataclasses.replace(kept, decisions=kept.decisions.head(5), players=kept.players.head(2))
+    opened, times = queries._opened, []
+
+    def meanwhile(*arguments):
+        connection = opened(*arguments)
+        if not times:
+            times.append(1)
+            records.write_tables(fewer, workspace)
+        return connection
+
+    monkeypatch.setattr(queries, "_opened", meanwhile)
+    connection = library.connect(platform.root)
+    assert connection.execute("SELECT count(*) FROM decisions WHERE origin = 'logs'").fetchone() == (5,)
+    assert connection.execute("SELECT count(*) FROM players").fetchone() == (2,)
+    connection.close()
+    answers = iter([b'{"truncated": false, "replaced": true}\n', b'{"error": "RequestError", "says": "half of each", "replaced": true}\n'])
+    run = subprocess.run
+    asked = []
+
+    def answered(*arguments, **options):
+        asked.append(1)
+        if (head := next(answers, None)) is not None:
+            return subprocess.CompletedProcess(arguments, 0, head, b"")
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(queries.subprocess, "run", answered)
+    assert queries.ask(platform, "SELECT count(*) FROM players").document()["rows"] == [[2]]
+    assert len(asked) == queries.ASKED
+    answers = iter([b'{"truncated": false, "replaced": true}\n'] * queries.ASKED)
+    with pytest.raises(WorkspaceError, match="ask again in a moment"):
+        queries.ask(platform, "SELECT count(*) FROM players")
 
 
 @contextlib.contextmanager
@@ -353,6 +460,12 @@ HOSTILE = [
     "SELECT getenv('HOME')",
     "SELECT * FROM duckdb_secrets()",
     "SELECT * FROM platform",  # a variable of the program around it
+    "SELECT * FROM enable_logging(storage = 'file', storage_path = '{outside}/log.csv')",
+    'SELECT * FROM decisions, (SELECT * FROM system.main."Enable_Logging"())',
+    "SELECT write_log('nothing')",
+    "FROM force_checkpoint()",
+    "FROM query('FROM enable_logging()')",
+    "SELECT * FROM json_execute_serialized_sql(json_serialize_sql('FROM enable_logging()'))",
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import json
 import math
 import sqlite3
@@ -18,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from fastq import features
+from fastq import features, records
 from fastq.errors import LogsError, WorkspaceError
 from fastq.forgetting import strike_table
 from fastq.platform import Logs, Platform, platform_from_tree
@@ -887,6 +889,34 @@ def test_tables_are_read_back_as_they_were_written_and_replaced_whole(tmp_path: 
         assert_frame_equal(again.activity.collect(), records.activity.collect())
         assert (again.counts, again.metrics, again.warnings) == (records.counts, records.metrics, records.warnings)
     assert {p.name for p in Workspace(tmp_path).state.iterdir()} <= {"tables", "tables.lock", "staged", "staged.lock", "format.json"}
+
+
+def test_tables_that_are_replaced_while_they_are_read_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is read is of one writing: one validation's counts beside another's rows would be nobody's."""
+    write_all(tmp_path, good())
+    platform, workspace = make(tmp_path), Workspace(tmp_path)
+    before = read_records(platform)
+    after = dataclasses.replace(before, decisions=before.decisions.head(1), metrics={**before.metrics, "turn": 2.0})
+    replaced: list[int] = []
+    read = records.read_events
+
+    def meanwhile(asked: Platform) -> Any:
+        if len(replaced) < times:  # between the summary and the rows' end
+            replaced.append(1)
+            with monkeypatch.context() as within:  # the last reading is under the lock, where nobody else replaces them
+                within.setattr(Workspace, "lock", lambda *_, **__: contextlib.nullcontext())
+                write_tables(after if len(replaced) % 2 else before, workspace)
+        return read(asked)
+
+    write_tables(before, workspace)
+    monkeypatch.setattr(records, "read_events", meanwhile)
+    for times, wanted in ((1, after), (2, before), (records.READINGS, after)):
+        replaced.clear()
+        found = read_tables(platform)
+        assert len(replaced) == times
+        assert_frame_equal(found.decisions, wanted.decisions)
+        assert found.metrics == wanted.metrics
+        write_tables(before, workspace)
 
 
 def test_what_was_served_lies_by_itself_and_is_read_back_among_the_others(tmp_path: Path) -> None:

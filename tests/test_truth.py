@@ -34,6 +34,18 @@ def test_the_true_difference_is_the_simulators(policy, found):
     assert (parts[:, 2, here, cost, 0] <= parts[:, 0, here, cost, 0]).all()
 
 
+def test_who_opens_the_app_today_is_luck_of_each_life(policy):
+    """It is drawn before the decision and known to nobody then: lives that shared it would tell a difference that no log can hold."""
+    start = truth._lived(worlds.world("arena"), 40, 4711)
+    low, high = policy.platform.bounds.T
+    lives = truth._true_parts(policy, start, np.stack([np.tile((low + high) / 2, (40, 1))] * 2), 60, 1)
+    here = ~start.gone & start.served()
+    played = lives[:, 0, here, list(policy.platform.objectives).index("dwell"), 0] > 0
+    np.testing.assert_allclose(played.mean(0), start.opening[here], atol=0.25)  # four standard errors of 60 tosses
+    assert ((played.mean(0) > 0.05) & (played.mean(0) < 0.95)).sum() > here.sum() / 2
+    assert (lives[:, 0] == lives[:, 1]).all()  # and of both branches
+
+
 def test_explanations_that_lie_are_found_out(policy, found, monkeypatch):
     """Differences at the edge of what is believed, ten times too sure: fewer intervals hold, fewer reasons do."""
     honest = explanation.explain
@@ -55,6 +67,15 @@ def test_deleting_what_matters_moves_more_than_deleting_at_random(found):
     one = found["deletion"][0]
     assert one["by_attribution"] > 1.2 * one["at_random"]
     assert one["at_random"] > one["least_first"]
+
+
+def test_errors_grow_with_the_grade(found):
+    graded = found["warnings"]["grades"]
+    assert [row["grade"] for row in graded] == list(explanation.GRADES)
+    assert sum(row["of"] for row in graded) == 2 * found["states"]
+    known = [row["error"] for row in graded if row["of"] >= 5]
+    assert known[-1] > 2 * known[0]
+    assert found["warnings"]["area"] > 0.6
 
 
 def test_the_page_says_it_all_and_loads_nothing(found):

@@ -118,8 +118,13 @@ def test_sql_against_bare_duckdb(platform, served: str) -> None:
         records.write_tables(kept, workspace)
     del kept
     started = time.perf_counter()
-    connection = queries._opened(platform, frozenset({"decisions"}), 4_096)
+    queries._opened(platform, frozenset({"decisions"}), 4_096).close()
     opened = time.perf_counter() - started
+    time.sleep(2 * queries.SETTLED_NS / 1e9)
+    queries._opened(platform, frozenset({"decisions"}), 4_096).close()  # what was too new before is kept now
+    started = time.perf_counter()
+    connection = queries._opened(platform, frozenset({"decisions"}), 4_096)
+    again = time.perf_counter() - started
     bare = duckdb.connect(config={"threads": max(1, min(4, os.cpu_count() or 2))})
     bare.execute("SET TimeZone = 'UTC'")
     same = f"read_parquet(['{workspace.tables / 'decisions.parquet'}', '{workspace.tables / 'served.parquet'}'])"
@@ -135,5 +140,5 @@ def test_sql_against_bare_duckdb(platform, served: str) -> None:
             own.append(between - started)
             ratios.append((between - started) / (ended - between))
         print(f"\nSQL, {total:,} rows, served: {served}; {name}: {statistics.median(own):.2f} s, {statistics.median(ratios):.2f} times bare DuckDB (bar 1.2)")
-    print(f"the connection, with its views: {opened:.2f} s")
+    print(f"the connection, with its views: {opened:.2f} s, and {again:.2f} s where nothing changed since the last")
     connection.close()

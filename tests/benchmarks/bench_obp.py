@@ -37,6 +37,12 @@ from sklearn.preprocessing import LabelEncoder, OneHotEncoder
 from fastq import ope
 
 VERSION, DEPENDENCIES = "obp==0.4.1", ("seaborn==0.13.2",)
+SCOPE_RL = "scope-rl==0.2.1"
+SCOPE_RL_DEPENDENCIES = (  # in versions that run beside ours
+    *("d3rlpy==2.8.1", "gymnasium==1.0.0", "gym==0.26.2", "gym-notices==0.1.0", "farama-notifications==0.0.6", "seaborn==0.13.2", "pytorch-revgrad==0.2.0"),
+    *("structlog==26.1.0", "dataclasses-json==0.6.7", "marshmallow==4.4.0", "typing-inspect==0.9.0", "mypy-extensions==1.2.0", "h5py==3.16.0"),
+    *("hydra-core==1.3.8", "omegaconf==2.4.0", "antlr4-python3-runtime==4.13.2", "colorama==0.4.6"),
+)
 RUNS = int(os.environ.get("FASTQ_BENCH_RUNS", "20"))
 ROUNDS, ACTIONS, CONTEXT = 10_000, 30, 5
 LARGEST_RATIO = 1.05
@@ -59,15 +65,20 @@ class Log:
     target: np.ndarray
 
 
+def on_path(site: Path, package: str, *wanted: str) -> None:
+    """Install what is wanted into a folder, unless `package` is there, and put it at the end of the path."""
+    if not (site / package).exists():
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(site)]
+        subprocess.run([sys.executable, "-m", "pip", "install", *options, *wanted], check=True)
+    sys.path.append(str(site))
+    warnings.simplefilter("ignore")
+
+
 @pytest.fixture(scope="module")
 def obp():
     """OBP's parts, installed where nothing else is."""
     site = Path(os.environ.get("FASTQ_BENCH_OBP") or Path(tempfile.gettempdir()) / f"fastq-{VERSION.replace('==', '-')}")
-    if not (site / "obp").exists():
-        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--target", str(site)]
-        subprocess.run([sys.executable, "-m", "pip", "install", *options, VERSION, *DEPENDENCIES], check=True)
-    sys.path.append(str(site))
-    warnings.simplefilter("ignore")
+    on_path(site, "obp", VERSION, *DEPENDENCIES)
     try:
         import obp.dataset as data
         import obp.ope as estimators
@@ -229,3 +240,32 @@ def test_the_constants_of_the_oracle(obp):
     found = panel.estimate_policy_values(action_dist=log["pi"][:, :, None], estimated_rewards_by_reg_model=log["q"][:, :, None])
     print({name: float(value) for name, value in found.items()})
     assert {name: float(value) for name, value in found.items()} == pytest.approx(oracle["OBP"], rel=1e-9, abs=0)
+
+
+def test_the_constants_of_scope_rl():
+    """What tests/test_ope_oracle.py holds of sequences is what SCOPE-RL says: the mean over the steps that a trajectory may begin at."""
+    on_path(Path(tempfile.gettempdir()) / f"fastq-{SCOPE_RL.replace('==', '-')}", "scope_rl", SCOPE_RL, *SCOPE_RL_DEPENDENCIES)
+    import scope_rl.ope.discrete as scope
+
+    oracle = runpy.run_path(str(Path(__file__).parents[1] / "test_ope_oracle.py"))
+    log, steps = oracle["logged_trajectories"](), oracle["STEPS"]
+
+    def value(estimator, start: int, length: int, **more: np.ndarray) -> float:
+        kept = np.tile(np.arange(steps) >= start, len(log["action"]) // steps)
+        arrays = {"action": log["action"], "reward": log["reward"], "pscore": log["pscore"], "evaluation_policy_action_dist": log["pi"], **more}
+        kept_arrays = {name: array[kept] for name, array in arrays.items()}
+        return float(estimator.estimate_policy_value(step_per_trajectory=length, gamma=oracle["GAMMA"], **kept_arrays))
+
+    def from_each_step(estimator, **more: np.ndarray) -> float:
+        return float(np.mean([value(estimator, start, steps - start, **more) for start in range(steps)]))
+
+    model = {"state_action_value_prediction": log["q"]}
+    found = {
+        "dm": from_each_step(scope.DirectMethod(), **model),
+        "pdis": from_each_step(scope.PerDecisionImportanceSampling()),
+        "dr": from_each_step(scope.DoublyRobust(), **model),
+        "snpdis, one step": value(scope.SelfNormalizedPDIS(), 0, 1),
+        "sndr, one step": value(scope.SelfNormalizedDR(), 0, 1, **model),
+    }
+    print(found)
+    assert found == pytest.approx(oracle["SCOPE"], rel=1e-9, abs=0)
