@@ -70,7 +70,8 @@ TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
 OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to one dimension are taken for; chosen on simulated players
 UNKNOWN = 30.0  # times its prior mean by which a variance may be off before the logs are taken to say nothing of it
-REACHES, WEIGHED = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2), 20_000  # how far evidence may reach, in standard deviations, and by how many decisions that is found out
+REACHES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)  # how far evidence may reach, in standard deviations
+WEIGHED = 20_000  # decisions by which that is found out
 HEAVIEST = 0.22  # share of all weight that the heaviest hundredth may carry; the gate, which asks other players, trusts no estimate above 0.3
 LEAST_ROWS = 100  # decisions below which neither own responses nor the reach are asked of the logs
 
