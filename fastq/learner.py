@@ -1,7 +1,8 @@
 """Stage 2: the orthogonal critic, the level of the values, the actor. The whole algorithm, top to bottom.
 
 1. represent    every decision once, with the frozen stage 1
-2. critic       per objective, the effect of what was left to chance, which policy acted and its own noise, regressed on the residual outcome;
+2. critic       per objective, the effect of what was left to chance, which policy acted and its own noise, on what a decision brought: its outcome and a
+                better or worse state than before, valued by how players' own ups and downs go on;
                 shrunk to what players it has not seen confirm; its doubt kept jointly over objectives, clustered by player
 3. bound        candidates are ranked by value - caution * doubt - guardrail; the guardrails' prices are found by bisection
 4. level        the value of the policy itself, by temporal differences on twin heads
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
 from scipy.special import erfcx
 from torch import Tensor
 
@@ -42,6 +44,7 @@ from fastq.representation import (
     Stage,
     Units,
     fit,
+    histories,
     outcome_targets,
     represent,
     train_representation,
@@ -50,6 +53,7 @@ from fastq.windows import Windows, held_out_players
 
 FOLDS = 4  # of players, for nuisances and for what unseen players confirm
 NUISANCE_RIDGE = 30.0  # rows' worth of prior on standardised features
+VALUE_RIDGE = 3.0  # the same for what is still to come; more of it makes short-sighted (infra/log.md)
 RIDGES = np.geomspace(3.0, 30_000.0, 13)  # prior precisions tried for the effects, per standard deviation of the outcome
 INTERACTIONS = (0.0, 0.1, 0.3, 1.0)  # prior scales tried for effects that depend on the state, relative to those that do not
 CURVATURES = (0.1, 0.3, 1.0)  # and for products, squares and cubes of actions, relative to the action itself
@@ -66,7 +70,8 @@ TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
 OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to one dimension are taken for; chosen on simulated players
 UNKNOWN = 30.0  # times its prior mean by which a variance may be off before the logs are taken to say nothing of it
-REACHES, WEIGHED = (1.0, 0.85, 0.7, 0.55), 20_000  # how far evidence may reach, in standard deviations, and by how many decisions that is found out
+REACHES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)  # how far evidence may reach, in standard deviations
+WEIGHED = 20_000  # decisions by which that is found out
 HEAVIEST = 0.22  # share of all weight that the heaviest hundredth may carry; the gate, which asks other players, trusts no estimate above 0.3
 LEAST_ROWS = 100  # decisions below which neither own responses nor the reach are asked of the logs
 
@@ -133,18 +138,55 @@ def chance_to_act(windows: Windows, seen: Represented, rows: np.ndarray) -> tupl
     return np.where(told[:, None], logged, found), told
 
 
-def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray, rows: np.ndarray, seed: int) -> Critic:
-    """Step 2 on the decisions `rows`: what actions did to each objective, now and over the horizon, where it was left to chance which was taken.
+def still_to_come(windows: Windows, history: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    """[n, M] how much more of each objective follows from the states of the decisions `rows` than from their players' usual ones, if it goes on as logged.
+
+    Linear in the history [n, H], by least-squares temporal differences (Bradtke & Barto, Machine Learning 22, 1996) from players of other folds. Instruments
+    are the history less the player's mean, so that what a player brings in every state drops out, as in a panel's within estimator: without that, an action
+    that leads to a state in which good players often are would be credited with the players (infra/decisions/0022). 0 where nothing later counts.
+    """
+    player, discount, reward = windows.player[rows], windows.discount[rows], windows.reward[rows]
+    known = np.isfinite(reward) & ~windows.open_ended[rows]
+    place = np.full(len(windows), -1)
+    place[rows] = np.arange(len(rows))
+    after = place[windows.following[rows]]
+    value, alike = np.zeros_like(reward), defaultdict[bytes, list[int]](list)
+    for j, d in enumerate(windows.platform.discounts):
+        if d > 0 and known[:, j].any():
+            alike[known[:, j].tobytes() + discount[:, j].tobytes()].append(j)
+    for columns in alike.values():
+        here, d = np.flatnonzero(known[:, columns[0]]), discount[:, columns[0], None]
+        of_player = csr_array((np.ones(len(here)), (player[here], np.arange(len(here)))))
+        usual = (of_player @ history[here]) / np.maximum(of_player.sum(1), 1)[:, None]
+        gram, moment = np.zeros((FOLDS, *2 * history.shape[1:])), np.zeros((FOLDS, history.shape[1], len(columns)))
+        for piece in np.array_split(here, -(-len(here) // LOOKED_AT)):
+            for k in range(FOLDS):
+                own = piece[fold[piece] == k]
+                instrument = history[own] - usual[player[own]]
+                gram[k] += instrument.T @ (history[own] - d[own] * history[after[own]])
+                moment[k] += instrument.T @ reward[np.ix_(own, columns)]
+        for k in range(FOLDS):  # a fold's others are all less its own
+            others = gram.sum(0) - gram[k] + VALUE_RIDGE * np.eye(history.shape[1])
+            value[np.ix_(fold == k, columns)] = history[fold == k] @ np.linalg.solve(others, moment.sum(0) - moment[k])
+    return value
+
+
+def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray, history: np.ndarray, rows: np.ndarray, seed: int) -> Critic:
+    """Step 2 on the decisions `rows`: what actions did to each objective, at once and for good, where it was left to chance which was taken.
+
+    What a decision brought is its temporal difference: what it gained, and by how much it led to a better state (`still_to_come`, history [n, H]).
 
     Where the log tells how likely each policy was to act, both who acted and that policy's own noise were chance, and most can be learned from how policies
     differ. Elsewhere something that no log holds may have decided who acts, and only each policy's own noise is believed (infra/decisions/0020).
     """
-    immediate, summed = outcome_targets(windows, windows.platform.training.horizon)
-    targets = np.stack([summed, immediate], -1)[rows].reshape(len(rows), -1)  # [n, M * 2]
-    scale = np.nan_to_num(np.nanstd(targets, 0), nan=1.0)
-    scale = np.where(scale > 1e-9, scale, 1.0)
     policy, player = windows.policy[rows], windows.player[rows]
     fold = player_folds(player, seed)
+    promised = np.zeros_like(windows.reward)
+    promised[rows] = still_to_come(windows, history, rows, fold)
+    brought = equations.horizon_return(windows.reward, windows.discount, windows.following, windows.open_ended, promised, 1) - promised
+    targets = np.stack([brought, windows.reward], -1)[rows].reshape(len(rows), -1)  # [n, M * 2]
+    scale = np.nan_to_num(np.nanstd(targets, 0), nan=1.0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
     b, psi = (part.numpy()[rows].astype(float) for part in (seen.b, seen.psi))
     every = seen.expected.numpy()[rows]  # the largest array here, so it stays as it is
     usable = np.isfinite(features[rows]).all(1)
@@ -185,7 +227,8 @@ def orthogonal_critic(windows: Windows, seen: Represented, features: np.ndarray,
     horizon = LATER * windows.platform.training.horizon
     later = outcome_targets(windows, horizon)[1][rows]
     if (usable & np.isfinite(later).all(1)).sum() < LEAST_ROWS:  # the log is shorter than that
-        horizon, later = windows.platform.training.horizon, summed[rows]
+        horizon = windows.platform.training.horizon
+        later = outcome_targets(windows, horizon)[1][rows]
     unexplained = left_over(later) - design @ in_units[:, 0].reshape(m, -1).T
     known = usable & np.isfinite(unexplained).all(1)
     logged = np.var(phi[usable, :d], 0)
@@ -568,7 +611,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     seen = represent(network, states)
 
     features = equations.action_features(torch.from_numpy(units.standard(windows.action)), windows.catalogue is None).numpy()
-    critic = orthogonal_critic(windows, seen, features, learned, training.seed)
+    critic = orthogonal_critic(windows, seen, features, histories(network, states, learned), learned, training.seed)
 
     scale = np.nan_to_num(np.nanstd(windows.reward[learned], 0), nan=1.0)
     scale = np.where(scale > 1e-9, scale, 1.0)

@@ -58,20 +58,22 @@ class DecayEncoder(nn.Module):
         self.attributes = nn.Linear(max(sizes.attributes, 1), sizes.embedding // 3)
         self.norm = nn.LayerNorm(sizes.embedding + sizes.embedding // 3)
 
+    def history(self, x: Tensor) -> Tensor:
+        """x [B, W, 2F] standardised values then presence marks -> [B, scales, 2F] their means at each time constant, then how much of them is present."""
+        weight = torch.exp(-self.log_rate.exp()[:, None] * self.age)  # [scales, W]
+        pooled = torch.einsum("sw,bwf->bsf", weight, x)
+        total, mass = pooled[..., : self.row], pooled[..., self.row :]
+        return torch.cat([total / mass.clamp(min=1e-3), mass / weight.sum(-1)[:, None]], -1)
+
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
-        """x [B, W, 2F] standardised values then presence marks, v [B, G] -> [B, embedding * 4/3]."""
+        """x as `history` takes it, v [B, G] -> [B, embedding * 4/3]."""
         if self.training and self.dropout:  # variational: one mask per sequence, the same at all its periods (arXiv 1512.05287)
             rank, of = self.part
             keep = torch.rand(x.shape[0] * of, 1, self.row, device=x.device)[rank::of] >= self.dropout
             x = x * torch.cat([keep, keep], -1)
-        weight = torch.exp(-self.log_rate.exp()[:, None] * self.age)  # [scales, W]
-        pooled = torch.einsum("sw,bwf->bsf", weight, x)
-        total, mass = pooled[..., : self.row], pooled[..., self.row :]
-        mean = total / mass.clamp(min=1e-3)
-        present = mass / weight.sum(-1)[:, None]
         if v.shape[-1] == 0:
             v = x.new_zeros(x.shape[0], 1)
-        return self.norm(torch.cat([functional.silu(self.dense(torch.cat([mean, present], -1).flatten(1))), functional.silu(self.attributes(v))], -1))
+        return self.norm(torch.cat([functional.silu(self.dense(self.history(x).flatten(1))), functional.silu(self.attributes(v))], -1))
 
 
 class Experts(nn.Module):

@@ -30,6 +30,7 @@ from fastq.networks import PublishedRepresentation, Representation, Represented,
 from fastq.windows import Windows
 from fastq.workspace import replacing
 
+CONSTANT = 1e-3  # standard deviations of a history below which it does not vary
 HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
 WARM_EPOCHS, WARM_PATIENCE = 2, 2  # at most, and without improvement, where training goes on from a policy: a third is worth no more (infra/log.md)
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
@@ -433,3 +434,16 @@ def represent(network: Representation | PublishedRepresentation, states: StateTe
     rows = torch.arange(len(states.windows)) if index is None else torch.from_numpy(index)
     parts = [network(*states.gather(piece.to(states.mean.device))) for piece in rows.split(chunk)]
     return Represented(*(torch.cat([getattr(part, name) for part in parts]).cpu() for name in ("b", "psi", "expected", "assignment")))
+
+
+@torch.no_grad()
+def histories(network: Representation, states: StateTensors, rows: np.ndarray, chunk: int = 4096) -> np.ndarray:
+    """[n, H] float32: what lies behind these decisions, at all time constants of the encoder, and who acted last; standardised, what never varies left out."""
+    parts = []
+    for piece in torch.from_numpy(rows).split(chunk):
+        x, _, last = states.gather(piece.to(states.mean.device))
+        parts.append(torch.cat([network.encoder.history(x).flatten(1), last], -1).cpu())
+    found = torch.cat(parts)
+    scale, mean = torch.std_mean(found, 0, correction=0)
+    varies = scale > CONSTANT
+    return found[:, varies].sub_(mean[varies]).div_(scale[varies]).clamp_(-CLIP, CLIP).numpy()

@@ -282,7 +282,7 @@ def found_between_policies(noise, logged, sticks="decision", seed=0):
     phi = equations.action_features(torch.from_numpy(units.standard(data.action)), True)
     expected = torch.stack([phi[which == k].mean(0) if (which == k).any() else phi.mean(0) for k in range(told.shape[1])]).expand(n, told.shape[1], -1)
     seen = Represented(torch.from_numpy(rng.standard_normal((n, 3))), torch.ones(n, 1), expected, torch.zeros(n, told.shape[1]))
-    effects = learner.orthogonal_critic(data, seen, phi.numpy(), np.arange(n), seed).effects
+    effects = learner.orthogonal_critic(data, seen, phi.numpy(), np.zeros((n, 0)), np.arange(n), seed).effects
     low, high = (equations.action_features(torch.from_numpy(units.standard(np.array([[x]]))), True).numpy()[0] for x in (4.0, 11.0))
     return effects[0, 0, 0] @ (high - low)
 
@@ -325,6 +325,68 @@ class TestWhatWasLeftToChance:
         chance, whether = learner.chance_to_act(data, seen, np.arange(1))
         np.testing.assert_allclose(chance, [told], rtol=1e-6)
         assert whether.tolist() == [compared]
+
+
+@pytest.fixture(scope="module")
+def types():
+    """Players of two kinds, of whom one brings 5 more every day, whatever is done; `state` lasts, 0.8 of it a day, and is worth its size. Kinds
+    differ in it too. What follows a state is therefore worth `1 / (1 - 0.9 * 0.8)` of it. The action adds to tomorrow's state and brings nothing today.
+    """
+    players, days = 300, 60  # of so many decisions the within estimator's bias is a sixtieth
+    platform, data = bandit(players, days)
+    rng = np.random.default_rng(3)
+    kind = np.repeat(rng.integers(0, 2, players), days)
+    state, action = np.zeros(len(data)), np.clip(np.array([4.0, 11.0])[data.policy] + rng.normal(0, 2, len(data)), 0, 15)
+    for i in range(len(data)):
+        before = state[i - 1] + 0.05 * (action[i - 1] - 7.5) if i % days else 0.0
+        state[i] = 0.8 * before + rng.normal(0, 0.3)
+    state += 1.0 * kind
+    gain = state + 5 * kind + rng.normal(0, 0.3, len(data))
+    objectives = {name: o.model_copy(update={"discount": 0.9}) if name == "gain" else o for name, o in platform.objectives.items()}
+    platform = platform.model_copy(update={"objectives": objectives})
+    reward = np.stack([gain, data.reward[:, 1]], 1)
+    return dataclasses.replace(data, platform=platform, action=action[:, None], reward=reward, chance=np.full((len(data), 2), 0.5), proposals=None), state
+
+
+class TestStillToCome:
+    """What a state is worth is how a player's own ups and downs go on, not how players differ."""
+
+    def test_what_a_player_always_brings_is_not_credited_to_the_state(self, types):
+        data, state = types
+        rows = np.arange(len(data))
+        fold = learner.player_folds(data.player, 0)
+        value = learner.still_to_come(data, state[:, None], rows, fold)
+        slope = np.polyfit(state, value[:, 0], 1)[0]
+        assert slope == pytest.approx(1 / (1 - 0.9 * 0.8), rel=0.15)
+        assert (value[:, 1] == 0).all(), "of what counts today alone nothing is still to come"
+
+    def test_a_player_promises_nothing_to_itself(self, types):
+        """A fold's values come from other folds: whatever its own players brought."""
+        data, state = types
+        rows, fold = np.arange(len(data)), learner.player_folds(data.player, 0)
+        changed = dataclasses.replace(data, reward=np.where((fold == 2)[:, None], 100.0 * state[:, None], data.reward))
+        before, after = (learner.still_to_come(d, state[:, None], rows, fold)[:, 0] for d in (data, changed))
+        np.testing.assert_allclose(after[fold == 2], before[fold == 2], rtol=1e-9, atol=1e-9)
+        assert np.abs(after - before)[fold != 2].max() > 1
+
+    def test_rows_may_be_any_players_in_any_order(self, types):
+        data, state = types
+        rows = np.flatnonzero(data.player % 3 > 0)[::-1]
+        fold = learner.player_folds(data.player[rows], 0)
+        value = learner.still_to_come(data, state[rows, None], rows, fold)
+        assert np.polyfit(state[rows], value[:, 0], 1)[0] == pytest.approx(1 / (1 - 0.9 * 0.8), rel=0.15)
+
+    def test_an_action_is_credited_with_the_state_it_leads_to(self, types):
+        """0.05 more of tomorrow's state for each unit, 0.8 of it there tomorrow: 0.9 * 0.04 / (1 - 0.72) in all, nothing of it today."""
+        data, state = types
+        n, units = len(data), Units.of(data.action, False)
+        phi = equations.action_features(torch.from_numpy(units.standard(data.action)), True)
+        expected = torch.stack([phi[data.policy == k].mean(0) for k in range(2)]).expand(n, 2, -1)
+        seen = Represented(torch.from_numpy(state[:, None]), torch.ones(n, 1), expected, torch.zeros(n, 2))
+        effects = learner.orthogonal_critic(data, seen, phi.numpy(), state[:, None], np.arange(n), 0).effects
+        low, high = (equations.action_features(torch.from_numpy(units.standard(np.array([[x]]))), True).numpy()[0] for x in (4.0, 11.0))
+        assert effects[0, 0, 0] @ (high - low) == pytest.approx(7 * 0.9 * 0.04 / (1 - 0.72), rel=0.2)
+        assert effects[0, 1, 0] @ (high - low) == pytest.approx(0, abs=0.05)
 
 
 class TestEvidencedReach:
