@@ -704,7 +704,7 @@ def _ids_served(workspace: Workspace) -> pl.Series:
     found = [pl.Series("decision_id", dtype=pl.String)]
     for path in sorted(workspace.served.glob("[!.]*.db")):
         with reading_log(path) as database:
-            if _columns_there(database, "decisions"):
+            if columns_there(database, "decisions"):
                 found.append(pl.read_database("SELECT decision_id FROM decisions", database, schema_overrides={"decision_id": pl.String})["decision_id"])
     for path in sorted(workspace.served.glob("[!.]*.parquet")):
         with naming(str(path)):
@@ -747,14 +747,14 @@ def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] |
     found = [pl.DataFrame(schema=schema | ({LOG: pl.String()} if named else {}))]
     for path in decision_logs(platform):
         with reading_log(path) as database:
-            if there := _columns_there(database, table):
+            if there := columns_there(database, table):
                 query = f"select {', '.join(c if c in there else f'null as {c}' for c in schema)} from {table}"  # noqa: S608 - constants only
                 rows = pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None)
                 found.append(rows.with_columns(pl.lit(path.name).alias(LOG)) if named else rows)
     return pl.concat(found)
 
 
-def _columns_there(database: sqlite3.Connection, table: str) -> set[str]:
+def columns_there(database: sqlite3.Connection, table: str) -> set[str]:
     """Of a table in a server's log; none where the server was stopped before it had made that table."""
     return {column for (column,) in database.execute("select name from pragma_table_info(?)", (table,))}
 
