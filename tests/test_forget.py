@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import sqlite3
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,11 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
         run.client.log_artifacts(run.id, str(directory), "bundle")
     assert traces(platform.root, {player, *ids})
     copy = Path(backup(platform.root, platform.root.parent / "before.fastq")["file"])
+    left = Workspace(platform.root).features / ".player_rows.parquet.k1lled_0.parquet"  # by a retraining that was killed while it wrote
+    left.write_bytes(b"PAR1" + player.encode())
+    os.utime(left, ((datetime.now(UTC) - timedelta(hours=2)).timestamp(),) * 2)
+    being_written = left.with_name(".player_rows.parquet.wr1tten_.parquet")
+    being_written.write_bytes(b"PAR1")
     with online.open_service(platform) as service:  # serving goes on
         document = forget(platform, player)
         after = online.decide(service, [Ask(players=(other, player))])[0]
@@ -117,6 +124,7 @@ def test_a_player_is_gone_from_everything_and_the_others_are_not(platform: Platf
     for place in [*places, "the online store (sqlite)", "the evidence of model version 1", f"run {run.id} and never registered"]:
         assert place in where, place
     assert any(entry["where"].startswith(".fastq/served/") and entry["where"].endswith(".parquet") for entry in document["removed"])
+    being_written.unlink()  # raises where it had been taken away
     assert traces(platform.root, {player, *ids}) == []
     assert [(one["file"], one["until"]) for one in document["backups"]] == [(str(copy), None)]
     assert any("1 backup made here" in note and "operations.keep_backups" in note for note in document["notes"])
