@@ -712,6 +712,20 @@ def _ids_served(workspace: Workspace) -> pl.Series:
     return pl.concat(found).unique()
 
 
+def players_served(platform: Platform, since: datetime) -> pl.Series:
+    """Ids of the players for whom fastq decided anything from a moment on, whatever the gate says of it."""
+    found, query = [pl.Series("player_id", dtype=pl.String)], "SELECT DISTINCT player_id FROM decisions WHERE decided_at >= ?"
+    for path in decision_logs(platform):
+        with reading_log(path) as database:
+            if columns_there(database, "decisions"):
+                found.append(pl.Series("player_id", [player for (player,) in database.execute(query, (int(since.timestamp() * 1e6),))], pl.String))
+    for path in sorted(Workspace(platform.root).served.glob("[!.]*.parquet")):
+        with naming(str(path)):
+            recent = pl.scan_parquet(path, glob=False).filter(pl.col("decided_at") >= since)
+            found.append(recent.select(pl.col("player_id").cast(pl.String)).collect().to_series())
+    return pl.concat(found).unique()
+
+
 def _as_executed(platform: Platform, served: pl.DataFrame, instead: pl.DataFrame) -> pl.DataFrame:
     names, objectives = platform.action_columns, list(platform.objectives)
     done = instead.sort("recorded_at").unique("decision_id", keep="last")

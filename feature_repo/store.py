@@ -237,17 +237,20 @@ def historical_pointers(platform: Platform, decisions: pl.DataFrame) -> pl.DataF
 
 
 # ---- online ----------------------------------------------------------------------------------------------------------
-def materialize(platform: Platform, frame: pl.DataFrame) -> int:
+def materialize(platform: Platform, frame: pl.DataFrame, served: pl.Series | None = None) -> int:
     """Make `frame` (`fastq.features.online_frame`) what the online store answers; returns the number of players.
 
     The Parquet file behind the view is replaced whole; then Feast materialises, in batches of one transaction each, the states that are not what the store
-    holds already: of all players most were not there since. What was pushed after `frame` was read is overwritten: bring it again
+    holds already: of all players most were not there since. Not so those of players for whom something was `served` that may still be laid over them: what
+    they have of it `read_at` says, which then has to be that of `frame`. What was pushed after `frame` was read is overwritten: bring it again
     (`OnlineStates.heard` says what a row holds).
     """
     path, now = feature_directory(platform) / STATE_FILE, datetime.now(UTC)
     feast, file = _applied(platform)
     states = _stored(platform, frame, now)
     stands = _standing(platform, feast, file, states)
+    if served is not None:
+        stands &= ~states["player_id"].is_in(served.implode())
     before = states.select("player_id").join(_written(path), on="player_id", how="left", maintain_order="left")["event_timestamp"]
     with replacing(path) as partial:
         # the time of writing is the event time, by which Feast chooses
@@ -258,7 +261,7 @@ def materialize(platform: Platform, frame: pl.DataFrame) -> int:
     # Feast announces itself on stdout and draws a bar on stderr; stdout belongs to --json
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _translated(platform, file):
         warnings.simplefilter("ignore")
-        feast.materialize(start_date=now - timedelta(seconds=1), end_date=now + timedelta(seconds=1), feature_views=[STATE_VIEW])
+        feast.materialize(start_date=now - timedelta(milliseconds=1), end_date=now + timedelta(milliseconds=1), feature_views=[STATE_VIEW])
     _close(feast)
     return len(frame)
 

@@ -44,7 +44,8 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
         if rows:
             removed.append({"where": where, "rows": rows})
 
-    with workspace.lock("retrain", wait_seconds=120), workspace.lock("queries", wait_seconds=600):
+    # `compact` rewrites batches too: of two who read and replace one file the later brings back what the other took out
+    with workspace.lock("retrain", wait_seconds=120), workspace.lock("queries", wait_seconds=600), workspace.lock("compact", wait_seconds=600):
         sweep(workspace)
         for path in _tables(workspace):
             took(relative(platform, path), strike_table(path, player_id, sorted(ids)))
@@ -60,9 +61,11 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
             took(f"{relative(platform, log)}, {table}", rows)
     if (workspace.feast / "registry.db").exists():
         opened = store.open_store(platform)
-        with store.exclusive(platform):
-            took(f"the online store ({platform.services.online_store.split(':')[0]})", store.remove(opened, player_id))
-        opened.close()
+        try:
+            with store.exclusive(platform):
+                took(f"the online store ({platform.services.online_store.split(':')[0]})", store.remove(opened, player_id))
+        finally:
+            opened.close()
     for version, rows in registry.strike(platform, sorted(ids), who).items():
         took(f"the evidence of model version {version}", rows)
     for run, rows in registry.strike_unregistered(platform, sorted(ids)).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +45,7 @@ def build_features(workspace: str, turn: str) -> dict[str, Any]:
     now = datetime.now(UTC)
     frame = features.online_frame(platform, read, now, rows if _known_by(read, now) else None)
     tell("building features", 3, steps, {})
-    players = store.materialize(platform, frame)
+    players = store.materialize(platform, frame, records.players_served(platform, now - (platform.state.window + 1) * platform.state.period))
     _catch_up(platform, frame, read)
     tell("building features", steps, steps, {})
     return {"rows": len(rows.frame), "decisions": len(pointers), "without_history": pointers["row"].null_count(), "players": players, "at": now.isoformat()}
@@ -59,14 +60,19 @@ def _pointers(platform: Platform, read: Records, rows: PlayerRows) -> pl.DataFra
     path, meaning = Workspace(platform.root).features / POINTERS_FILE, store.meaning(platform)
     begun = rows.spans.select("player_id", "first", start="row")
     asked = read.decisions.select("decision_id", "player_id", "decided_at").join(begun, on="player_id", how="left", maintain_order="left")
-    then = asked.join(_kept(path, meaning), on="decision_id", how="left", suffix=" then", maintain_order="left")
-    same = (then["decided_at"] == then["decided_at then"]) & (then["first"] == then["first then"])
-    others = ~same.fill_null(value=False)
-    row = (then["start"] + then["row"] - then["start then"]).scatter(others.arg_true(), store.historical_pointers(platform, asked.filter(others))["row"])
+    row, others = _answered(asked, _kept(path, meaning))
+    row = row.scatter(others.arg_true(), store.historical_pointers(platform, asked.filter(others))["row"])
     found = asked.select("decision_id", "decided_at", "first", "start", row=row)
     with replacing(path) as partial:
         found.write_parquet(partial, metadata={"meaning": meaning})
     return found
+
+
+def _answered(asked: pl.DataFrame, kept: pl.DataFrame) -> tuple[pl.Series, pl.Series]:
+    """The row that stands for each decision, where what was found for it in the turn before still does; and for which it does not."""
+    then = asked.join(kept, on="decision_id", how="left", suffix=" then", maintain_order="left")
+    same = (then["decided_at"] == then["decided_at then"]) & (then["first"] == then["first then"])
+    return then["start"] + then["row"] - then["start then"], ~same.fill_null(value=False)
 
 
 def _kept(path: Path, meaning: str) -> pl.DataFrame:
@@ -115,6 +121,7 @@ def windows_of(workspace: str, turn: str) -> Windows:
     platform = platform_of(workspace)
     read, rows = _rows_of(workspace, turn)
     _rows_of.cache_clear()
+    rows = dataclasses.replace(rows)  # without the table and the matrix that the stores were filled from
     pointers = pl.read_parquet(Workspace(platform.root).features / POINTERS_FILE, columns=["decision_id", "row"])
     if platform.services.ray != "local":
         rows = with_cells(platform, rows, turn=turn)

@@ -20,6 +20,7 @@ from fastq.windows import Windows
 from fastq.workspace import Workspace
 from feature_repo import store
 from pipelines import materialize
+from serving.decision_log import Decision, now_us, open_log
 
 DAY, START, PLAYERS = timedelta(days=1), datetime(2026, 1, 1, tzinfo=UTC), 12
 TREE: dict[str, Any] = {
@@ -203,6 +204,27 @@ def test_a_state_that_somebody_changed_meanwhile_is_written_again(shop: Turns, t
     opened.close()
     assert_as_if_new(shop, shop.turn(), tmp_path / "new")
     assert 2 <= shop.written <= 4
+
+
+def test_a_state_over_which_a_decision_may_be_laid_says_when_it_was_read(shop: Turns) -> None:
+    """What the gate refuses is in no state; nor is it to be laid over one for being newer than that."""
+    shop.turn()
+    platform = load_platform(shop.root)
+
+    def read_at(*players: str) -> list[int]:
+        opened = store.open_store(platform)
+        found: list[int] = store.read_states(opened, players, 3).read_at.tolist()
+        opened.close()
+        return found
+
+    before, log = read_at("p01", "p02", "p03"), open_log(platform)
+    log.append([Decision("refused", "p01", now_us(), "fastq", 0.5, "1", {"goal": 99.0}, {})]).result()
+    log.close()
+    batch = pl.DataFrame({"decision_id": ["b"], "player_id": ["p02"], "decided_at": [datetime.now(UTC)], "policy": ["fastq"], "goal": [99.0]})
+    batch.write_parquet(Workspace(shop.root).served / "batch.parquet")
+    shop.turn()
+    after = read_at("p01", "p02", "p03")
+    assert [now > then for now, then in zip(after, before, strict=True)] == [True, True, False]
 
 
 def test_states_that_say_the_same_are_told_from_others(shop: Turns) -> None:

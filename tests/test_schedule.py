@@ -160,6 +160,28 @@ def test_drift_starts_a_retraining(shop, monkeypatch):
     did, said = run(shop, monkeypatch, {"retrain": PROMOTED, "monitor": [finding, QUIET, QUIET]}, ticks=60)
     assert [what for what, _ in did] == ["retrain", "monitor", "retrain"]
     assert "minutes a day: 60 times as many" in said
+    assert not schedule.noted(Workspace(shop.root))["drift"]
+
+
+def test_a_retraining_for_drift_that_a_stop_prevented_is_made_up_for(shop, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(_platform, what, *_):
+        if what == "retrain":
+            raise Killed
+        return {"findings": [], "drift": True}
+
+    note(Workspace(shop.root), cron="0 3 * * *", zone="UTC", planned="2026-03-01T03:00:00+00:00")
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule, "work", killed)
+        with pytest.raises(Killed):
+            run(shop, patch, {}, ticks=60)
+    note(Workspace(shop.root), planned="2026-03-01T03:00:00+00:00")
+    did, _ = run(shop, monkeypatch, {"retrain": PROMOTED}, ticks=5, look=False)
+    assert did == [("retrain", "02:59")]
+    did, _ = run(shop, monkeypatch, {"retrain": PROMOTED}, ticks=5, look=False)
+    assert did == [], "once"
 
 
 def test_it_compacts_once_a_week(shop, monkeypatch):
