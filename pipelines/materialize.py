@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,7 +36,8 @@ def build_features(workspace: str, turn: str) -> dict[str, Any]:
     platform = platform_of(workspace)
     tell, steps = progress.get(), 4
     tell("building features", 0, steps, {})
-    read, rows = _rows_of(workspace, turn)
+    read = records.read_tables(platform)
+    rows = features.build_rows(platform, read)
     store.publish_rows(platform, rows.frame)
     tell("building features", 1, steps, {})
     pointers = _pointers(platform, read, rows)
@@ -108,21 +108,12 @@ def _catch_up(platform: Platform, frame: pl.DataFrame, read: Records) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _rows_of(workspace: str, turn: str) -> tuple[Records, PlayerRows]:
-    """The accepted tables and their rows; kept until the windows of this turn are laid, if that is in this process."""
-    platform = platform_of(workspace)
-    read = records.read_tables(platform)
-    return read, features.build_rows(platform, read)
-
-
-@functools.lru_cache(maxsize=1)
 def windows_of(workspace: str, turn: str) -> Windows:
     """The transitions of the accepted tables, with the pointers that Feast found; kept for the next task of this turn in this process."""
     platform = platform_of(workspace)
-    read, rows = _rows_of(workspace, turn)
-    _rows_of.cache_clear()
-    rows = dataclasses.replace(rows)  # without the table and the matrix that the stores were filled from
+    read = records.read_tables(platform)
     pointers = pl.read_parquet(Workspace(platform.root).features / POINTERS_FILE, columns=["decision_id", "row"])
+    rows = features.build_rows(platform, read)
     if platform.services.ray != "local":
         rows = with_cells(platform, rows, turn=turn)
     return windows.build(platform, read, rows, pointers)
