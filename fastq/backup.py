@@ -40,7 +40,7 @@ from fastq.errors import ConfigurationError, WorkspaceError
 from fastq.forgetting import FILE as FORGOTTEN
 from fastq.forgetting import Forgotten, forgotten
 from fastq.platform import FILE_NAME
-from fastq.workspace import FORMAT, STAGING, Workspace, finish_restore, format_of, fsync_directory, json_lines, replacing
+from fastq.workspace import FORMAT, STAGING, Workspace, finish_restore, format_of, fsync_directory, is_partial, json_lines, replacing, sweep
 
 KEY_VARIABLE = "FASTQ_BACKUP_KEY"
 SHORTEST_KEY = 16  # characters
@@ -73,6 +73,7 @@ def backup(root: Path, target: Path, key: str | None = None, keep: timedelta | N
     workspace.make()
     # short renames of whole directories and aliases wait meanwhile; training and serving go on
     with workspace.lock("backup"), workspace.lock("tables", 120), workspace.lock("registry", 120), replacing(target) as partial:
+        sweep(workspace)
         begun = datetime.now(UTC).isoformat(timespec="seconds")
         workspace.append(workspace.backups, {"at": begun, "file": str(target)})  # before it is there: a note too many is nothing, a copy unknown would stay
         files = sorted(_files(root, {target, partial}), key=lambda found: (not found[1], found[0]))
@@ -128,12 +129,12 @@ def _is_ours(path: Path) -> bool:
 
 
 def _files(root: Path, leave: set[Path]) -> Iterator[tuple[str, bool]]:
-    """Every plain file below `root` with whether it is a database; links are never followed, nor is what only a running process needs."""
+    """Every plain file below `root` with whether it is a database; links are never followed, nor is what only a running process needs or is yet to write."""
     for directory, inner, names in os.walk(root, followlinks=False):
         inner[:] = sorted(i for i in inner if i != STAGING and not (Path(directory) / i).is_symlink())
         for name in sorted(names):
             path = Path(directory) / name
-            if path in leave or name.endswith(LEFT_OUT):
+            if path in leave or name.endswith(LEFT_OUT) or is_partial(path):
                 continue
             try:
                 if not stat.S_ISREG(path.lstat().st_mode):
@@ -413,7 +414,7 @@ def _about(source: Path, name: str, body: IO[bytes] | None) -> dict[str, Any]:
 def _write(directory: Path, entry: tarfile.TarInfo, body: IO[bytes] | None) -> dict[str, Any]:
     """One file; whatever is no plain file or would lie outside is refused."""
     parts = PurePosixPath(entry.name).parts
-    if body is None or not parts or PurePosixPath(entry.name).is_absolute() or {"..", ""} & set(parts) or "\\" in entry.name or "\0" in entry.name:
+    if body is None or not parts or PurePosixPath(entry.name).is_absolute() or {"..", "", STAGING} & set(parts) or "\\" in entry.name or "\0" in entry.name:
         raise WorkspaceError(f"this backup names {entry.name!r}, which is no plain file inside a workspace; nothing was changed")
     if shutil.disk_usage(directory.parent).free < entry.size:
         raise WorkspaceError(f"{directory.parent}: no space left for {entry.name}; nothing was changed")

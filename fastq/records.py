@@ -612,7 +612,10 @@ def _canonical(platform: Platform, table: Table, rows: pl.LazyFrame) -> pl.LazyF
 
 
 def _sorted(table: Table, rows: pl.DataFrame) -> pl.DataFrame:
-    return rows.sort(["player_id", "decided_at", "decision_id"] if table == "decisions" else KEYS[table])
+    if table != "decisions":
+        return rows.sort(KEYS[table])
+    order = rows["player_id"].cast(pl.Enum(rows["player_id"].unique().sort())).to_physical()  # numbers are quicker to compare than texts
+    return rows.with_columns(order.alias("?order")).sort("?order", "decided_at", "decision_id").drop("?order")
 
 
 def _look_at_decisions(platform: Platform, accepted: Mapping[Table, Parts], now: datetime) -> list[Finding]:
@@ -701,11 +704,25 @@ def _ids_served(workspace: Workspace) -> pl.Series:
     found = [pl.Series("decision_id", dtype=pl.String)]
     for path in sorted(workspace.served.glob("[!.]*.db")):
         with reading_log(path) as database:
-            if _columns_there(database, "decisions"):
+            if columns_there(database, "decisions"):
                 found.append(pl.read_database("SELECT decision_id FROM decisions", database, schema_overrides={"decision_id": pl.String})["decision_id"])
     for path in sorted(workspace.served.glob("[!.]*.parquet")):
         with naming(str(path)):
             found.append(pl.read_parquet(path, columns=["decision_id"])["decision_id"].cast(pl.String))
+    return pl.concat(found).unique()
+
+
+def players_served(platform: Platform, since: datetime) -> pl.Series:
+    """Ids of the players for whom fastq decided anything from a moment on, whatever the gate says of it."""
+    found, query = [pl.Series("player_id", dtype=pl.String)], "SELECT DISTINCT player_id FROM decisions WHERE decided_at >= ?"
+    for path in decision_logs(platform):
+        with reading_log(path) as database:
+            if columns_there(database, "decisions"):
+                found.append(pl.Series("player_id", [player for (player,) in database.execute(query, (int(since.timestamp() * 1e6),))], pl.String))
+    for path in sorted(Workspace(platform.root).served.glob("[!.]*.parquet")):
+        with naming(str(path)):
+            recent = pl.scan_parquet(path, glob=False).filter(pl.col("decided_at") >= since)
+            found.append(recent.select(pl.col("player_id").cast(pl.String)).collect().to_series())
     return pl.concat(found).unique()
 
 
@@ -744,14 +761,14 @@ def served_log(platform: Platform, table: str, more: Mapping[str, pl.DataType] |
     found = [pl.DataFrame(schema=schema | ({LOG: pl.String()} if named else {}))]
     for path in decision_logs(platform):
         with reading_log(path) as database:
-            if there := _columns_there(database, table):
+            if there := columns_there(database, table):
                 query = f"select {', '.join(c if c in there else f'null as {c}' for c in schema)} from {table}"  # noqa: S608 - constants only
                 rows = pl.read_database(query, database, schema_overrides=schema, infer_schema_length=None)
                 found.append(rows.with_columns(pl.lit(path.name).alias(LOG)) if named else rows)
     return pl.concat(found)
 
 
-def _columns_there(database: sqlite3.Connection, table: str) -> set[str]:
+def columns_there(database: sqlite3.Connection, table: str) -> set[str]:
     """Of a table in a server's log; none where the server was stopped before it had made that table."""
     return {column for (column,) in database.execute("select name from pragma_table_info(?)", (table,))}
 

@@ -307,6 +307,13 @@ def _lived(platform: Platform, grid: Grid, decisions: pl.DataFrame, events: pl.D
     return _Lived(at[begun], cells, versions, older, at, before, after)
 
 
+def _opening(*keys: np.ndarray) -> np.ndarray:
+    """[N] where the run of equal keys that each of N rows stands in begins."""
+    at = np.arange(len(keys[0]))
+    begins = np.any([np.append(True, key[1:] != key[:-1])[: len(at)] for key in keys], 0)
+    return np.maximum.accumulate(np.where(begins, at, 0))
+
+
 def _spread(number: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Each index as often as `number` [N] says, and of each how many of the same came before."""
     whose = np.repeat(np.arange(len(number)), number)
@@ -405,7 +412,9 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
         complete = placed["period"] - 1
         found = pl.select(pl.when(complete.is_between(placed["first"], placed["last"])).then(placed["row"] + complete - placed["first"])).to_series()
     else:
-        found = decisions.select("decision_id").join(pointers.select("decision_id", "row"), on="decision_id", how="left", maintain_order="left")["row"]
+        found = pointers["row"]
+        if not pointers["decision_id"].equals(decisions["decision_id"]):
+            found = decisions.select("decision_id").join(pointers.select("decision_id", "row"), on="decision_id", how="left", maintain_order="left")["row"]
         _look_back(decisions, placed, found)
     # without a complete row yet, the window ends just before the player's first one
     end = found.fill_null(pl.Series(first - 1)).to_numpy().copy()
@@ -425,7 +434,7 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
     following = np.where(same, np.arange(n) + 1, -1)
     elapsed = np.where(same, (np.append(moment[1:], 0) - moment) / length, 0.0)
     # of several decisions at one moment none was known to the others
-    opening, first_of_player = (decisions.select(pl.col("at").first().over("player_id", *of)).to_series().to_numpy() for of in (["moment"], []))
+    opening, first_of_player, opening_of_day = (_opening(player, *of) for of in ((moment,), (), (decisions["period"].to_numpy(),)))
     last_policy = np.where(opening > first_of_player, policy[opening - 1], -1)
 
     parts = decisions.with_columns(part=placed["part"]).drop_nulls("part").partition_by("part")
@@ -441,7 +450,6 @@ def build(platform: Platform, records: Records, rows: PlayerRows, pointers: pl.D
     in_order = np.lexsort(versions.T[::-1])
     versions, older = versions[in_order], older[in_order]
 
-    opening_of_day = decisions.select(pl.col("at").first().over("player_id", "period")).to_series().to_numpy()
     previous = np.where(opening - 1 >= opening_of_day, opening - 1, -1)  # an earlier one of the same period
     under_way = previous >= 0
     under_way[begun] = True

@@ -9,12 +9,14 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 import sqlite3
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,8 @@ from fastq.errors import ConfigurationError, WorkspaceError
 
 FORMAT = 1  # of what lies under `.fastq/`; a workspace without the number is of format 0
 STAGING = ".fastq-restore"  # beside `.fastq/`: a restore under way
+ABANDONED = timedelta(hours=1)  # since a file that is being written was last written to: its writer is no more
+_PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}(\.[a-z]+)?")  # `tempfile` draws the eight characters
 
 
 @dataclass(frozen=True)
@@ -212,6 +216,23 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a file's name says that somebody is writing it, or was killed while they did: as `replacing` and `backup` name them."""
+    return _PARTIAL.fullmatch(path.name) is not None
+
+
+def sweep(workspace: Workspace) -> int:
+    """Remove what writers who were killed left beside the files that they were writing; returns how many. What is being written is younger and stays."""
+    left = [path for path in workspace.state.rglob(".*") if is_partial(path) and not {workspace.mlflow, workspace.prefect} & set(path.parents)]
+    swept = 0
+    for path in left:
+        with contextlib.suppress(FileNotFoundError):  # whoever writes it was about to rename it
+            if path.is_file() and time.time() - path.stat().st_mtime > ABANDONED.total_seconds():
+                path.unlink()
+                swept += 1
+    return swept
 
 
 @contextlib.contextmanager

@@ -147,6 +147,14 @@ def apply(platform: Platform) -> PlayerStore:
     return _opened(platform, feast, file)
 
 
+def meaning(platform: Platform) -> str:
+    """sha256 over everything but its rows that decides what the store answers."""
+    attributes = {name: attribute.kind for name, attribute in platform.state.attributes.items()}
+    versions = [version(package) for package in ("fastq", "feast")]
+    said = [repository(platform), features.fingerprint(platform), attributes, str(feature_directory(platform)), versions]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
 def _applied(platform: Platform, *, offline: bool = False) -> tuple[FeatureStore, Path | None]:
     """The store with everything registered. For reading `offline` alone nothing is done again that was done already: it takes longer than the reading."""
     workspace = Workspace(platform.root)
@@ -154,11 +162,7 @@ def _applied(platform: Platform, *, offline: bool = False) -> tuple[FeatureStore
     file = workspace.feast / "online.db" if platform.services.online_store == "sqlite" else None
     with workspace.lock("feast", wait_seconds=120), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Feast's notices of its own next release
-        store, noted = _feature_store(platform), workspace.feast / "applied"
-        attributes = {name: attribute.kind for name, attribute in platform.state.attributes.items()}
-        versions = [version(package) for package in ("fastq", "feast")]
-        meaning = [repository(platform), features.fingerprint(platform), attributes, str(feature_directory(platform)), versions]
-        digest = hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+        store, noted, digest = _feature_store(platform), workspace.feast / "applied", meaning(platform)
         if offline and noted.exists() and noted.read_text(encoding="utf-8") == digest and (workspace.feast / "registry.db").exists():
             return store, file
         with _translated(platform, file):
@@ -233,24 +237,53 @@ def historical_pointers(platform: Platform, decisions: pl.DataFrame) -> pl.DataF
 
 
 # ---- online ----------------------------------------------------------------------------------------------------------
-def materialize(platform: Platform, frame: pl.DataFrame) -> int:
+def materialize(platform: Platform, frame: pl.DataFrame, served: pl.Series | None = None) -> int:
     """Make `frame` (`fastq.features.online_frame`) what the online store answers; returns the number of players.
 
-    The Parquet file behind the view is replaced whole, then Feast materialises it in batches, each one transaction. What was pushed after `frame` was
-    read is overwritten: bring it again (`OnlineStates.heard` says what a row holds).
+    The Parquet file behind the view is replaced whole; then Feast materialises, in batches of one transaction each, the states that are not what the store
+    holds already: of all players most were not there since. Not so those of players for whom something was `served` that may still be laid over them: what
+    they have of it `read_at` says, which then has to be that of `frame`. What was pushed after `frame` was read is overwritten: bring it again
+    (`OnlineStates.heard` says what a row holds).
     """
     path, now = feature_directory(platform) / STATE_FILE, datetime.now(UTC)
-    with replacing(path) as partial:
-        _stored(platform, frame, now).write_parquet(partial)
     feast, file = _applied(platform)
-    if frame.is_empty():
-        return 0
+    states = _stored(platform, frame, now)
+    stands = _standing(platform, feast, file, states)
+    if served is not None:
+        stands &= ~states["player_id"].is_in(served.implode())
+    before = states.select("player_id").join(_written(path), on="player_id", how="left", maintain_order="left")["event_timestamp"]
+    with replacing(path) as partial:
+        # the time of writing is the event time, by which Feast chooses
+        states.with_columns(pl.when(stands).then(before).fill_null(pl.col("event_timestamp")).alias("event_timestamp")).write_parquet(partial)
+    if stands.all():
+        _close(feast)
+        return len(frame)
     # Feast announces itself on stdout and draws a bar on stderr; stdout belongs to --json
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), _translated(platform, file):
         warnings.simplefilter("ignore")
-        feast.materialize(start_date=now - timedelta(seconds=1), end_date=now + timedelta(seconds=1), feature_views=[STATE_VIEW])
+        feast.materialize(start_date=now - timedelta(milliseconds=1), end_date=now + timedelta(milliseconds=1), feature_views=[STATE_VIEW])
     _close(feast)
     return len(frame)
+
+
+def _standing(platform: Platform, feast: FeatureStore, file: Path | None, states: pl.DataFrame) -> pl.Series:
+    """Which of these states say nothing else than what the online store holds of their players."""
+    opened, ids = _opened(platform, feast, file), states["player_id"].to_list()
+    try:
+        held = (value for start in range(0, len(ids), CHUNK) for value in _values(opened, ids[start : start + CHUNK]))
+        pairs = zip(held, states[STATE_FIELD], strict=True)
+        return pl.Series([value is not None and features.same_state(opened.packing, value, state) for value, state in pairs], dtype=pl.Boolean)
+    finally:
+        opened.values.close()
+
+
+def _written(path: Path) -> pl.DataFrame:
+    """When each player's state was last written, as the file behind the view says; of nobody, where there is none that can be read."""
+    times = {"player_id": pl.String(), "event_timestamp": pl.Datetime("us", "UTC")}
+    try:
+        return pl.read_parquet(path, columns=list(times))
+    except (OSError, pl.exceptions.PolarsError):
+        return pl.DataFrame(schema=times)
 
 
 def materialized(platform: Platform, most: int | None = None) -> pl.DataFrame:

@@ -20,7 +20,7 @@ from prefect import flow, task
 from fastq import backup, records, registry
 from fastq.errors import WorkspaceError
 from fastq.platform import Platform
-from fastq.workspace import Workspace, json_lines, replacing
+from fastq.workspace import Workspace, json_lines, replacing, sweep
 from pipelines.turn import EACH_TIME, RETRIES, Progress, platform_of, progress, running
 
 WHO = "compact"  # in the audit log
@@ -44,7 +44,7 @@ def drop_old_states(workspace: str, now: str) -> dict[str, Any]:
 
 @task(name="drop old files", **RETRIES, **EACH_TIME)
 def drop_old_files(workspace: str, now: str) -> dict[str, Any]:
-    """Refused rows, the reports of validations, what the monitor drew, and backups. What is told of a model is the model's."""
+    """Refused rows, the reports of validations, what the monitor drew, backups, and what killed writers left. What is told of a model is the model's."""
     platform, moment = platform_of(workspace), datetime.fromisoformat(now)
     space, keep = Workspace(platform.root), platform.operations
     reports = [*space.reports.glob("validation-*"), *space.reports.glob("drift-*")]
@@ -52,6 +52,7 @@ def drop_old_files(workspace: str, now: str) -> dict[str, Any]:
         "quarantine": _older(space.quarantine.glob("*.parquet"), keep.keep_quarantine, moment),
         "reports": _older(reports, keep.keep_reports, moment),
         "backups": backup.expire(space, keep.keep_backups, moment),
+        "unfinished": sweep(space),
     }
 
 
@@ -73,7 +74,8 @@ def drop_old_models(workspace: str, now: str) -> dict[str, Any]:
     turn = (json_lines(space.runs / "turn.json") or [{}])[0]
     gone, runs = registry.retire(platform, datetime.fromisoformat(now) - keep, _explained(platform), turn.get("id"), WHO)
     for version in gone:
-        for path in (*space.reports.glob(f"evaluation-{version}.*"), space.monitor / f"promised-{version}.json"):
+        told = [path for kind in ("evaluation", "truth") for path in space.reports.glob(f"{kind}-{version}.*")]
+        for path in (*told, space.monitor / f"promised-{version}.json"):
             path.unlink(missing_ok=True)
     return {"models": gone, "runs": runs}
 
@@ -82,8 +84,9 @@ def _explained(platform: Platform) -> set[str]:
     """The versions of which a served decision still has its state, and so its explanation."""
     found: set[str | None] = set()
     for path in records.decision_logs(platform):
-        with contextlib.closing(sqlite3.connect(path, timeout=60)) as log:
-            found |= {version for (version,) in log.execute("SELECT DISTINCT model_version FROM decisions WHERE state IS NOT NULL")}
+        with records.reading_log(path) as log:
+            if {"model_version", "state"} <= records.columns_there(log, "decisions"):
+                found |= {version for (version,) in log.execute("SELECT DISTINCT model_version FROM decisions WHERE state IS NOT NULL")}
     for path in Workspace(platform.root).served.glob("[!.]*.parquet"):
         if {"state", "model_version"} <= set(pl.read_parquet_schema(path)):
             found |= set(pl.scan_parquet(path, glob=False).filter(pl.col("state").is_not_null()).select("model_version").unique().collect()["model_version"])
@@ -124,6 +127,8 @@ def _of_log(path: Path, before: int) -> int:
     dropped = 0
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as log:
+            if "state" not in records.columns_there(log, "decisions"):  # of a server that was stopped before it had made its tables
+                return 0
             last = 0
             while rows := log.execute(
                 "SELECT rowid FROM decisions WHERE rowid > ? AND decided_at < ? AND state IS NOT NULL LIMIT ?", (last, before, PIECE)

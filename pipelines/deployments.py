@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect import flow, task
 
 from fastq.environment import DEFAULTS, prepare
 from fastq.errors import ConfigurationError, GateRefused, WorkspaceError
 from fastq.platform import FILE_NAME, Platform, load_platform
 from fastq.workspace import Workspace, replacing
 from pipelines.notify import notify
+from pipelines.turn import EACH_TIME, PATIENCE
 
 HOURLY, NIGHTLY, WEEKLY = "7 * * * *", "30 4 * * *", "0 5 * * 0"
 WAIT_FOR_ANOTHER = 12 * 3_600.0  # seconds
@@ -48,18 +49,26 @@ def retrain(workspace: str) -> dict[str, Any]:
 
 @flow(name="fastq monitor", persist_result=False, validate_parameters=False)
 def monitor(workspace: str) -> dict[str, Any]:
-    """One look; a finding starts a retraining, by the deployment beside this one if there is one."""
-    from prefect.deployments import run_deployment
-    from prefect.exceptions import ObjectNotFound
-
+    """One look; a finding starts a retraining, by the deployment beside this one if there is one. Before the first retraining there is nothing to look at."""
     from pipelines.monitor import monitor as look
 
     platform = _platform(workspace)
+    if not (Workspace(platform.root).monitor / "reference.json").exists():
+        return {"findings": [], "new": [], "drift": False, "notes": ["nothing was trained yet, so there is nothing to compare with"]}
     found = look(platform)
     if found["drift"]:
-        with contextlib.suppress(ObjectNotFound):
-            run_deployment(f"fastq retrain/{platform.platform}-retrain", timeout=0, as_subflow=False)
+        start_retraining(platform.platform)
     return found
+
+
+@task(name="start a retraining", **PATIENCE, **EACH_TIME)
+def start_retraining(name: str) -> None:
+    """A finding is told once, so that a server which is away for a minute must not swallow what follows from it."""
+    from prefect.deployments import run_deployment
+    from prefect.exceptions import ObjectNotFound
+
+    with contextlib.suppress(ObjectNotFound):
+        run_deployment(f"fastq retrain/{name}-retrain", timeout=0, as_subflow=False)
 
 
 @flow(name="fastq recommend-all", persist_result=False, validate_parameters=False)

@@ -13,6 +13,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,10 @@ def connected(platform: Platform, doing: str, processors: int | None = None) -> 
 
 @contextlib.contextmanager
 def followed(path: Path, tell: Progress) -> Iterator[None]:
-    """What workers append to a file, one JSON list of the arguments of `tell` a line, is told here while the block lasts; all of it, once."""
+    """What workers append to a file, one JSON list of the arguments of `tell` a line, is told here while the block lasts; all of it, once.
+
+    What `tell` raises ends the telling, and is raised when the block has ended well.
+    """
     path.unlink(missing_ok=True)
     ended = threading.Event()
 
@@ -84,13 +88,13 @@ def followed(path: Path, tell: Progress) -> Iterator[None]:
             if last:
                 return
 
-    thread = threading.Thread(target=follow)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as thread:
+        told = thread.submit(follow)
+        try:
+            yield
+        finally:
+            ended.set()
+        told.result()
 
 
 def with_cells(platform: Platform, rows: PlayerRows, told: list[dict[str, Any]] | None = None, turn: str | None = None) -> PlayerRows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -15,7 +16,7 @@ from fastq.forgetting import forgotten, remember, strike_arrays, strike_log, str
 from fastq.platform import FILE_NAME, Platform
 from fastq.records import KEYS, columns_of, decision_logs, served_log
 from fastq.sources import UnreadableError, by_line, naming, parsed, sources_of
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, is_partial, sweep
 from feature_repo import store
 from pipelines.turn import forget as forget_turns
 from pipelines.turn import relative
@@ -43,8 +44,10 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
         if rows:
             removed.append({"where": where, "rows": rows})
 
-    with workspace.lock("retrain", wait_seconds=120), workspace.lock("queries", wait_seconds=600):
-        for path in sorted(workspace.state.rglob("*.parquet")):
+    # `compact` rewrites batches too: of two who read and replace one file the later brings back what the other took out
+    with workspace.lock("retrain", wait_seconds=120), workspace.lock("queries", wait_seconds=600), workspace.lock("compact", wait_seconds=600):
+        sweep(workspace)
+        for path in _tables(workspace):
             took(relative(platform, path), strike_table(path, player_id, sorted(ids)))
         for page in sorted(workspace.reports.glob("*.html")):
             took(relative(platform, page), strike_page(page, [player_id, *sorted(ids)]))
@@ -58,9 +61,11 @@ def forget(platform: Platform, player_id: str, who: str = "fastq") -> dict[str, 
             took(f"{relative(platform, log)}, {table}", rows)
     if (workspace.feast / "registry.db").exists():
         opened = store.open_store(platform)
-        with store.exclusive(platform):
-            took(f"the online store ({platform.services.online_store.split(':')[0]})", store.remove(opened, player_id))
-        opened.close()
+        try:
+            with store.exclusive(platform):
+                took(f"the online store ({platform.services.online_store.split(':')[0]})", store.remove(opened, player_id))
+        finally:
+            opened.close()
     for version, rows in registry.strike(platform, sorted(ids), who).items():
         took(f"the evidence of model version {version}", rows)
     for run, rows in registry.strike_unregistered(platform, sorted(ids)).items():
@@ -84,11 +89,16 @@ def _notes(exported: int, backups: list[dict[str, Any]]) -> list[str]:
     return notes
 
 
+def _tables(workspace: Workspace) -> list[Path]:
+    """Every Parquet file that is kept here; not those that are being written, or never were finished, which `sweep` removes."""
+    return sorted(path for path in workspace.state.rglob("*.parquet") if not is_partial(path))
+
+
 def _decided(platform: Platform, player_id: str) -> set[str]:
     """Ids of the player's decisions in everything kept here: tables, quarantine, batches and the servers' logs."""
     served = served_log(platform, "decisions")
     ids = set(served.filter(pl.col("player_id") == player_id)["decision_id"])
-    for path in Workspace(platform.root).state.rglob("*.parquet"):
+    for path in _tables(Workspace(platform.root)):
         scan = pl.scan_parquet(path, glob=False)
         if {"player_id", "decision_id"} <= set(scan.collect_schema().names()):
             mine = scan.filter(pl.col("player_id").cast(pl.String) == player_id).select(pl.col("decision_id").cast(pl.String))
@@ -100,7 +110,7 @@ def _is_kept(platform: Platform, player_id: str) -> bool:
     """Whether any table here names the player, though no decision does."""
     if not served_log(platform, "activity").filter(pl.col("player_id") == player_id).is_empty():
         return True
-    for path in Workspace(platform.root).state.rglob("*.parquet"):
+    for path in _tables(Workspace(platform.root)):
         scan = pl.scan_parquet(path, glob=False)
         if "player_id" in scan.collect_schema().names() and scan.filter(pl.col("player_id").cast(pl.String) == player_id).head(1).collect().height:
             return True

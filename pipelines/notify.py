@@ -29,8 +29,10 @@ def notify(platform: Platform, event: Event, says: str, detail: Mapping[str, Any
     kept = {name: (detail or {}).get(name) for name in ("version", "reasons", "findings", "error") if name in (detail or {})}
     for _ in range(TRIES):
         try:
-            if httpx.post(url, json={**body, "detail": kept}, timeout=SECONDS).is_success:
+            answer = httpx.post(url, json={**body, "detail": kept}, timeout=SECONDS)
+            if answer.is_success:
                 return True
+            logger.warning("the webhook did not take a %s: HTTP %s", event, answer.status_code)
         except (httpx.HTTPError, httpx.InvalidURL, TypeError, ValueError) as error:
             logger.warning("the webhook did not take a %s: %s", event, type(error).__name__)  # its address is not for logs
     return False

@@ -118,9 +118,10 @@ def schedule(
             note(workspace, compacted=datetime.now(UTC).isoformat())
         compacted = datetime.fromisoformat(noted(workspace)["compacted"])
         say(f"{platform.platform}: next retraining at {planned:%Y-%m-%d %H:%M} UTC{'; a look for drift each hour' if look else ''}")
-        if (workspace.runs / "turn.json").exists():
+        if (workspace.runs / "turn.json").exists() or noted(workspace).get("drift"):
             say("a retraining was stopped here; it goes on where it was")
             work(platform, "retrain", say, back_off)
+            note(workspace, drift=False)
         next_look = datetime.now(UTC) + timedelta(minutes=1) if look else None
         while not until():
             now = datetime.now(UTC)
@@ -131,9 +132,13 @@ def schedule(
                 say(f"next retraining at {planned:%Y-%m-%d %H:%M} UTC")
             elif next_look is not None and not next_look - LOOK_EVERY <= now < next_look:  # also where the clock was set back
                 next_look = now + LOOK_EVERY
+                if not (workspace.monitor / "reference.json").exists():
+                    continue  # before the first retraining there is nothing to compare with, which is nobody's failure
                 if work(platform, "monitor", say, back_off).get("drift"):
+                    note(workspace, drift=True)  # it is told once, and may be followed by our own end
                     say("drift was found; retraining")
                     work(platform, "retrain", say, back_off)
+                    note(workspace, drift=False)
             elif now - compacted >= COMPACT_EVERY:
                 compacted = now
                 note(workspace, compacted=now.isoformat())

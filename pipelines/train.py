@@ -153,7 +153,8 @@ def learn_together(platform: Platform, turn: str, start: str | None, on_progress
     for left in (TOGETHER, "ray"):
         shutil.rmtree(directory / left, ignore_errors=True)
     (directory / REFUSED).unlink(missing_ok=True)
-    with connected(platform, "train", platform.training.workers), followed(directory / PROGRESS_FILE, on_progress):
+    # what goes wrong where progress is told is not the cluster's fault, so that is what lies around
+    with followed(directory / PROGRESS_FILE, on_progress), connected(platform, "train", platform.training.workers):
         import ray.train
         from ray.train.torch import TorchTrainer
 

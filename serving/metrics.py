@@ -159,6 +159,8 @@ def new_metrics() -> Metrics:
     r.register(propensity)
     r.register(action)
     stages = "Latency by stage: read (states), draw (the policy), decide (both and what is around them), log (until it is on disk), explain"
+    outcomes = Counter("fastq_outcomes", "Outcomes reported", ["result"], registry=r)
+    outcomes.labels("accepted")  # 0 from the start: that none ever comes is what an alert is there for
     return Metrics(
         r,
         Counter("fastq_requests", "Requests answered", ["route", "method", "status"], registry=r),
@@ -168,7 +170,7 @@ def new_metrics() -> Metrics:
         Counter("fastq_cold_starts", "Decisions for players of whom no history is known", registry=r),
         propensity,
         action,
-        Counter("fastq_outcomes", "Outcomes reported", ["result"], registry=r),
+        outcomes,
         Counter("fastq_events", "Activity events received", ["result"], registry=r),
         Histogram("fastq_batch_players", "Players per batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1000), registry=r),
         Histogram("fastq_stage_seconds", stages, ["stage"], buckets=LATENCY, registry=r),

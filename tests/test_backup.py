@@ -184,7 +184,14 @@ def hostile(path, *entries):
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("../out", tarfile.REGTYPE), ("/tmp/fastq-out", tarfile.REGTYPE), ("a/../../out", tarfile.REGTYPE), ("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE)],
+    [
+        ("../out", tarfile.REGTYPE),
+        ("/tmp/fastq-out", tarfile.REGTYPE),
+        ("a/../../out", tarfile.REGTYPE),
+        (".fastq-restore/swap.json", tarfile.REGTYPE),
+        ("link", tarfile.SYMTYPE),
+        ("hard", tarfile.LNKTYPE),
+    ],
 )
 def test_an_archive_cannot_reach_out_of_the_workspace(tmp_path, name, kind):
     hostile(tmp_path / "b", ("fastq.yaml", b"x", tarfile.REGTYPE), (name, b"evil", kind))

@@ -1,5 +1,6 @@
 """Retention of all that would grow: what is old goes by a time of its own, whatever learning, estimating and an audit need stays."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ import polars as pl
 
 from fastq import registry
 from fastq.platform import load_platform
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, replacing, sweep
 from pipelines import compact
 from pipelines.turn import running
 
@@ -67,11 +68,34 @@ def test_each_store_has_a_time_of_its_own(tmp_path):
                 file.touch()
                 os.utime(file, ((datetime.now(UTC) - timedelta(days=days)).timestamp(),) * 2)
     said = compact.drop_old_files.fn(str(tmp_path), datetime.now(UTC).isoformat())
-    assert said == {"quarantine": 2, "reports": 3, "backups": []}
+    assert said == {"quarantine": 2, "reports": 3, "backups": [], "unfinished": 0}
     assert sorted(path.name for path in space.quarantine.iterdir()) == ["1.parquet"]
     kept = [f"{kind}-{days}.{suffix}" for kind, suffix in (("drift", "svg"), ("validation", "html"), ("validation", "json")) for days in (1, 15)]
     assert sorted(path.name for path in space.reports.iterdir()) == sorted([*kept, "evaluation-1.html"]), "what is told of a model is the model's"
     assert compact.drop_old_models.fn(str(tmp_path), datetime.now(UTC).isoformat()) == {"models": [], "runs": 0}, "none: for ever"
+
+
+def test_a_log_whose_server_was_stopped_before_it_had_made_its_tables_is_passed_by(tmp_path):
+    (tmp_path / "fastq.yaml").write_text(json.dumps(TREE))
+    served = Workspace(tmp_path).served
+    served.mkdir(parents=True)
+    with sqlite3.connect(served / "0000.db") as log:
+        log.execute("CREATE TABLE other (x)")
+    assert compact.drop_old_states.fn(str(tmp_path), datetime.now(UTC).isoformat())["states"] == 0
+    assert compact._explained(load_platform(tmp_path)) == set()
+
+
+def test_what_killed_writers_left_goes_and_what_is_being_written_stays(tmp_path):
+    space, before = Workspace(tmp_path), (datetime.now(UTC) - timedelta(hours=2)).timestamp()
+    with contextlib.suppress(KeyboardInterrupt), replacing(space.features / "rows.parquet") as partial:
+        (space.state / ".snapshot.a1b2c3d4").touch()
+        left = [space.features / f".{name}" for name in ("rows.parquet.abcdefgh.parquet", "applied.a_b_c_d1")]
+        for path in [*left, space.state / ".snapshot.a1b2c3d4", space.features / ".notes.parquet", space.features / "rows.parquet"]:
+            path.touch()
+            os.utime(path, (before, before))
+        assert sweep(space) == 3
+        assert partial.exists()
+        assert sorted(path.name for path in space.features.iterdir() if path != partial) == [".notes.parquet", "rows.parquet"]
 
 
 def test_a_platform_is_smaller_afterwards_and_serves_and_explains_as_before(trained, tmp_path, prefect_server):
@@ -91,7 +115,9 @@ def test_a_platform_is_smaller_afterwards_and_serves_and_explains_as_before(trai
         with registry.start_run(platform, "another", {}) as run:
             pass
         versions.append(registry.register(platform, run.id, bundle))
-    (space.reports / f"evaluation-{versions[0]}.html").touch()
+    for version in versions:
+        for kind in ("evaluation", "truth"):
+            (space.reports / f"{kind}-{version}.html").touch()
     later = (datetime.now(UTC) + timedelta(days=400)).isoformat()
     with temporary_settings({PREFECT_API_URL: prefect_server}), running(platform):
         compact.compact_flow(str(root), datetime.now(UTC).isoformat())  # leaves a run of this workspace's; nothing is old
@@ -104,7 +130,8 @@ def test_a_platform_is_smaller_afterwards_and_serves_and_explains_as_before(trai
     assert after[str(root)] == 1, "the one under way"
     assert {other: n for other, n in after.items() if other != str(root)} == {other: n for other, n in before.items() if other != str(root)}
     assert said["models"] == versions[:1], "the newest is the challenger"
-    assert not (space.reports / f"evaluation-{versions[0]}.html").exists()
+    assert sorted(path.name for path in space.reports.glob(f"*-{versions[0]}.*")) == [], "with what is told of it"
+    assert {path.name for path in space.reports.glob(f"*-{versions[1]}.html")} == {f"evaluation-{versions[1]}.html", f"truth-{versions[1]}.html"}
     assert [m["aliases"] for m in registry.models(platform)] == [["challenger"], ["champion"]]
     assert registry.load_policy("models:/arena@champion", root).version == registry.champion(platform)
     assert client.get_run(client.get_model_version("arena", registry.champion(platform)).run_id).data.metrics, "with its curves"

@@ -129,6 +129,14 @@ def test_what_workers_tell_is_told_once_and_whole(tmp_path: Path) -> None:
     assert told == [("stage", 1, 2, {"loss": 0.5}), ("stage", 2, 2, {"loss": 0.5})]
 
 
+def test_what_whoever_is_told_raises_is_not_lost(tmp_path: Path) -> None:
+    def refuse(stage: str, *_: object) -> None:
+        raise OSError(f"the book of {stage} is full")
+
+    with pytest.raises(OSError, match="the book of value is full"), followed(tmp_path / "progress", refuse):
+        (tmp_path / "progress").write_text('["value", 1, 2, {}]\n')
+
+
 @pytest.mark.parametrize(("training", "says"), [("batch_size: 1023, workers: 2", "multiple of workers"), ("preset: paper, workers: 2", "by one process")])
 def test_parts_that_would_not_be_equal_are_refused(tmp_path: Path, training: str, says: str) -> None:
     worlds.write_logs(worlds.world("arena"), tmp_path, players=10, days=2)

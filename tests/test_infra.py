@@ -41,6 +41,14 @@ def test_alerts_and_dashboard_name_metrics_that_there_are():
     assert len(used) > 8
 
 
+def test_that_nothing_was_reported_yet_is_a_number():
+    """An alert that compares with 0 says nothing where there is no number at all."""
+    from serving.endpoint import new_metrics
+
+    assert new_metrics().registry.get_sample_value("fastq_outcomes_total", {"result": "accepted"}) == 0
+    assert dict(expressions())["FastqNoOutcomes"].startswith('sum(increase(fastq_outcomes_total{result="accepted"}[1d])) == 0')
+
+
 def test_alerts_fire_when_they_should_and_not_before():
     if shutil.which("promtool") is None:
         if os.environ.get("CI"):
@@ -125,7 +133,16 @@ def test_the_rayservice_serves_what_serve_yaml_serves():
     theirs = yaml.safe_load(service["spec"]["serveConfigV2"])
     assert theirs["applications"][0]["import_path"] == ours["applications"][0]["import_path"]
     assert theirs["applications"][0]["deployments"][0]["name"] == ours["applications"][0]["deployments"][0]["name"]
+    cluster = service["spec"]["rayClusterConfig"]
+    assert cluster["authOptions"] == {"mode": "token"}
+    # the operator hands the configuration over by the head's dashboard, once the head is ready, which no probe may make wait for what is handed over
+    assert cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "0.0.0.0"
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    assert not [c for group in groups for c in group["template"]["spec"]["containers"] if "readinessProbe" in c]
     assert policy["kind"] == "NetworkPolicy"
+    ports = {rule["ports"][0]["port"]: rule for rule in policy["spec"]["ingress"] if "ports" in rule}
+    assert ports[8265]["from"][0]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
+    assert "from" not in ports[8000]
     from ray.serve.schema import ServeDeploySchema
 
     ServeDeploySchema.model_validate(theirs)

@@ -6,14 +6,16 @@ import time
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import psutil
 import pytest
 
 from fastq.errors import ConfigurationError, WorkspaceError
 from fastq.platform import platform_from_tree
 from fastq.workspace import Workspace
-from pipelines import notify, schedule
+from pipelines import deployments, notify, schedule
 from pipelines.schedule import clock, due, note
+from pipelines.turn import running
 
 TREE = {
     "platform": "shop",
@@ -93,7 +95,7 @@ def test_missed_times_are_made_up_for_once_and_a_clock_set_back_is_survived(shop
     assert due(workspace, clock("0 4 * * *"), "0 4 * * *", at("2026-03-05T12:00")) == at("2026-03-06T04:00")
 
 
-def run(shop, monkeypatch, answers, *, ticks, look=True, back_off=(0.0, 0.0)):
+def run(shop, monkeypatch, answers, *, ticks, look=True, back_off=(0.0, 0.0), begun=True):
     """The schedule on a clock that jumps, with prepared answers of its children; returns what it did and said."""
     did, said, now = [], [], [at("2026-03-01T02:59")]
 
@@ -111,6 +113,9 @@ def run(shop, monkeypatch, answers, *, ticks, look=True, back_off=(0.0, 0.0)):
         now[0] += timedelta(minutes=1)
         return now[0] >= at("2026-03-01T02:59") + timedelta(minutes=ticks)
 
+    if begun:  # there was a retraining before
+        Workspace(shop.root).monitor.mkdir(parents=True, exist_ok=True)
+        (Workspace(shop.root).monitor / "reference.json").touch()
     monkeypatch.setattr(schedule, "datetime", Clock)
     monkeypatch.setattr(schedule, "one_try", one_try)
     monkeypatch.setattr(schedule.time, "sleep", lambda _: None)
@@ -125,11 +130,58 @@ def test_it_retrains_at_its_time_and_looks_each_hour(shop, monkeypatch):
     assert any("version 2 is the champion" in line for line in said)
 
 
+def test_nobody_looks_before_there_is_anything_to_compare_with(shop, monkeypatch, posted):
+    did, _ = run(shop, monkeypatch, {"retrain": {"error": "no logs yet", "heals": False}}, ticks=180, begun=False)
+    assert {what for what, _ in did} == {"retrain"}
+    assert [body["says"] for body in posted] == ["retrain failed: no logs yet"], "and that it cannot look yet is no failure"
+    assert not deployments.monitor.fn(str(shop.root))["drift"]
+
+
+def test_a_retraining_that_a_finding_asks_for_is_asked_for_again_where_the_server_is_away(shop, monkeypatch):
+    asked = []
+
+    def away_at_first(name, **_):
+        asked.append(name)
+        if len(asked) == 1:
+            raise ConnectionError("the server is away")
+
+    Workspace(shop.root).monitor.mkdir(parents=True)
+    (Workspace(shop.root).monitor / "reference.json").touch()
+    monkeypatch.setattr("prefect.deployments.run_deployment", away_at_first)
+    monkeypatch.setattr("pipelines.monitor.monitor", lambda _: {"drift": True})
+    with monkeypatch.context() as patch, running(shop):
+        patch.setattr(deployments, "start_retraining", deployments.start_retraining.with_options(retry_delay_seconds=0))
+        assert deployments.monitor(str(shop.root)) == {"drift": True}
+    assert asked == ["fastq retrain/shop-retrain"] * 2
+
+
 def test_drift_starts_a_retraining(shop, monkeypatch):
     finding = {"findings": [{"says": "minutes a day: 60 times as many"}], "drift": True}
     did, said = run(shop, monkeypatch, {"retrain": PROMOTED, "monitor": [finding, QUIET, QUIET]}, ticks=60)
     assert [what for what, _ in did] == ["retrain", "monitor", "retrain"]
     assert "minutes a day: 60 times as many" in said
+    assert not schedule.noted(Workspace(shop.root))["drift"]
+
+
+def test_a_retraining_for_drift_that_a_stop_prevented_is_made_up_for(shop, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(_platform, what, *_):
+        if what == "retrain":
+            raise Killed
+        return {"findings": [], "drift": True}
+
+    note(Workspace(shop.root), cron="0 3 * * *", zone="UTC", planned="2026-03-01T03:00:00+00:00")
+    with monkeypatch.context() as patch:
+        patch.setattr(schedule, "work", killed)
+        with pytest.raises(Killed):
+            run(shop, patch, {}, ticks=60)
+    note(Workspace(shop.root), planned="2026-03-01T03:00:00+00:00")
+    did, _ = run(shop, monkeypatch, {"retrain": PROMOTED}, ticks=5, look=False)
+    assert did == [("retrain", "02:59")]
+    did, _ = run(shop, monkeypatch, {"retrain": PROMOTED}, ticks=5, look=False)
+    assert did == [], "once"
 
 
 def test_it_compacts_once_a_week(shop, monkeypatch):
@@ -160,6 +212,12 @@ def test_only_what_can_heal_is_tried_again_and_bad_news_is_posted(shop, monkeypa
 def test_a_webhook_that_does_not_answer_fails_nothing(shop, monkeypatch):
     monkeypatch.setenv(notify.VARIABLE, "http://127.0.0.1:9/")
     assert not notify.notify(shop, "failure", "something")
+
+
+def test_a_webhook_that_refuses_is_told_of_without_its_address(shop, posted, monkeypatch, caplog):
+    monkeypatch.setattr("httpx.post", lambda *_, **__: httpx.Response(404))
+    assert not notify.notify(shop, "failure", "something")
+    assert [record.getMessage() for record in caplog.records] == ["the webhook did not take a failure: HTTP 404"] * notify.TRIES
 
 
 def test_one_schedule_runs_in_a_workspace(shop):

@@ -444,7 +444,8 @@ def test_a_whole_turn_on_two_nodes_of_which_one_is_killed(tmp_path):
     places["alone"].mkdir()
     worlds.write_logs(worlds.world("arena"), places["alone"], 300, 24, seed=100)
     shutil.copytree(places["alone"], places["together"])
-    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False})
+    # its nodes would set a handler of SIGTERM, which in the thread that tells of progress, and adds one, cannot be done
+    cluster = Cluster(initialize_head=True, head_node_args=node | {"include_dashboard": False}, shutdown_at_exit=False)
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)  # on the head, while there is no other node to be on
     second, killed, seen = cluster.add_node(**node), [], []
     try:

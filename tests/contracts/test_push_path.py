@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from fastq import records
@@ -96,9 +97,9 @@ def test_each_event_counts_once_whenever_it_comes(service: Service, monkeypatch:
     happens("between, pushed late", push=False)
     writes = store.materialize
 
-    def writing(platform: Platform, frame: object) -> int:
+    def writing(platform: Platform, frame: pl.DataFrame, served: pl.Series) -> int:
         happens("while states are written", push=True)  # onto the states that are replaced next
-        written = writes(platform, frame)
+        written = writes(platform, frame, served)
         assert [seen(service, player, measure) - first for player, first in zip(players, at_first, strict=True)] == [3.0, 3.0]
         return written
 
