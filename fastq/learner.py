@@ -70,7 +70,7 @@ TAU, LEVEL_EPOCHS, PATIENCE = 0.005, 20, 5
 LATER = 2  # training horizons over which outcomes are summed where people's own responses are asked about, which show late
 OWN_RESPONSE = 0.04  # share of what stays unexplained that people's own responses to one dimension are taken for; chosen on simulated players
 UNKNOWN = 30.0  # times its prior mean by which a variance may be off before the logs are taken to say nothing of it
-REACHES = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3, 0.2)  # how far evidence may reach, in standard deviations
+REACHES, UNBORNE = (1.0, 0.85, 0.7, 0.55, 0.4, 0.3), 0.55  # how far evidence may reach, in standard deviations; where the logs bear none
 WEIGHED = 20_000  # decisions by which that is found out
 HEAVIEST = 0.22  # share of all weight that the heaviest hundredth may carry; the gate, which asks other players, trusts no estimate above 0.3
 LEAST_ROWS = 100  # decisions below which neither own responses nor the reach are asked of the logs
@@ -461,9 +461,9 @@ def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: n
     """How far past what policies do the logs still tell what follows, in standard deviations of those policies' own noise.
 
     The farthest of `REACHES` at which the heaviest hundredth of the decisions `rows` carries at most `HEAVIEST` of all weight with which they would stand
-    for this policy, as served; the nearest if there is none. `first` is asked first, then farther ones while they carry no more, else nearer ones. Weights are
-    balanced over the policies (Agarwal et al., KDD 2017), which needs each one's law and probability to act in the log: `REACH` where too few decisions have
-    them, and for a catalogue, where nothing lies between items.
+    for this policy, as served; `UNBORNE` if there is none, for to go less far then costs value and buys no evidence. `first` is asked first, then farther
+    ones while they carry no more, else nearer ones. Weights are balanced over the policies (Agarwal et al., KDD 2017), which needs each one's law and
+    probability to act in the log: `REACH` where too few decisions have them, and for a catalogue, where nothing lies between items.
     """
     logged = windows.mixture(rows)
     known = np.isfinite(logged) & (logged > 0)
@@ -488,7 +488,7 @@ def evidenced_reach(policy: Policy, seen: Represented, windows: Windows, rows: n
         while place > 0 and borne(REACHES[place - 1]):
             place -= 1
     else:
-        place = next((nearer for nearer in range(place + 1, len(REACHES)) if borne(REACHES[nearer])), len(REACHES) - 1)
+        return next((nearer for nearer in REACHES[place + 1 :] if borne(nearer)), UNBORNE)
     return REACHES[place]
 
 

@@ -412,7 +412,7 @@ class TestEvidencedReach:
             weight = np.sort(reaching.density(data.action, reaching.best(reaching.situation_of(seen))) / (0.5 * data.law.sum(1)))
             shares.append(weight[-len(data) // 100 :].sum() / weight.sum())
         assert sorted(shares, reverse=True) == shares, "the farther, the heavier the few"
-        for limit, expected in ((max(shares) + 1e-3, 1.0), ((shares[1] + shares[2]) / 2, learner.REACHES[2]), (0.0, learner.REACHES[-1])):
+        for limit, expected in ((max(shares) + 1e-3, 1.0), ((shares[1] + shares[2]) / 2, learner.REACHES[2]), (0.0, learner.UNBORNE)):
             monkeypatch.setattr(learner, "HEAVIEST", limit)
             assert self.reach(told) == expected
 
@@ -420,17 +420,17 @@ class TestEvidencedReach:
         monkeypatch.setattr(learner, "HEAVIEST", 0.0)
         assert self.reach(told, law=np.full_like(told[0].law, np.nan)) == REACH
 
-    def test_logs_in_which_nothing_like_it_was_done_take_it_least_far(self, told):
+    def test_logs_in_which_nothing_like_it_was_done_bear_none(self, told):
         data, policy, seen = told
         serving = policy.platform.serving.model_copy(update={"exploration": 1e-5})
         narrow = dataclasses.replace(policy, platform=policy.platform.model_copy(update={"serving": serving}))
-        assert self.reach((data, narrow, seen)) == learner.REACHES[-1]
+        assert self.reach((data, narrow, seen)) == learner.UNBORNE
 
     def test_a_policy_that_is_served_only_later_does_not_silence_the_logs(self, told, monkeypatch):
         monkeypatch.setattr(learner, "HEAVIEST", 0.0)
         data = told[0]
         nobody = np.full((len(data), 1), np.nan)
-        assert self.reach(told, law=np.hstack([data.law, nobody]), chance=np.hstack([data.chance, nobody])) == learner.REACHES[-1]
+        assert self.reach(told, law=np.hstack([data.law, nobody]), chance=np.hstack([data.chance, nobody])) == learner.UNBORNE
 
     def test_no_recommendation_goes_farther(self, told):
         data, policy, _ = told

@@ -169,7 +169,7 @@ def test_doubt_weighs_what_the_file_says_and_more_among_items_where_no_reach_bou
     one, three = (given(caution).score(enc, experts)["caution"] for caution in (1.0, 3.0))
     np.testing.assert_allclose(three, 3 * one, rtol=1e-12)
     np.testing.assert_allclose(policy.score(enc, experts)["caution"], 0.5 * one, rtol=1e-12)
-    assert replace(policy, catalogue=object()).caution == 4.0
+    assert replace(policy, catalogue=object()).caution == 8.0
     assert replace(given(1.0), catalogue=object()).caution == 1.0
 
 

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -73,6 +74,25 @@ def without_modifiers() -> Any:
     return mock.patch.object(learner, "INTERACTIONS", (0.0,))
 
 
+def without_what_follows() -> Any:
+    """An action is credited with what it brings at once, never with the state it leads to."""
+
+    def nothing(windows: Any, _history: Any, rows: np.ndarray, _fold: Any) -> np.ndarray:
+        return np.zeros((len(rows), windows.reward.shape[1]))
+
+    return mock.patch.object(learner, "still_to_come", nothing)
+
+
+def credited_with_the_players() -> Any:
+    """An action that leads where good players often are is credited with the players."""
+    found = learner.still_to_come
+
+    def between(windows: Any, history: np.ndarray, rows: np.ndarray, fold: np.ndarray) -> np.ndarray:
+        return found(replace(windows, player=np.zeros_like(windows.player)), history, rows, fold)
+
+    return mock.patch.object(learner, "still_to_come", between)
+
+
 VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "as it is": (whole, {}),
     "no balancing": (whole, {"balance": 0.0}),
@@ -84,7 +104,8 @@ VARIANTS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "no shrinkage by unseen players": (without_shrinkage, {}),
     "no state-dependent effects": (without_modifiers, {}),
     "no caution": (whole, {"caution": 0.0}),
-    "immediate outcomes only": (whole, {"horizon": 1}),
+    "immediate outcomes only": (without_what_follows, {}),
+    "players not told from states": (credited_with_the_players, {}),
     "the published form": (whole, {"preset": "paper", "epochs": 10, "learning_rate": 3e-4}),
 }
 
