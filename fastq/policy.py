@@ -440,8 +440,8 @@ class Policy:
         `fastq.learner.own_response` says how it starts, by dimension (older bundles: one share for all). It ends at one decision's stake, since squares of
         distances have no end and responses have. 0 for bundles from before it was asked.
         """
-        own, most = self.details.get("own_response"), self.stake(w) ** 2
-        if not own or most <= 0:
+        own, most = self.details.get("own_response", {}), self.stake(w) ** 2
+        if not most > 0:
             return torch.zeros(apart.shape[:-1], dtype=apart.dtype)
         share = np.broadcast_to(own["share"], apart.shape[-1]).astype(float)
         begins = own["horizon"] * (apart.square() @ torch.from_numpy(share))
@@ -450,10 +450,10 @@ class Policy:
     def stake(self, w: np.ndarray) -> float:
         """What one decision accounts for under the weights `w` [M]: a standard deviation, its part of what is unexplained of a sum over `horizon` decisions.
 
-        The scale on which it matters how well a difference between two actions is known. NaN for bundles from before `own_response` was asked.
+        The scale on which it matters how well a difference between two actions is known. NaN for models of which it was not asked: `paper`, older bundles.
         """
-        own = self.details.get("own_response")
-        return math.sqrt(max(float(w @ np.array(own["covariance"]) @ w), 0.0) / own["horizon"]) if own else math.nan
+        own = self.details.get("own_response", {})
+        return math.sqrt(max(float(w @ np.array(own["covariance"]) @ w), 0.0) / own["horizon"]) if "covariance" in own else math.nan
 
     def score(self, enc: Encoded | Situation, actions: np.ndarray, weights: Mapping[str, float] | None = None) -> dict[str, np.ndarray]:
         """What ranks actions [B, C, D]: `value`, `caution`, `guardrail` and `total` = value - caution - guardrail, each [B, C]."""

@@ -31,6 +31,7 @@ def pytest_configure(config):
         os.environ["PREFECT_HOME"] = config.prefect_home.name
         os.environ["PREFECT_LOCAL_STORAGE_PATH"] = f"{config.prefect_home.name}/results"
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored, and what they start would too
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # so has `nohup`
     prepare()
 
 

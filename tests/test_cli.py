@@ -115,7 +115,7 @@ def test_an_explanation_is_a_table_whose_parts_add_up(capfd):
         "contrast": {"against": "early", "action": {"goal": 2.0}, "difference": 0.5, "low": 0.25, "high": 0.75,
                      "parts": [longer], "decisive": [["joy", "long_term"]]},
         "what_if": None, "attributions": {"measures": {"games": -0.125}, "periods": [], "completeness_gap": 0.001},
-        "evidence": {"nearest": [], "disagreement": 0.02, "policies": ["early"], "verdict": "well supported"},
+        "evidence": {"nearest": [], "disagreement": 0.02, "policies": ["early"], "verdict": "well supported", "grade": "good"},
     }  # fmt: skip
     with answering(False) as answer:
         answer(document, cli._explanation)
