@@ -145,29 +145,29 @@ def still_to_come(windows: Windows, history: np.ndarray, rows: np.ndarray, fold:
     are the history less the player's mean, so that what a player brings in every state drops out, as in a panel's within estimator: without that, an action
     that leads to a state in which good players often are would be credited with the players (infra/decisions/0022). 0 where nothing later counts.
     """
-    player, discount, reward = windows.player[rows], windows.discount[rows], windows.reward[rows]
-    known = np.isfinite(reward) & ~windows.open_ended[rows]
+    player, discounts, each = windows.player[rows], windows.platform.discounts, windows.discount[rows]
+    outcome = np.where(windows.open_ended[rows], np.nan, windows.reward[rows])
     place = np.full(len(windows), -1)
     place[rows] = np.arange(len(rows))
-    after = place[windows.following[rows]]
-    value, alike = np.zeros_like(reward), defaultdict[bytes, list[int]](list)
-    for j, d in enumerate(windows.platform.discounts):
-        if d > 0 and known[:, j].any():
-            alike[known[:, j].tobytes() + discount[:, j].tobytes()].append(j)
-    for columns in alike.values():
-        here, d = np.flatnonzero(known[:, columns[0]]), discount[:, columns[0], None]
-        of_player = csr_array((np.ones(len(here)), (player[here], np.arange(len(here)))))
-        usual = (of_player @ history[here]) / np.maximum(of_player.sum(1), 1)[:, None]
-        gram, moment = np.zeros((FOLDS, *2 * history.shape[1:])), np.zeros((FOLDS, history.shape[1], len(columns)))
-        for piece in np.array_split(here, -(-len(here) // LOOKED_AT)):
-            for k in range(FOLDS):
-                own = piece[fold[piece] == k]
-                instrument = history[own] - usual[player[own]]
-                gram[k] += instrument.T @ (history[own] - d[own] * history[after[own]])
-                moment[k] += instrument.T @ reward[np.ix_(own, columns)]
-        for k in range(FOLDS):  # a fold's others are all less its own
-            others = gram.sum(0) - gram[k] + VALUE_RIDGE * np.eye(history.shape[1])
-            value[np.ix_(fold == k, columns)] = history[fold == k] @ np.linalg.solve(others, moment.sum(0) - moment[k])
+    after, value = place[windows.following[rows]], np.zeros_like(outcome)
+    for later in np.unique(discounts[discounts > 0]):
+        alike = np.flatnonzero(discounts == later)
+        for known, found in known_together(outcome[:, alike]):
+            here, columns, d = np.flatnonzero(known), alike[found], each[:, alike[:1]]
+            if len(here) == 0:
+                continue
+            of_player = csr_array((np.ones(len(here)), (player[here], np.arange(len(here)))))
+            usual = (of_player @ history[here]) / np.maximum(of_player.sum(1), 1)[:, None]
+            gram, moment = np.zeros((FOLDS, *2 * history.shape[1:])), np.zeros((FOLDS, history.shape[1], len(columns)))
+            for piece in np.array_split(here, -(-len(here) // LOOKED_AT)):
+                for k in range(FOLDS):
+                    own = piece[fold[piece] == k]
+                    instrument = history[own] - usual[player[own]]
+                    gram[k] += instrument.T @ (history[own] - d[own] * history[after[own]])
+                    moment[k] += instrument.T @ outcome[np.ix_(own, columns)]
+            for k in range(FOLDS):  # a fold's others are all less its own
+                others = gram.sum(0) - gram[k] + VALUE_RIDGE * np.eye(history.shape[1])
+                value[np.ix_(fold == k, columns)] = history[fold == k] @ np.linalg.solve(others, moment.sum(0) - moment[k])
     return value
 
 
