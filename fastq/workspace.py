@@ -123,6 +123,11 @@ class Workspace:
         return self.state / "monitor"
 
     @property
+    def watched(self) -> Path:
+        """What the logs looked like that were last learned from, which the monitor holds new ones against; not there before the first retraining."""
+        return self.monitor / "reference.json"
+
+    @property
     def format_file(self) -> Path:
         """JSON: `format`, the number of the layout of `.fastq/`."""
         return self.state / "format.json"

@@ -53,7 +53,7 @@ def monitor(workspace: str) -> dict[str, Any]:
     from pipelines.monitor import monitor as look
 
     platform = _platform(workspace)
-    if not (Workspace(platform.root).monitor / "reference.json").exists():
+    if not Workspace(platform.root).watched.exists():
         return {"findings": [], "new": [], "drift": False, "notes": ["nothing was trained yet, so there is nothing to compare with"]}
     found = look(platform)
     if found["drift"]:

@@ -132,7 +132,7 @@ def schedule(
                 say(f"next retraining at {planned:%Y-%m-%d %H:%M} UTC")
             elif next_look is not None and not next_look - LOOK_EVERY <= now < next_look:  # also where the clock was set back
                 next_look = now + LOOK_EVERY
-                if not (workspace.monitor / "reference.json").exists():
+                if not workspace.watched.exists():
                     continue  # before the first retraining there is nothing to compare with, which is nobody's failure
                 if work(platform, "monitor", say, back_off).get("drift"):
                     note(workspace, drift=True)  # it is told once, and may be followed by our own end
