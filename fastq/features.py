@@ -913,6 +913,28 @@ def unpack_states(platform: Platform, packed: Sequence[bytes]) -> PlayerStates:
 
 # ---- states as the networks' inputs --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
+class Units:
+    """Standard units of actions: `(raw - centre) / width` with the logged actions' mean and standard deviation, [D] each."""
+
+    centre: np.ndarray
+    width: np.ndarray
+
+    @classmethod
+    def of(cls, action: np.ndarray, catalogue: bool) -> Units:
+        """From logged actions [N, D]; a catalogue's embeddings are standard already."""
+        if catalogue or not len(action):
+            return cls(np.zeros(action.shape[1]), np.ones(action.shape[1]))
+        width = np.nanstd(action, 0)
+        return cls(np.nanmean(action, 0), np.where(width > 1e-9, width, 1.0))
+
+    def standard(self, raw: np.ndarray) -> np.ndarray:
+        return (raw - self.centre) / self.width
+
+    def raw(self, standard: np.ndarray) -> np.ndarray:
+        return self.centre + self.width * standard
+
+
+@dataclass(frozen=True)
 class Encoding:
     """Standardisation and vocabularies, fitted on training players only; plain data that a bundle keeps as JSON.
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastq import equations, paper
 from fastq.errors import TrainingError
-from fastq.features import fit_encoding
+from fastq.features import Units, fit_encoding
 from fastq.networks import Actor, Represented, Values
 from fastq.platform import Platform
 from fastq.policy import REACH, Policy, Reference, Situation
@@ -42,7 +42,6 @@ from fastq.representation import (
     Part,
     Progress,
     Stage,
-    Units,
     fit,
     histories,
     outcome_targets,

@@ -99,6 +99,19 @@ class Measure(_Branch):
     min: Finite | None = None
     max: Finite | None = None
 
+    @property
+    def of_a_period(self) -> tuple[float, float]:
+        """Between what a period's number lies where every event keeps to `min` and `max`.
+
+        A sum of several events passes any bound but one on its own side of 0, and a count says nothing of their values.
+        """
+        low, high = -math.inf if self.min is None else self.min, math.inf if self.max is None else self.max
+        if self.aggregate == "count":
+            return 0.0, math.inf
+        if self.aggregate == "sum":
+            return low if low >= 0 else -math.inf, high if high <= 0 else math.inf
+        return low, high
+
 
 class Attribute(_Branch):
     kind: Literal["numeric", "categorical"]

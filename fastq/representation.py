@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from fastq import equations
 from fastq.errors import TrainingError
-from fastq.features import CLIP, Encoding
+from fastq.features import CLIP, Encoding, Units
 from fastq.networks import PublishedRepresentation, Representation, Represented, Sizes
 from fastq.windows import Windows
 from fastq.workspace import replacing
@@ -34,28 +34,6 @@ CONSTANT = 1e-3  # standard deviations of a history below which it does not vary
 HIDDEN_LAGS = 0.25  # share of states shown without lagged actions and outcomes, as a caller may not have them
 WARM_EPOCHS, WARM_PATIENCE = 2, 2  # at most, and without improvement, where training goes on from a policy: a third is worth no more (infra/log.md)
 Progress = Callable[[str, int, int, dict[str, float]], None]  # stage, epochs done, epochs at most, metrics
-
-
-@dataclass(frozen=True)
-class Units:
-    """Standard units of actions: `(raw - centre) / width` with the logged actions' mean and standard deviation, [D] each."""
-
-    centre: np.ndarray
-    width: np.ndarray
-
-    @classmethod
-    def of(cls, action: np.ndarray, catalogue: bool) -> Units:
-        """From logged actions [N, D]; a catalogue's embeddings are standard already."""
-        if catalogue or not len(action):
-            return cls(np.zeros(action.shape[1]), np.ones(action.shape[1]))
-        width = np.nanstd(action, 0)
-        return cls(np.nanmean(action, 0), np.where(width > 1e-9, width, 1.0))
-
-    def standard(self, raw: np.ndarray) -> np.ndarray:
-        return (raw - self.centre) / self.width
-
-    def raw(self, standard: np.ndarray) -> np.ndarray:
-        return self.centre + self.width * standard
 
 
 class Batches:

@@ -2,7 +2,8 @@
 
 One SQLite file per writing process under `served/` (WAL, synchronous=FULL) and one writer thread per file: while a commit runs, what
 arrives queues up and becomes the next commit. A timed window would only add its own delay. Two processes never share a file: each holds
-a lock that dies with it. Batches (`served/*.parquet`, written by the flow `recommend_all`) are read beside the files.
+a lock that dies with it. What must happen once whichever process hears of it (an outcome, an event, an Idempotency-Key) is written by one of them
+at a time, after a look into the files of all. Batches (`served/*.parquet`, written by the flow `recommend_all`) are read beside the files.
 
     decisions(decision_id, player_id, decided_at, policy, propensity, model_version, action, detail, state, assignment)
     outcomes(decision_id, objective, value, recorded_at)     the row recorded last stands, whichever file holds it
@@ -16,6 +17,7 @@ Times are microseconds since 1970 (UTC), bodies and actions JSON.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
@@ -27,7 +29,7 @@ import sqlite3
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +49,7 @@ CHECKPOINT = 4_000  # rows, some 30 MB of the WAL, after which it is brought int
 SETTLED_NS = 100_000_000  # how old a directory's last change must be before its list is kept
 MAPPED = 2**30  # bytes of a file that are read without a copy
 AT_ONCE = 3_000  # decisions in one statement, which may hold 32,766 values
+PATIENCE = 5.0  # seconds that one process waits for another one's turn to end
 T = TypeVar("T")
 Action = dict[str, float] | dict[str, str | None]
 
@@ -61,6 +64,10 @@ CREATE TABLE IF NOT EXISTS activity(player_id TEXT, occurred_at INTEGER, recorde
     PRIMARY KEY(player_id, occurred_at, body));
 CREATE INDEX IF NOT EXISTS activity_to_apply ON activity(recorded_at) WHERE applied = 0;
 """
+_HEARD = (
+    "SELECT player_id, occurred_at, body FROM json_each(?) AS asked JOIN activity ON player_id = json_extract(asked.value, '$[0]')"
+    " AND occurred_at = json_extract(asked.value, '$[1]') AND body = json_extract(asked.value, '$[2]')"
+)
 _DECISION = "decision_id, player_id, decided_at, policy, propensity, model_version, action, detail, assignment"
 
 
@@ -182,13 +189,72 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
+class Turns:
+    """Whose turn it is among the processes that write here: locks on single bytes of one file, which die with the process that holds them.
+
+    Between processes alone, as POSIX has them: within one, threads must know of each other. The file is opened once, since closing it anywhere in the
+    process would let go of everything.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[bool]:
+        """Whether, within `PATIENCE`, no other process is inside of this; one that hangs in there shall hang nobody else."""
+        until = time.monotonic() + PATIENCE
+        while not (mine := self._taken(0)) and time.monotonic() < until:
+            time.sleep(0.001)
+        try:
+            yield mine
+        finally:
+            if mine:
+                self._let_go(0)
+
+    def take(self, players: Iterable[str]) -> bool:
+        """Keep these players to this process until `give`; False, with nothing kept, where another has one of them."""
+        taken: list[str] = []
+        for player in dict.fromkeys(players):
+            if not self._taken(self._place(player)):
+                self.give(taken)
+                return False
+            taken.append(player)
+        return True
+
+    def give(self, players: Iterable[str]) -> None:
+        """Let others have them."""
+        for player in players:
+            self._let_go(self._place(player))
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def _taken(self, place: int) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        except (BlockingIOError, PermissionError):  # as POSIX leaves it to the system
+            return False
+        return True
+
+    def _let_go(self, place: int) -> None:
+        fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
+
+    @staticmethod
+    def _place(player: str) -> int:
+        return 1 + int.from_bytes(hashlib.sha256(player.encode()).digest()[:7], "big")
+
+
 class _Job(NamedTuple):
-    """A piece of writing, and who waits for it. Where all it does is to store decisions, `rows` are these, and `kept` what it yields."""
+    """A piece of writing, and who waits for it. Where all it does is to store decisions, `rows` are these, and `kept` what it yields.
+
+    `alone`: no other process may write meanwhile, since it looks into the files of all first.
+    """
 
     run: Callable[[sqlite3.Connection], Any]
     waits: Future[Any]
     rows: Sequence[tuple[object, ...]] = ()
     kept: list[Decision] | None = None
+    alone: bool = False
 
 
 def _decision(row: sqlite3.Row | tuple[Any, ...], state: bytes | None = None) -> Decision:
@@ -211,6 +277,7 @@ class DecisionLog:
 
     def __init__(self, platform: Platform, path: Path, lock: FileLock) -> None:
         self.platform, self.path = platform, path
+        self.turns = Turns(path.with_name("replicas.lock"))
         self._lock = lock
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting_since: float | None = None
@@ -245,7 +312,13 @@ class DecisionLog:
                 while jobs[-1] is not None:
                     jobs.append(self._jobs.get_nowait())
             self._waiting_since = time.monotonic()
-            self._commit([job for job in jobs if job is not None])
+            self._commit([job for job in jobs if job is not None and not job.alone])
+            if alone := [job for job in jobs if job is not None and job.alone]:
+                try:
+                    with self.turns.alone() as mine:
+                        self._commit(alone) if mine else self._refuse(alone, "another server writes here and does not come to an end")
+                except OSError as error:  # a file system that has no locks to give
+                    self._refuse([job for job in alone if not job.waits.done()], str(error))
             self._waiting_since = None
             if jobs[-1] is None:
                 return
@@ -268,21 +341,24 @@ class DecisionLog:
             self._copier = copier
 
     def _commit(self, jobs: list[_Job]) -> None:
-        done: list[tuple[Any, BaseException | None]] | None
+        if not jobs:
+            return
         try:
             done = self._stored_at_once(jobs) or self._one_by_one(jobs)
         except (sqlite3.Error, OSError) as error:
-            unavailable = LogUnavailable(
-                f"the decision log cannot be written ({error}); nothing of this request was stored: free disk space or mend the disk, then ask again"
-            )
-            logger.error("decision log %s: %s", self.path.name, error)
-            done = [(None, unavailable)] * len(jobs)
             self._reconnect()
+            self._refuse(jobs, f"{error}; free disk space or mend the disk")
+            return
         for job, (result, refusal) in zip(jobs, done, strict=True):
             if refusal is None:
                 job.waits.set_result(result)
             else:
                 job.waits.set_exception(refusal)
+
+    def _refuse(self, jobs: list[_Job], why: str) -> None:
+        logger.error("decision log %s: %s", self.path.name, why)
+        for job in jobs:
+            job.waits.set_exception(LogUnavailable(f"the decision log cannot be written ({why}); nothing of this request was stored: ask again"))
 
     def _stored_at_once(self, jobs: list[_Job]) -> list[tuple[Any, BaseException | None]] | None:
         """Decisions alone, stored by one statement that is its own transaction; None where there is something else among the jobs.
@@ -330,12 +406,14 @@ class DecisionLog:
             self._database.close()
         self._database = fresh
 
-    def _submit(self, job: Callable[[sqlite3.Connection], T], rows: Sequence[tuple[object, ...]] = (), kept: list[Decision] | None = None) -> Future[T]:
+    def _submit(
+        self, job: Callable[[sqlite3.Connection], T], rows: Sequence[tuple[object, ...]] = (), kept: list[Decision] | None = None, *, alone: bool = False
+    ) -> Future[T]:
         if not self._writer.is_alive():
             raise LogUnavailable("the decision log is closed: the server is stopping; ask another replica, or again after its start")
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # a caller that goes away does not take its decision out of the log
-        self._jobs.put(_Job(job, future, rows, kept))
+        self._jobs.put(_Job(job, future, rows, kept, alone))
         return future
 
     @property
@@ -354,13 +432,13 @@ class DecisionLog:
 
         It raises `KeyReused` where the key came with another body, `LogUnavailable` where nothing could be stored.
         """
-        earlier = self.repeated(request) if request else None
 
         def job(database: sqlite3.Connection) -> list[Decision]:
-            nonlocal earlier
             if request:
-                found = earlier or self._request_in(database, request)
-                if found:
+                found = self._request_in(database, request)
+                if found is None:  # another process may have answered it: whoever gets no answer in time asks again, and comes to anyone
+                    found = self.repeated(request)
+                if found is not None:
                     return found
                 ids = json.dumps([d.decision_id for d in decisions])
                 database.execute("INSERT INTO requests VALUES (?, ?, ?, ?)", (request.kept, request.digest, ids, now_us()))
@@ -368,7 +446,7 @@ class DecisionLog:
             return kept
 
         rows, kept = [d.row() for d in decisions], list(decisions)  # made by the caller's thread, so that the writer's holds nobody up
-        return self._submit(job, rows, None if request else kept)
+        return self._submit(job, rows, None if request else kept, alone=request is not None)
 
     def repeated(self, request: Request) -> list[Decision] | None:
         """The decisions that this request made before, in any file; None if it is new. Raises `KeyReused`."""
@@ -404,9 +482,10 @@ class DecisionLog:
             others = self._databases()[1:]
             with self._reading:
                 known = _known_in([database, *others], ids)
-            accepted, now = 0, now_us()
+            accepted = 0
             for said in reported:
                 before = known[said.decision_id]
+                now = max(now_us(), before.heard_at + 1)  # what is said last stands, whatever the clocks of two machines say
                 fresh = {name: value for name, value in said.values.items() if before.values.get(name) != value}
                 differs = [name for name in fresh if name in before.values]
                 done = said.executed if said.executed != before.executed else None
@@ -427,27 +506,32 @@ class DecisionLog:
                     database.execute(
                         "INSERT OR REPLACE INTO executed VALUES (?, ?, ?)", (said.decision_id, None if isinstance(done, bool) else json.dumps(done), now)
                     )
-                known[said.decision_id] = Known({**before.values, **fresh}, done if done is not None else before.executed)
+                known[said.decision_id] = Known({**before.values, **fresh}, done if done is not None else before.executed, now)
             return accepted, len(reported) - accepted
 
-        return self._submit(job)
+        return self._submit(job, alone=True)
 
     def record_activity(self, events: Sequence[Event]) -> Future[tuple[int, int]]:
         """Store events; yields how many were new and how many were there already, equal in every part."""
         rows = [(e.player_id, e.occurred_at, json.dumps(e.body, sort_keys=True)) for e in events]
+        asked = json.dumps(rows)
 
         def job(database: sqlite3.Connection) -> tuple[int, int]:
             if self._heard is None:
                 self._heard = int(database.execute("SELECT coalesce(max(recorded_at), 0) FROM activity").fetchone()[0])
-            new = 0
+            others, new = self._databases()[1:], 0
+            with self._reading:
+                elsewhere = {row for other in others for row in other.execute(_HEARD, (asked,))}
             for player, occurred_at, body in rows:
+                if (player, occurred_at, body) in elsewhere:
+                    continue
                 # later than the one before, whatever the clock says: up to which event a state is complete is told by this moment alone
                 self._heard = max(now_us(), self._heard + 1)
                 row = (player, occurred_at, self._heard, body)
                 new += database.execute("INSERT OR IGNORE INTO activity(player_id, occurred_at, recorded_at, body) VALUES (?, ?, ?, ?)", row).rowcount
             return new, len(rows) - new
 
-        return self._submit(job)
+        return self._submit(job, alone=True)
 
     def unapplied(self, limit: int = 10_000) -> list[tuple[int, Event]]:
         """Events of this file that the online store does not have yet, oldest first, with the key that `applied` takes."""
@@ -490,6 +574,7 @@ class DecisionLog:
                 reader.close()
             self._readers.clear()
         self._database.close()
+        self.turns.close()
         self._lock.release()
 
     # ---- reading ------------------------------------------------------------------------------------------------------
@@ -656,6 +741,19 @@ def _known_in(databases: Sequence[sqlite3.Connection], ids: Sequence[str]) -> di
     return {i: Known({name: value for name, (_, value) in values[i].items()}, _executed(executed[i][1]) if i in executed else None, heard[i]) for i in ids}
 
 
+def _begin(path: Path) -> None:
+    """A file with its tables, if there is none yet: whole from the first moment, since others read it as soon as they see it."""
+    if path.exists():
+        return
+    hidden = path.with_name(f".{path.name}")
+    hidden.unlink(missing_ok=True)  # of a process that died here
+    os.close(os.open(hidden, os.O_CREAT | os.O_RDWR, 0o600))
+    with contextlib.closing(sqlite3.connect(hidden)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+        database.executescript(_SCHEMA)
+    hidden.replace(path)
+
+
 def open_log(platform: Platform) -> DecisionLog:
     """The log of this process: the first file of the workspace that no other process is writing."""
     workspace = Workspace(platform.root)
@@ -672,7 +770,7 @@ def open_log(platform: Platform) -> DecisionLog:
                 f"{path}: the decision log cannot be opened ({error.strerror}); check the directory's owner and the disk's free space"
             ) from None
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            _begin(path)
             log = DecisionLog(platform, path, lock)
             directory = os.open(workspace.served, os.O_RDONLY)
             os.fsync(directory)  # a new file must survive a power cut as its rows do

@@ -75,6 +75,8 @@ MOST_KEY = 300  # characters of an Idempotency-Key
 FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
 REFUSED_SECONDS = 60.0  # until a model that could not be loaded is tried again: what ailed it may have passed
 QUERY_SECONDS = 20  # that an analyst's SQL may run
+ELSEWHERE_SECONDS = 0.003  # until it is tried again whether another replica is done with a player
+ELSEWHERE_MOST_SECONDS = 5.0  # that a request waits for that
 NOBODY = "\x00"  # a player who cannot be: asked for to see whether the store answers
 
 OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
@@ -106,6 +108,7 @@ class Waiting:
     request: Repeatable | None
     future: asyncio.Future[list[Decision]]
     decided: list[Decision] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
 
     def end(self, result: list[Decision] | BaseException) -> None:
         if self.future.done():  # its caller went away
@@ -203,13 +206,21 @@ class Desk:
         """One batch: as many waiting requests as fit."""
         batch: list[Waiting] = []
         later: list[Waiting] = []
+        elsewhere: list[Waiting] = []
         rows = 0
         while self.waiting and (not batch or rows + len(self.waiting[0].ask) <= BATCH_ROWS):
             entry = self.waiting.popleft()
             if self.busy and self.busy.intersection(entry.ask.player_ids):
                 later.append(entry)
                 continue
-            self._occupy(entry)
+            try:
+                mine = self._occupy(entry)
+            except (OSError, FastqError) as error:
+                entry.end(error if isinstance(error, FastqError) else LogUnavailable(f"players cannot be kept apart among replicas ({error})"))
+                continue
+            if not mine:
+                elsewhere.append(entry)
+                continue
             if len(entry.ask) > BATCH_ROWS:  # it would hold everybody up
                 self.apart.add(task := asyncio.get_running_loop().create_task(self._decide_apart(entry)))
                 task.add_done_callback(self.apart.discard)
@@ -217,6 +228,8 @@ class Desk:
             batch.append(entry)
             rows += len(entry.ask)
         self.waiting.extendleft(reversed(later))
+        if elsewhere:
+            asyncio.get_running_loop().call_later(ELSEWHERE_SECONDS, self._again, elsewhere)
         if batch:
             self.metrics.batch.observe(rows)
             started = time.perf_counter()
@@ -284,16 +297,32 @@ class Desk:
 
         stored.add_done_callback(wake)
 
-    def _occupy(self, entry: Waiting) -> None:
+    def _occupy(self, entry: Waiting) -> bool:
+        """Where what players may have is capped: keep them to this request until its decisions are on disk. False where another replica has one of them."""
         if entry.keep and online.capped(self.platform):
+            if not self.open().log.turns.take(entry.ask.player_ids):
+                return False
             self.busy.update(entry.ask.player_ids)
+        return True
+
+    def _again(self, entries: list[Waiting]) -> None:
+        """Requests that waited for another replica come first, unless they have waited for too long."""
+        late = time.monotonic() - ELSEWHERE_MOST_SECONDS
+        for entry in entries:
+            if entry.since < late:
+                entry.end(Overloaded("another replica has been deciding for one of these players for too long; ask again in a moment"))
+        self.waiting.extendleft(reversed([entry for entry in entries if not entry.future.done()]))
+        self._next()
 
     def _release(self, entries: Sequence[Waiting], error: BaseException | None, result: list[Decision] | None = None) -> None:
         """Let the callers go on."""
         for entry in entries:
             entry.end(error if error is not None else entry.decided if result is None else result)
         if self.busy:
-            self.busy.difference_update(p for entry in entries if entry.keep for p in entry.ask.player_ids)
+            gone = self.busy.intersection(p for entry in entries if entry.keep for p in entry.ask.player_ids)
+            self.busy -= gone
+            if self.service is not None:  # else the process is about to end, and with it what it held
+                self.service.log.turns.give(gone)
         self._next()
 
     async def readiness(self) -> dict[str, str]:

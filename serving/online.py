@@ -31,8 +31,9 @@ from fastq.features import Columns, OnlineStates, PlayerStates
 from fastq.forgetting import forgotten
 from fastq.platform import OWN_POLICY, Cap, CatalogueAction, Platform
 from fastq.policy import CHUNKS, Encoded, Policy, Recommendation, action_dicts
+from fastq.records import BOUND_TOLERANCE
 from fastq.workspace import Workspace
-from serving.decision_log import Action, Decision, DecisionLog, Event, now_us, open_log
+from serving.decision_log import PATIENCE, Action, Decision, DecisionLog, Event, now_us, open_log
 
 logger = logging.getLogger("fastq.serving")
 COMMITTING_US = 60_000_000  # a decision made before a state was read may have been committed after; to lay one twice changes nothing
@@ -272,15 +273,28 @@ def inline_states(model: Model, given: Sequence[InlineState]) -> PlayerStates:
         if len(rows) != window or (widths != {len(names)}):
             got = f"{len(rows)} of {' or '.join(map(str, sorted(widths))) or 'none'}"
             raise RequestError(f"{where}: expected {window} periods (the window), oldest first, of {len(names)} {what} ({', '.join(names)}), got {got}")
-        return np.array([[np.nan if value is None else value for value in row] for row in rows], np.float32).reshape(window, len(names))
+        return np.array([[np.nan if value is None else value for value in row] for row in rows], float).reshape(window, len(names))
 
+    def bounded(where: str, values: np.ndarray, names: Sequence[str], bounds: np.ndarray, slack: np.ndarray) -> np.ndarray:
+        """Values that the logs' own rules would let pass: what is quarantined there is refused here."""
+        outside = (values < bounds[:, 0] - slack) | (values > bounds[:, 1] + slack)  # of NaN neither is true
+        if outside.any():
+            t, j = map(int, np.argwhere(outside)[0])
+            low, high = bounds[j]
+            expected = " and ".join([f"at least {low:g}"] * math.isfinite(low) + [f"at most {high:g}"] * math.isfinite(high))
+            raise RequestError(f"{where}[{t}]: {names[j]}: expected {expected} in a period, null where nothing is known, got {values[t, j]:g}")
+        return values
+
+    within = np.array([measure.of_a_period for measure in platform.state.measures.values()]).reshape(len(measures), 2)
+    rounding = BOUND_TOLERANCE * np.maximum(1, np.abs(np.where(np.isfinite(within), within, 0)).max(1, initial=0))
     for i, state in enumerate(given):
         where = f"states[{i}]"
-        history[i] = table(f"{where}.history", state.history, measures, "measures")
+        history[i] = bounded(f"{where}.history", table(f"{where}.history", state.history, measures, "measures"), measures, within, rounding)
         if state.objectives is not None:
             outcomes[i] = table(f"{where}.objectives", state.objectives, objectives, "objectives")
         if state.actions is not None and policy.catalogue is None:
-            actions[i] = table(f"{where}.actions", state.actions, platform.dimension_names, "action dimensions")
+            done, bounds = table(f"{where}.actions", state.actions, platform.dimension_names, "action dimensions"), platform.bounds
+            actions[i] = bounded(f"{where}.actions", done, platform.dimension_names, bounds, BOUND_TOLERANCE * (bounds[:, 1] - bounds[:, 0]))
         elif state.actions is not None and policy.catalogue is not None:
             if len(state.actions) != window or not all(a is None or isinstance(a, str) for a in state.actions):
                 raise RequestError(f"{where}.actions: expected {window} item ids, oldest period first, null where nothing was done")
@@ -828,20 +842,22 @@ def recommend(
         raise RequestError("players: expected at least one player id")
     if wrong := [player for player in players if not 0 < len(player) <= LONGEST_ID]:
         raise RequestError(f"players: expected ids of 1 to {LONGEST_ID} characters, got one of {len(wrong[0])}")
+    ask = Ask(
+        players=tuple(map(str, players)),
+        explore=explore,
+        exploration=exploration,
+        limits=limits,
+        eligible=tuple(eligible) if eligible is not None else None,
+        top_k=top_k,
+    )
     with open_service(platform) as service:
-        decided = decide(
-            service,
-            [
-                Ask(
-                    players=tuple(map(str, players)),
-                    explore=explore,
-                    exploration=exploration,
-                    limits=limits,
-                    eligible=tuple(eligible) if eligible is not None else None,
-                    top_k=top_k,
-                )
-            ],
-        )[0]
+        if capped(platform) and not dry_run:  # a server may be deciding for them
+            until = time.monotonic() + PATIENCE
+            while not service.log.turns.take(ask.player_ids):
+                if time.monotonic() > until:
+                    raise WorkspaceError("a server has been deciding for one of these players for too long; ask again in a moment")
+                time.sleep(0.003)
+        decided = decide(service, [ask])[0]
         if isinstance(decided, FastqError):
             raise decided
         if not dry_run:

@@ -149,7 +149,8 @@ def test_gradients_reach_the_representation_with_one_policy(place):
 
     from fastq import equations
     from fastq.networks import Representation
-    from fastq.representation import RepresentationModule, Units, train_representation
+    from fastq.features import Units
+    from fastq.representation import RepresentationModule, train_representation
 
     write(place, count=40)
     episodes.import_minari(["corridor/noisy-v0"], place / "shop", window=2, discount=0)

@@ -16,7 +16,8 @@ from fastq.networks import Actor, Representation, Represented, Values
 from fastq.platform import platform_from_tree
 from fastq.policy import REACH
 from fastq.records import Counts, Records
-from fastq.representation import RepresentationModule, StateTensors, Units, represent, train_representation
+from fastq.features import Units
+from fastq.representation import RepresentationModule, StateTensors, represent, train_representation
 
 
 def bandit(players=400, days=12, seed=0, policies=("low", "high"), epochs=3):

@@ -248,6 +248,37 @@ def test_an_inline_state_of_the_wrong_shape_is_refused_by_name(service: Service)
             decided(service, Ask(states=(inline(platform, **changes),)))
 
 
+def test_an_inline_state_that_no_accepted_log_could_have_made_is_refused(service: Service) -> None:
+    """What a log's row is quarantined for: a measure past its `min` or `max`, an action past its bounds. Rounding is forgiven, null says nothing."""
+    platform = service.platform
+    window, measures, dimensions = platform.state.window, list(platform.state.measures), platform.dimension_names
+    high = platform.bounds[0, 1]
+
+    def history(name: str, value: float | None) -> list[list[float | None]]:
+        return [[1.0] * len(measures)] * (window - 1) + [[value if measure == name else 1.0 for measure in measures]]
+
+    def actions(value: float) -> list[list[float | None]]:
+        return [[None] * len(dimensions)] * (window - 1) + [[value, *map(float, platform.bounds[1:, 0])]]
+
+    last = window - 1
+    for changes, says in (
+        ({"history": history("win_rate", 1.5)}, rf"states\[0\]\.history\[{last}\]: win_rate: expected at least 0 and at most 1 in a period, .* got 1\.5"),
+        ({"history": history("win_rate", -0.1)}, "win_rate: expected at least 0"),
+        ({"history": history("rating", 0.5)}, "rating: expected at least 1 and at most 5"),
+        ({"history": history("games", -1.0)}, "games: expected at least 0 in a period"),
+        ({"actions": actions(1.01 * high)}, rf"states\[0\]\.actions\[{last}\]: {dimensions[0]}: expected .* at most {high:g}"),
+    ):
+        with pytest.raises(RequestError, match=says):
+            decided(service, Ask(states=(inline(platform, **changes),)))
+    for changes in (
+        {"history": history("games", 1e6)},
+        {"history": history("rating", None)},
+        {"history": history("win_rate", 1.0000001)},
+        {"actions": actions(float(np.float32(high) * np.float32(1.0000001)))},
+    ):
+        assert decided(service, Ask(states=(inline(platform, **changes),)))
+
+
 # ---- exceptions to the policy ----------------------------------------------------------------------------------------------
 def test_the_holdout_is_a_fixed_share_that_gets_the_proposal_that_came_along(service: Service, players: list[str]) -> None:
     policy = service.platform.policies[0]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fastq.errors import ConfigurationError
-from fastq.platform import CatalogueAction, Platform, format_duration, load_platform, parse_duration, platform_from_tree
+from fastq.platform import CatalogueAction, Measure, Platform, format_duration, load_platform, parse_duration, platform_from_tree
 
 CONTRACT = """
 version: 1
@@ -311,3 +311,18 @@ def test_each_line_of_a_refusal_names_the_file(mistakes: list[tuple[str, object]
         platform_from_tree(tree, Path(), "fastq.yaml")
     lines = str(error.value).splitlines()
     assert sorted(line.split(": ")[1] for line in lines) == sorted(path for path, _ in mistakes)
+
+
+def test_a_periods_number_keeps_to_the_bounds_of_its_events_as_far_as_its_aggregate_does() -> None:
+    """Three events between the bounds, added up and so on, never leave what `of_a_period` says; and it is no wider than it must be."""
+    inf = float("inf")
+    for low, high in ((0.0, 1.0), (1.0, 5.0), (-2.0, 3.0), (-3.0, -1.0), (None, 2.0), (0.5, None), (None, None)):
+        given = {"min": low, "max": high}
+        plain = (-inf if low is None else low, inf if high is None else high)
+        for aggregate in ("mean", "min", "max", "last"):
+            assert Measure(aggregate=aggregate, **given).of_a_period == plain
+        assert Measure(aggregate="count", **given).of_a_period == (0, inf)
+        total = Measure(aggregate="sum", **given).of_a_period
+        for events in (1, 3):
+            assert total[0] <= events * plain[0] <= events * plain[1] <= total[1]
+        assert total == (plain[0] if plain[0] >= 0 else -inf, plain[1] if plain[1] <= 0 else inf)
