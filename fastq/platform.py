@@ -255,6 +255,7 @@ class Serving(_Branch):
     item_frequency: Cap | None = None  # the same item to the same player; past it the item is not eligible
     budgets: dict[str, Cap] = {}  # by action dimension; what is left of it is a limit of the law
     rate_limit: float = Field(0, ge=0)  # requests per second and key; 0: none
+    replicas: int = Field(1, ge=1, le=32)  # processes of `fastq serve` that answer; with two of them one may die, and what the other does nobody notices
     tokens: Tokens | None = None
     exclude: str | None = None  # file with a column player_id: players who are never recommended anything
     stale_after: int = Field(3, ge=1)  # periods without anything seen after which an answer is marked degraded

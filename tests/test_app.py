@@ -627,11 +627,15 @@ defaults
     timeout server 3600s
     errorfile 502 {0}/500.http
     errorfile 503 {0}/500.http
+    option redispatch 1
+    retry-on conn-failure
 frontend prometheus
     bind :{1}
 frontend http_frontend
     bind 127.0.0.1:{2}
     default_backend http-fastq
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path \'%[path]\' not found. Ping http://.../-/routes for available routes."
 backend http-fastq
     default-server fastinter 250ms downinter 250ms fall 2 rise 2 inter 5s check
     server SERVE_REPLICA_fastq-fastq-6lgqhh9y 127.0.0.1:30000 check observe layer4 error-limit 3 on-error mark-down
@@ -653,8 +657,13 @@ def test_the_proxy_is_shut_and_has_an_end_to_its_patience(tmp_path: Path, monkey
         assert checked.returncode == 0, checked.stderr
     lines = [line.strip() for line in said.read_text().splitlines()]
     assert {line for line in lines if line.startswith("bind")} == {f"bind 127.0.0.1:{port}" for port in (metrics, door, stats)}
+    assert lines.count(f"timeout connect {app.NEAR}") == 1
     assert lines.count(f"timeout queue {app.PATIENCE}") == lines.count("option http-buffer-request") == 1
-    assert [line.count("maxconn") for line in lines if line.startswith("server ")] == [1, 0]
+    assert [line.count("maxconn") for line in lines if line.startswith("server ")] == [1]
+    assert lines.count("retry-on conn-failure empty-response") == lines.count("http-request deny deny_status 503") == 1
+    assert [line for line in lines if "disable-l7-retry" in line] == [
+        "http-request disable-l7-retry if { path /v1/recommendations } !{ req.hdr(Idempotency-Key) -m found }"
+    ]
     assert f"errorfile 503 {tmp_path / '503.http'}" in lines
     head, _, body = (tmp_path / "503.http").read_bytes().decode().partition("\r\n\r\n")
     assert f"Content-Length: {len(body)}" in head and "Retry-After: 1" in head and json.loads(body)["status"] == 503

@@ -300,3 +300,174 @@ def test_the_probe_really_writes(log: DecisionLog) -> None:
     log._database.execute("PRAGMA query_only = ON")
     with pytest.raises(LogUnavailable):
         log.probe().result(10)
+
+
+# ---- several servers of one workspace ------------------------------------------------------------------------------------------
+WRITER = """
+import json, sys
+from pathlib import Path
+from fastq.platform import platform_from_tree
+from serving.decision_log import Decision, Event, OutcomeConflict, Reported, Request, now_us, open_log
+
+name, root = sys.argv[1:]
+platform = platform_from_tree(json.loads(TREE), Path(root), "test")
+log = open_log(platform)
+
+def decision(number):
+    return Decision(f"{name}-{number}", "p1", now_us(), "fastq", 0.25, "3", {"goal": 5.0, "gift": 2.0}, {})
+
+def said(number):
+    try:
+        return log.report([Reported(f"d{number}", {"cost": float(len(name) + number)})]).result(30)[0]
+    except OutcomeConflict:
+        return "conflict"
+
+def say(what):
+    print(json.dumps(what), flush=True)
+
+def each(number, act):
+    order = range(number) if name == "one" else range(number)[::-1]  # so that each is the first somewhere
+    return [found for _, found in sorted((i, act(i)) for i in order)]
+
+say(log.path.name)
+for line in sys.stdin:
+    what, number = json.loads(line)
+    if what == "keys":
+        say(each(number, lambda i: log.append([decision(i)], Request(f"key:{i}", "digest")).result(30)[0].decision_id))
+    elif what == "events":
+        say(each(number, lambda i: log.record_activity([Event("p1", 1_000 + i, {"joy": 1.0})]).result(30)[0]))
+    elif what == "outcomes":
+        say(each(number, lambda i: log.report([Reported(f"d{i}", {"joy": 1.0})]).result(30)[0]))
+    elif what == "contradictions":
+        say(each(number, said))
+    elif what == "take":
+        say(log.turns.take([str(number), "another"]))
+    elif what == "give":
+        say(log.turns.give([str(number), "another"]))
+"""
+
+
+class Writer:
+    """A server's log in a process of its own: `ask` begins something there, `answer` waits for what came of it."""
+
+    def __init__(self, platform: Platform, name: str) -> None:
+        program = WRITER.replace("TREE", repr(json.dumps(TREE)), 1)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, name, str(platform.root)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        )
+        self.file = self.answer()
+
+    def ask(self, what: str, number: int) -> None:
+        print(json.dumps([what, number]), file=self.process.stdin, flush=True)
+
+    def answer(self) -> object:
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture
+def writers(platform: Platform) -> list[Writer]:
+    both = [Writer(platform, name) for name in ("one", "other")]
+    yield both
+    for writer in both:
+        writer.process.kill()
+        writer.process.communicate()
+
+
+def test_what_must_happen_once_happens_once_whichever_server_hears_of_it(platform: Platform, log: DecisionLog, writers: list[Writer]) -> None:
+    """The same keys, events and outcomes at both at the same time: as a caller brings them again who got no answer in time."""
+    n = 150
+    assert {log.path.name, *(writer.file for writer in writers)} == {"0000.db", "0001.db", "0002.db"}
+    log.append([decision(f"d{i}") for i in range(n)]).result(10)
+
+    def both(what: str) -> list[list]:
+        for writer in writers:
+            writer.ask(what, n)
+        return [writer.answer() for writer in writers]
+
+    one, other = both("keys")
+    assert one == other
+    assert 0 < sum(name.startswith("one-") for name in one) < n, "only one of them wrote, so nothing was tried"
+    assert log.counts()["decisions"] == 2 * n
+    for what, table in (("events", "activity"), ("outcomes", "outcomes")):
+        one, other = both(what)
+        assert [a + b for a, b in zip(one, other, strict=True)] == [1] * n
+        assert 0 < sum(one) < n
+        assert log.counts()[table] == n
+    one, other = both("contradictions")
+    assert all(sorted(map(str, pair)) == ["1", "conflict"] for pair in zip(one, other, strict=True))
+    kept = log.known([f"d{i}" for i in range(n)])
+    assert [kept[f"d{i}"].values["cost"] for i in range(n)] == [(len("one") if first == 1 else len("other")) + i for i, first in enumerate(one)]
+
+
+def test_a_player_is_one_servers_at_a_time_until_it_gives_them_back_or_dies(writers: list[Writer]) -> None:
+    one, other = writers
+
+    def ask(writer: Writer, what: str, number: int) -> object:
+        writer.ask(what, number)
+        return writer.answer()
+
+    assert ask(one, "take", 1) is True
+    assert ask(other, "take", 1) is False
+    assert ask(other, "take", 2) is False  # "another" is not free, and 2 was not kept
+    ask(one, "give", 1)
+    assert ask(one, "take", 2) is True
+    assert ask(other, "take", 2) is False
+    one.process.kill()
+    one.process.wait(10)
+    assert ask(other, "take", 2) is True
+
+
+def test_a_correction_through_another_server_stands_though_its_clock_is_behind(platform: Platform, log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving import decision_log
+
+    log.append([decision("d1")]).result(10)
+    log.report([Reported("d1", {"joy": 1.0}, executed=False)]).result(10)
+    other = open_log(platform)
+    try:
+        monkeypatch.setattr(decision_log, "now_us", lambda: time.time_ns() // 1000 - 3_600_000_000)
+        other.report([Reported("d1", {"joy": 2.0}, executed={"goal": 9.0, "gift": 2.0})], correct=True).result(10)
+        for reader in (log, other):
+            known = reader.known(["d1"])["d1"]
+            assert (known.values["joy"], known.executed) == (2.0, {"goal": 9.0, "gift": 2.0})
+        assert read_served(platform)["joy"].to_list() == [2.0]
+    finally:
+        other.close()
+
+
+def test_a_server_that_hangs_over_its_turn_hangs_no_decision_of_another(platform: Platform, log: DecisionLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    from serving import decision_log
+
+    monkeypatch.setattr(decision_log, "PATIENCE", 0.3)
+    log.append([decision("d1")]).result(10)
+    hung = "import fcntl, sys; file = open(sys.argv[1], 'r+'); fcntl.lockf(file, fcntl.LOCK_EX, 1, 0); print(flush=True); sys.stdin.read()"
+    lock = str(log.path.with_name("replicas.lock"))
+    with subprocess.Popen([sys.executable, "-c", hung, lock], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(LogUnavailable, match="another server"):
+            log.report([Reported("d1", {"joy": 1.0})]).result(10)
+        assert log.append([decision("d2")]).result(10)
+        process.stdin.close()
+    assert log.report([Reported("d1", {"joy": 1.0})]).result(10) == (1, 0)
+
+
+def test_others_never_see_a_file_without_its_tables(platform: Platform, log: DecisionLog) -> None:
+    """A server that starts makes its file while others read whatever file they find."""
+    failed: list[Exception] = []
+    stop = threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                log.recent(["p1"], 0)
+            except Exception as error:  # noqa: BLE001 - whatever it is
+                failed.append(error)
+                return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    others = [open_log(platform) for _ in range(30)]
+    stop.set()
+    reader.join()
+    for other in others:
+        other.close()
+    assert not failed, failed
