@@ -34,12 +34,14 @@ from serving.auth import Keys
 from serving.endpoint import create_app, logger
 
 if TYPE_CHECKING:
+    import psutil
     from fastapi import FastAPI
 
 AT_ONCE = 64  # requests that the proxy hands a replica at a time
 PATIENCE = "50ms"  # how long others wait at the proxy before they are refused
 WHOLE = "30s"  # within which all of a request must have come
 NEAR = "250ms"  # in which a replica of this machine takes a connection; after one that was refused it is as long until the next try
+DRAIN_SECONDS = 2.5  # that requests under way have when a server is told to end
 MARK = "FASTQ_SERVED_WORKSPACE"  # in the environment of every process that a server starts
 
 
@@ -238,6 +240,7 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
             sys.stderr.flush()
             stopped.wait()
     finally:
+        drain(platform.root)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # Ray tells how its own actors end
             with contextlib.suppress(Exception):  # whatever is gone already, the sweep takes the rest
                 ray_serve.shutdown()
@@ -309,6 +312,34 @@ exec {binary} "$@"
     return script
 
 
+def drain(root: Path) -> None:
+    """Take no more requests, and see to it that those under way are answered: Ray would cut their connections.
+
+    The proxy closes its door, ends each connection with the answer under way, and then itself; after `DRAIN_SECONDS`, the longest that Ray does not
+    start it anew, whatever is left is cut: questions that take an analyst's patience, and connections over which nobody asks anything.
+    """
+    import psutil
+
+    proxies = [process for process in started_by(root) if process.name() == "haproxy"]
+    for process in proxies:
+        with contextlib.suppress(psutil.Error):
+            process.send_signal(signal.SIGUSR1)
+    psutil.wait_procs(proxies, timeout=DRAIN_SECONDS)
+
+
+def started_by(root: Path) -> list[psutil.Process]:
+    """The processes that servers of this workspace started, without this one and those that it descends from."""
+    import psutil
+
+    mine = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid not in mine and process.environ().get(MARK) == str(root):
+                found.append(process)
+    return found
+
+
 def sweep(root: Path, directory: Path) -> None:
     """End the processes that a server of this workspace started and did not end itself, and remove its temporary directory.
 
@@ -316,12 +347,7 @@ def sweep(root: Path, directory: Path) -> None:
     """
     import psutil
 
-    mine = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
-    left = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.pid not in mine and process.environ().get(MARK) == str(root):
-                left.append(process)
+    left = started_by(root)
     for process in left:
         with contextlib.suppress(psutil.Error):
             process.terminate()
