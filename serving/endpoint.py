@@ -379,13 +379,18 @@ def follow(desk: Desk, stop: threading.Event) -> None:
 
     Each by itself: what fails is said once and tried again, and holds up none of the others. What was in service serves on.
     """
+    from fastq import registry
+
     told: dict[str, str] = {}
+    done: dict[str, object] = {}  # with which state of the registry a step had nothing left to do
     while not stop.wait(FOLLOW_SECONDS):
         if (service := desk.service) is None:
             continue
         for what, step in (("champion", take_champion), ("challenger", take_challenger), ("excluded players", read_excluded), ("events", apply_events)):
             try:
-                step(desk, service)
+                state = registry.stamp(desk.platform)
+                if state is None or done.get(what) != state:
+                    done[what] = state if step(desk, service) else None
                 told.pop(what, None)
             except Exception as error:  # noqa: BLE001 - registry and store may fail in any way; serving goes on
                 if (said := f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") != told.get(what):  # once, not every second
@@ -393,13 +398,18 @@ def follow(desk: Desk, stop: threading.Event) -> None:
                     logger.warning("%s: not brought up to date, what was there serves on: %s", what, said)
 
 
-def take_champion(desk: Desk, service: Service) -> None:
-    """The registry's champion, where it is another one than the one in service. One that cannot be loaded is tried again after `REFUSED_SECONDS`."""
+def take_champion(desk: Desk, service: Service) -> bool:
+    """The registry's champion, where it is another one than the one in service. One that cannot be loaded is tried again after `REFUSED_SECONDS`.
+
+    As `take_challenger`: whether nothing is left to do until the registry changes.
+    """
     from fastq import registry
 
     wanted, before = registry.champion(desk.platform), service.model
-    if wanted is None or (before is not None and wanted == before.version) or desk.refused_lately(wanted):
-        return
+    if wanted is not None and before is not None and wanted == before.version:
+        return True
+    if wanted is None or desk.refused_lately(wanted):
+        return False
     try:
         service.model = online.load_model(desk.platform, wanted)
     except Exception:
@@ -408,35 +418,41 @@ def take_champion(desk: Desk, service: Service) -> None:
         raise
     show_model(desk, before.version if before else None)
     logger.info("model %s is in service", wanted)
+    return True
 
 
-def take_challenger(desk: Desk, service: Service) -> None:
+def take_challenger(desk: Desk, service: Service) -> bool:
     """The challenger that fastq.yaml asks for, where it is another one than the one at work; as `take_champion`."""
     from fastq import registry
 
     if service.model is None:
-        return
+        return False
     wanted = registry.challenger(desk.platform, service.model.version)
-    if wanted == (service.challenger.version if service.challenger else None) or (wanted is not None and desk.refused_lately(wanted)):
-        return
+    if wanted == (service.challenger.version if service.challenger else None):
+        return True
+    if wanted is not None and desk.refused_lately(wanted):
+        return False
     try:
         service.challenger = None if wanted is None else online.load_model(desk.platform, wanted)
     except Exception:
         desk.refused[str(wanted)] = time.monotonic()
         raise
     logger.info("challenger: %s", wanted or "none")
+    return True
 
 
-def read_excluded(desk: Desk, service: Service) -> None:
-    """The file of excluded players, where it has changed."""
+def read_excluded(desk: Desk, service: Service) -> bool:
+    """The file of excluded players, where it has changed; there is always more to come."""
     if (changed := excluded_changed(desk.platform)) != desk.excluded_at:
         service.excluded, desk.excluded_at = excluded_players(desk.platform), changed
+    return False
 
 
-def apply_events(_: Desk, service: Service) -> None:
-    """Waiting events into the online store; where that cannot be reached they wait on, which is no news."""
+def apply_events(_: Desk, service: Service) -> bool:
+    """Waiting events into the online store; where that cannot be reached they wait on, which is no news. There is always more to come."""
     with contextlib.suppress(StoreUnavailable):
         online.apply_activity(service)
+    return False
 
 
 def excluded_changed(platform: Platform) -> int | None:

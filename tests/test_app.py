@@ -521,6 +521,25 @@ def test_a_new_champion_is_taken_and_a_damaged_one_is_not(trained: Path, tmp_pat
         assert wait_for(client, key, first)
 
 
+def test_the_registry_is_asked_when_it_has_changed_and_not_every_second(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To ask takes milliseconds of the interpreter, a second's slowest requests; a promotion is taken as soon as ever."""
+    platform = load_platform(shutil.copytree(trained, tmp_path / "workspace"))
+    key = auth.create_key(Workspace(platform.root), "recommend")["key"]
+    bundle = shutil.copytree(registry.fetch(platform, registry.champion(platform)), tmp_path / "bundle")
+    with registry.start_run(platform, "again", {}) as run:
+        second = registry.register(platform, run.id, bundle)
+    asked, champion = [], registry.champion
+    monkeypatch.setattr(registry, "champion", lambda of: asked.append(time.monotonic()) or champion(of))
+    monkeypatch.setattr(endpoint, "FOLLOW_SECONDS", 0.05)
+    with TestClient(endpoint.create_app(platform)) as client:
+        time.sleep(1.5)
+        settled = len(asked)
+        time.sleep(1)
+        assert len(asked) == settled <= 8
+        registry.promote(platform, second, reason="test", forced=True)
+        assert wait_for(client, key, second)
+
+
 def test_a_challenger_that_cannot_be_loaded_holds_up_no_exclusion(trained: Path, tmp_path: Path) -> None:
     workspace = shutil.copytree(trained, tmp_path / "workspace")
     (workspace / "excluded.csv").write_text("player_id\nsomebody\n")
