@@ -1,18 +1,24 @@
 """Flow `recommend_all`: one recommendation for every player that is known, into a file, and into the decision log with the state it saw.
 
 Players are taken in pieces, each a Parquet file as soon as it is decided, so a stopped batch goes on where it was when the same command is
-given again. The pieces become batches of the decision log by being renamed, and are read together into the file.
+given again. Pieces are decided in threads, in processes or on a Ray cluster. They become batches of the decision log by being renamed, and are
+read together into the file.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
+import os
 import shutil
+import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from fastq import features, registry
 from fastq.assignment import challenged, excluded_players, held_out, pause_of, probability
+from fastq.environment import prepare
 from fastq.errors import ConfigurationError, GateRefused, UnknownPlayerError, WorkspaceError
 from fastq.features import OnlineStates
 from fastq.platform import OWN_POLICY, Platform
@@ -33,10 +40,13 @@ from fastq.sources import SINKS
 from fastq.workspace import Workspace, check_target, replacing
 from feature_repo import store
 from feature_repo.definitions import STATE_FILE, feature_directory
+from pipelines.distribute import connected
 from pipelines.turn import EACH_TIME, Progress, platform_of, progress, running
 
 PIECE = 5 * CHUNKS[-1]  # players: some seconds' work, some tens of megabytes
-AT_ONCE = 2  # pieces that are decided at a time
+AT_ONCE = 2  # pieces that are decided at a time in threads
+MANY = 10  # pieces, from which on processes of their own are worth what they import
+MOST_PROCESSES = 16  # of half a gigabyte each
 _LOGGED = ("state", "detail")  # columns that the decision log keeps and the file has no use for
 
 
@@ -199,41 +209,116 @@ def decided(platform: Platform, states: States, plan: Plan, policies: dict[str, 
     return pl.concat(parts) if parts else pl.DataFrame()
 
 
-@task(name="decide", **EACH_TIME)
-def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]:
-    """Decide for everybody, piece by piece; the files of the pieces in which somebody is known, and whether the online store gave the states."""
+@dataclass(frozen=True)
+class Desk:
+    """What a process needs in order to decide pieces of one batch."""
+
+    platform: Platform
+    plan: Plan
+    policies: dict[str, Policy]
+    states: States
+    directory: Path
+
+    def piece(self, first: int, players: list[str]) -> str | None:
+        """Decide for some players, if that was not done before; their file, None where nobody is known."""
+        path = self.directory / f"{self.plan.id}-{first:09d}.parquet"
+        if not path.exists():
+            found = decided(self.platform, self.states, self.plan, self.policies, players, first)
+            if not found.is_empty():
+                with replacing(path) as partial:
+                    found.write_parquet(partial)
+        return str(path) if path.exists() else None
+
+
+def desk_of(workspace: str, plan: Plan, directory: str) -> Desk:
+    """The policies of a plan, read once, and the states that they look at."""
     import torch
 
-    platform, lock, done = platform_of(workspace), threading.Lock(), [0]
+    platform = platform_of(workspace)
     torch.set_num_threads(1)  # pieces are the parallelism here
     policies = {}
     for version in filter(None, (plan.champion, plan.challenger)):
         policy = registry.load_policy(f"models:/{platform.platform}/{version}", platform.root)
         # how much to explore is the operator's to say today, whatever it was when the model was trained
         policies[version] = replace(policy, version=version, platform=policy.platform.model_copy(update={"serving": platform.serving, "root": platform.root}))
-    players, tell = everybody(platform), progress.get()
-    states = States(platform, plan.moment, policies[plan.champion], served_since(platform, plan.moment))
+    return Desk(platform, plan, policies, States(platform, plan.moment, policies[plan.champion], served_since(platform, plan.moment)), Path(directory))
 
-    def piece(first: int) -> str | None:
-        path = Path(directory) / f"{plan.id}-{first:09d}.parquet"
-        some = players[first : first + PIECE]
-        if not path.exists():
-            found = decided(platform, states, plan, policies, some, first)
-            if not found.is_empty():
-                with replacing(path) as partial:
-                    found.write_parquet(partial)
-        with lock:
-            done[0] += len(some)
-            tell("recommending", done[0], len(players), {})
-        return str(path) if path.exists() else None
 
+@functools.lru_cache(maxsize=1)
+def _own_desk(workspace: str, plan: Plan, directory: str) -> Desk:
+    """A worker's desk, made at its first piece."""
+    prepare(Workspace(Path(workspace)))
+    return desk_of(workspace, plan, directory)
+
+
+def work_out(item: dict[str, Any]) -> dict[str, Any]:
+    """One piece in another process, of this machine or of Ray's."""
+    desk = _own_desk(item["workspace"], Plan(**item["plan"]), item["directory"])
+    with threadpool_limits(1):
+        return {"path": desk.piece(item["first"], item["players"]), "reachable": desk.states.reachable, "players": len(item["players"])}
+
+
+def _last_as_long_as_the_parent() -> None:
+    """Of a process that decides pieces: deaf to the terminal's Ctrl-C, which the parent hears and hands on; gone when the parent is, whatever ended it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@task(name="decide", **EACH_TIME)
+def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]:
+    """Decide for everybody, piece by piece; the files of the pieces in which somebody is known, and whether the online store gave the states.
+
+    In threads of this process, where they are few: a process of its own imports for seconds before it decides. In processes, where they are many, since
+    threads share one interpreter. On the cluster that `services.ray` names, if it names one. What is decided is the same, bit for bit.
+    """
+    platform, tell = platform_of(workspace), progress.get()
+    players = everybody(platform)
+    firsts, done, reachable = range(0, len(players), PIECE), 0, True
+    about = {"workspace": workspace, "plan": asdict(plan), "directory": directory}
+    items = [{**about, "first": first, "players": players[first : first + PIECE]} for first in firsts]
     tell("recommending", 0, len(players), {})
-    # BLAS's own threads wait for each other longer than they multiply matrices as small as these
-    with threadpool_limits(1), ThreadPoolExecutor(AT_ONCE) as pool:
-        pieces = [path for path in pool.map(piece, range(0, len(players), PIECE)) if path is not None]
+    found: list[str | None] = []
+
+    def told(result: dict[str, Any]) -> None:
+        nonlocal done, reachable
+        found.append(result["path"])
+        reachable = reachable and result["reachable"]
+        done += result["players"]
+        tell("recommending", done, len(players), {})
+
+    if platform.services.ray != "local":
+        with connected(platform, "recommend"):
+            import ray.data
+
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            logging.getLogger("ray.data").setLevel(logging.ERROR)
+            for result in ray.data.from_items(items, override_num_blocks=len(items)).map(work_out).iter_rows():
+                told(result)
+    elif len(items) >= MANY and (os.cpu_count() or 1) > 1:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), get_context("spawn"), _last_as_long_as_the_parent) as workers:
+            try:
+                for future in as_completed([workers.submit(work_out, item) for item in items]):
+                    told(future.result())
+            except BaseException:
+                workers.shutdown(wait=False, cancel_futures=True)  # what is under way comes to its end, so that nothing is done twice
+                raise
+    else:
+        desk = desk_of(workspace, plan, directory)
+        # BLAS's own threads wait for each other longer than they multiply matrices as small as these
+        with threadpool_limits(1), ThreadPoolExecutor(AT_ONCE) as pool:
+            for item, path in zip(items, pool.map(lambda item: desk.piece(item["first"], item["players"]), items), strict=True):
+                told({"path": path, "reachable": desk.states.reachable, "players": len(item["players"])})
+    pieces = sorted(path for path in found if path is not None)
     if not pieces:
         raise GateRefused("recommend --all", [f"the online store knows none of {len(players):,} players; run `fastq retrain`, which fills it"])
-    return pieces, states.reachable
+    return pieces, reachable
 
 
 @task(name="write", **EACH_TIME)

@@ -286,9 +286,10 @@ def closed_haproxy(directory: Path, *ports: int) -> Path:
     body = orjson.dumps(said).decode()
     head = ("HTTP/1.1 503 Service Unavailable", "Content-Type: application/problem+json", "Retry-After: 1", "Cache-Control: no-store")
     refusal.write_bytes("\r\n".join((*head, f"Content-Length: {len(body)}", "", body)).encode())
+    more = f"\\1timeout queue {PATIENCE}\\n\\1timeout http-request {WHOLE}\\n\\1option http-buffer-request"
     edits = [f"s/^\\( *bind \\)[*]*:{port}$/\\1127.0.0.1:{port}/" for port in ports] + [
         f"s#^\\( *errorfile 50[234]\\) .*#\\1 {refusal}#",
-        f"s/^\\( *\\)timeout connect .*/\\1timeout connect {NEAR}\\n\\1timeout queue {PATIENCE}\\n\\1timeout http-request {WHOLE}\\n\\1option http-buffer-request/",
+        f"s/^\\( *\\)timeout connect .*/\\1timeout connect {NEAR}\\n{more}/",
         f"/ maxconn /!s/^ *server SERVE_REPLICA.*/& maxconn {AT_ONCE}/",
         "/^ *server .* backup$/d",
         "s/^\\( *\\)http-request return status 404 .*/\\1http-request deny deny_status 503/",

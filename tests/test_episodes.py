@@ -148,8 +148,8 @@ def test_gradients_reach_the_representation_with_one_policy(place):
     import torch
 
     from fastq import equations
-    from fastq.networks import Representation
     from fastq.features import Units
+    from fastq.networks import Representation
     from fastq.representation import RepresentationModule, train_representation
 
     write(place, count=40)

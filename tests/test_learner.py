@@ -12,11 +12,11 @@ import torch
 
 from fastq import equations, features, learner, windows
 from fastq.errors import TrainingError
+from fastq.features import Units
 from fastq.networks import Actor, Representation, Represented, Values
 from fastq.platform import platform_from_tree
 from fastq.policy import REACH
 from fastq.records import Counts, Records
-from fastq.features import Units
 from fastq.representation import RepresentationModule, StateTensors, represent, train_representation
 
 

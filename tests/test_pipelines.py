@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -275,6 +276,41 @@ def test_a_stopped_batch_goes_on_and_says_what_the_endpoint_says(loop, tmp_path,
             assert online.replay(service, kept).action[0].tolist() == [row["goal"]]  # bit for bit
             why = online.explain_question(service, online.Question(decision_id=row["decision_id"]))
             assert why["value"] == pytest.approx(row["value"], rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["processes", "ray"])
+def test_a_batch_is_the_same_wherever_its_pieces_are_decided(loop, tmp_path, monkeypatch, where):
+    platform, _, _ = loop
+    if registry.champion(platform) is None:
+        registry.promote(platform, "1", forced=True, reason="a test of what comes after", who="test")
+    root = Path(shutil.copytree(platform.root, tmp_path / "workspace"))
+    players = recommend_all.everybody(load_platform(root))
+    monkeypatch.setattr(recommend_all, "PIECE", len(players) // 4)
+    plan, directory = recommend_all.planned(load_platform(root), str(tmp_path / "all.parquet"), dry_run=False)
+    in_threads = recommend_all.decide.fn(str(root), plan, str(directory))
+    here = [pl.read_parquet(path) for path in in_threads[0]]
+    assert len(here) >= 4
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(recommend_all, "desk_of", lambda *_: pytest.fail("decided in this process"))
+    if where == "processes":
+        monkeypatch.setattr(recommend_all, "MANY", 2)
+        monkeypatch.setattr(recommend_all.os, "cpu_count", lambda: 2)
+        found = recommend_all.decide.fn(str(root), plan, str(elsewhere))
+    else:
+        import ray
+
+        (root / "fastq.yaml").write_text(yaml.safe_dump(TREE | {"services": {"ray": "auto"}}))
+        ray.init(num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="ERROR", log_to_driver=False)
+        try:
+            found = recommend_all.decide.fn(str(root), plan, str(elsewhere))
+        finally:
+            ray.shutdown()
+    assert found[1] is in_threads[1] is True
+    assert [Path(path).name for path in found[0]] == [Path(path).name for path in in_threads[0]]
+    for path, frame in zip(found[0], here, strict=True):
+        assert pl.read_parquet(path).equals(frame)  # bit for bit, states and all
 
 
 def test_no_batch_while_fastq_is_paused(loop, tmp_path):

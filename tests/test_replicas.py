@@ -1,4 +1,4 @@
-"""Several replicas, as `serve deploy serving/serve.yaml` and `serving.replicas` run them: what one of them hears the others know, and what one loses they carry on.
+"""Several replicas, by `serve deploy serving/serve.yaml` and by `serving.replicas`: what one of them hears all know, and what one loses the others carry on.
 
 Load comes over connections of its own while a champion is promoted, a replica is killed and the whole is deployed anew; every answer is counted.
 """
@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import httpx
 import psutil
@@ -50,7 +51,7 @@ class Load:
     stop: threading.Event = field(default_factory=threading.Event)
     so_far: int = 0
 
-    def __enter__(self) -> Load:
+    def __enter__(self) -> Self:
         self.threads = [threading.Thread(target=self.run, args=(i,), daemon=True) for i in range(self.clients)]
         for thread in self.threads:
             thread.start()
@@ -174,9 +175,10 @@ def cluster(platform: Platform, tmp_path: Path) -> Iterator[Cluster]:
     tree["applications"][0]["args"]["workspace"] = str(platform.root)
     tree["applications"][0]["deployments"][0]["autoscaling_config"]["min_replicas"] = 2
     ports = [f"--port={gcs}", f"--ray-client-server-port={client}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"]
-    quiet = ["--disable-usage-stats", "--min-worker-port=0", "--max-worker-port=0", "--num-cpus=4", f"--object-store-memory={100 * 2**20}", f"--temp-dir={home}", "--node-ip-address=127.0.0.1"]
+    ports += ["--min-worker-port=0", "--max-worker-port=0", "--node-ip-address=127.0.0.1"]
+    small = ["--disable-usage-stats", "--num-cpus=4", f"--object-store-memory={100 * 2**20}", f"--temp-dir={home}"]
     with (tmp_path / "ray.log").open("w") as log:
-        command = [str(BIN / "ray"), "start", "--head", "--block", "--dashboard-host=127.0.0.1", *ports, *quiet]
+        command = [str(BIN / "ray"), "start", "--head", "--block", "--dashboard-host=127.0.0.1", *ports, *small]
         process = subprocess.Popen(command, env=env, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     made = Cluster(f"http://127.0.0.1:{http}", tree, env, f"http://127.0.0.1:{dashboard}", home)
     try:
@@ -198,7 +200,7 @@ def test_two_replicas_deployed_by_serve_yaml(platform: Platform, cluster: Cluste
     until(lambda: len(decision_logs(platform)) == 2)
     print(f"two replicas answer {time.monotonic() - started:.1f} s after serve deploy")
     key = auth.create_key(Workspace(platform.root), "analyst")["key"]
-    first, second = (str(model["version"]) for model in sorted(registry.models(platform), key=lambda model: int(model["version"]))[:2])
+    second = max((str(model["version"]) for model in registry.models(platform)), key=int)
     players = store.materialized(platform)["player_id"].to_list()
     with Load(cluster.url, key, [{"players": [player]} for player in players]) as load:
         assert set(load.counted("two replicas", 4)) == {200}
@@ -239,7 +241,9 @@ def test_two_replicas_deployed_by_serve_yaml(platform: Platform, cluster: Cluste
     bearer = {"Authorization": f"Bearer {key}"}
     objective = next(iter(platform.objectives))
     told = {"outcomes": [{"decision_id": decision_id, objective: 1.0} for decision_id in acknowledged[:40]]}
-    said = [httpx.post(f"{cluster.url}/v1/outcomes", json=told, headers=bearer, trust_env=False).json() for _ in range(8)]  # connections of their own: both hear
+    said = [
+        httpx.post(f"{cluster.url}/v1/outcomes", json=told, headers=bearer, trust_env=False).json() for _ in range(8)
+    ]  # connections of their own: both hear
     assert sum(answer["accepted"] for answer in said) == 40, said
     assert all(httpx.get(f"{cluster.url}/v1/decisions/{i}", headers=bearer, trust_env=False).json()["outcomes"] == {objective: 1.0} for i in acknowledged[:20])
     with online.open_service(platform) as service:
