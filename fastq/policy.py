@@ -827,7 +827,7 @@ def acting(assignment: Tensor) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _directions(d: int, n: int) -> np.ndarray:
     """[n, d] the first points of the Sobol sequence, in [-1, 1]: scipy's to the last bit, without the two seconds that `scipy.stats` takes to import."""
-    return torch.quasirandom.SobolEngine(d).draw(n, dtype=torch.float64).numpy() * 2 - 1  # type: ignore[no-untyped-call]
+    return torch.quasirandom.SobolEngine(d).draw(n, dtype=torch.float64).numpy() * 2 - 1
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,6 +7,7 @@ read together into the file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -281,7 +282,7 @@ def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]
     platform, tell = platform_of(workspace), progress.get()
     players = everybody(platform)
     firsts, done, reachable = range(0, len(players), PIECE), 0, True
-    about = {"workspace": workspace, "plan": asdict(plan), "directory": directory}
+    about: dict[str, Any] = {"workspace": workspace, "plan": asdict(plan), "directory": directory}
     items = [{**about, "first": first, "players": players[first : first + PIECE]} for first in firsts]
     tell("recommending", 0, len(players), {})
     found: list[str | None] = []
@@ -343,6 +344,13 @@ def write(workspace: str, plan: Plan, pieces: list[str]) -> tuple[int, int]:
     return int(total), int(stale)
 
 
+def _import(platform: Platform) -> None:
+    """Do once what the flow will do, for what it imports: MLflow and Feast take seconds."""
+    with contextlib.suppress(Exception):  # which the flow will say
+        registry.champion(platform)
+        store.open_store(platform)
+
+
 @flow(name="recommend_all", persist_result=False, validate_parameters=False)
 def recommend_all_flow(workspace: str, out: str, dry_run: bool) -> dict[str, Any]:
     platform = platform_of(workspace)
@@ -367,6 +375,6 @@ def recommend_all(platform: Platform, out: str | Path, dry_run: bool = False, on
     serving = platform.serving
     if serving.frequency is not None or serving.item_frequency is not None or serving.budgets:
         raise ConfigurationError("serving.frequency, item_frequency and budgets are counted by the endpoint, request by request; ask it, or leave them out")
-    with Workspace(platform.root).lock("recommend_all"), running(platform, on_progress):
+    with Workspace(platform.root).lock("recommend_all"), running(platform, on_progress, lambda: _import(platform)):
         found: dict[str, Any] = recommend_all_flow(str(platform.root), str(Path(out).resolve()), dry_run)
         return {"out": str(out), **found}

@@ -17,7 +17,8 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextvars import ContextVar
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 from prefect.cache_policies import INPUTS, NO_CACHE, TASK_SOURCE
 
-from fastq.environment import prepare
+from fastq.environment import free_ports, prepare
 from fastq.errors import FastqError, WorkspaceError
 from fastq.platform import FILE_NAME, Platform, load_platform
 from fastq.workspace import Workspace, replacing
@@ -144,8 +145,11 @@ def keep_report(platform: Platform, name: str, page: str, document: dict[str, An
 
 
 @contextlib.contextmanager
-def running(platform: Platform, on_progress: Progress | None = None) -> Iterator[None]:
-    """Prefect's home and results in the workspace, its log quiet, and progress shown: on stderr, unless a callback is given."""
+def running(platform: Platform, on_progress: Progress | None = None, meanwhile: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Prefect's home and results in the workspace, its log quiet, and progress shown: on stderr, unless a callback is given.
+
+    `meanwhile` is called while its temporary server starts, for seconds and in a process of its own: there is time for what the flow will import.
+    """
     workspace = Workspace(platform.root)
     prepare(workspace)
     workspace.make(workspace.prefect)  # Prefect makes its home, but not what it stands in
@@ -157,7 +161,7 @@ def running(platform: Platform, on_progress: Progress | None = None) -> Iterator
     from prefect import tags
 
     with settings, _quiet(), tags(process_tag()), contextlib.ExitStack() as shown:
-        start_server()
+        start_server(meanwhile)
         shown.enter_context(_prefect_answers())
         close_orphans()
         token = progress.set(on_progress or shown.enter_context(drawn()))
@@ -202,29 +206,39 @@ sys.exit(0 if server.started else 3)  # 3 tells Prefect to try another port
 """
 
 
-def start_server() -> None:
+def start_server(meanwhile: Callable[[], object] = lambda: None) -> None:
     """Start Prefect's temporary server, unless another one is set, so that it ends with this process, after it and whatever ends it.
 
     Left to itself Prefect starts it within reach of the signals that end us: it goes first, and our goodbyes to it are tried again for a minute;
     and after a kill -9 it stays. Raises `WorkspaceError` if it does not start.
     """
     import prefect
-    from prefect.server.api.server import SubprocessASGIServer
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
     if settings.api.url is not None or not settings.server.ephemeral.enabled:
         return
+
+    def launched(port: int | None) -> subprocess.Popen[Any]:
+        env = {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
+        env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}  # as Prefect starts it
+        return subprocess.Popen([sys.executable, "-c", _SERVER, str(port)], env=env, stdin=subprocess.PIPE, cwd=prefect.__module_path__.parent)
+
+    (port,) = free_ports(1)
+    # To import what follows takes as long as half of the server's start. Where it is imported already, a server may be running.
+    early = [] if "prefect.server.api.server" in sys.modules else [launched(port)]
+    from prefect.server.api.server import SubprocessASGIServer
+
     # It might choose 8000, where `fastq serve` listens unless told otherwise.
     SubprocessASGIServer._port_range = range(8001, 9000)  # noqa: SLF001 - there is no setting for it
     server = SubprocessASGIServer()  # one per process: Prefect finds it running
     if server.running:
         return
+    if early:
+        server.port = port
 
     def run() -> subprocess.Popen[Any]:
-        env = {**os.environ, **get_current_settings().to_environment_variables(exclude_unset=True)}
-        env |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"}  # as Prefect starts it
-        return subprocess.Popen([sys.executable, "-c", _SERVER, str(server.port)], env=env, stdin=subprocess.PIPE, cwd=prefect.__module_path__.parent)
+        return early.pop() if early else launched(server.port)
 
     ending = server.stop
 
@@ -235,7 +249,12 @@ def start_server() -> None:
 
     server._run_uvicorn_command, server.stop = run, stop  # type: ignore[method-assign]  # noqa: SLF001 - as above
     try:
-        server.start()
+        with ThreadPoolExecutor(1) as beside:
+            started = beside.submit(copy_context().run, server.start)
+            meanwhile()
+            started.result()
+    except FastqError:  # of what was done meanwhile
+        raise
     except Exception as error:
         raise WorkspaceError(f"{settings.home}: Prefect's temporary server did not start ({error}); PREFECT_API_URL names another one") from error
 

@@ -75,8 +75,10 @@ def test_no_module_of_the_library_loads_the_stack_on_import(tmp_path):
 
 
 def test_serving_never_loads_what_trains_compares_or_simulates(tmp_path):
-    loaded = loaded_by("import serving.app, serving.online", cwd=tmp_path)
+    loaded = loaded_by("import serving.app, serving.online, serving.endpoint", cwd=tmp_path)
     assert not loaded.intersection(["fastq.learner", "fastq.worlds", "fastq.benchmark", "fastq.cli", "pipelines", "prefect", "great_expectations"])
+    # nor what takes longer to import than a replica to load its model: who waits for one that takes another's place waits for this
+    assert not loaded.intersection(["fastq.representation", "pytorch_lightning", "torch._dynamo", "torchmetrics", "matplotlib", "scipy.stats", "sklearn"])
 
 
 def test_help_answers(fastq, tmp_path):

@@ -1,6 +1,7 @@
 """A served policy: its law is the density it says, draws repeat, limits and steps hold, a bundle comes back the same."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -8,12 +9,13 @@ import polars as pl
 import pytest
 import torch
 from scipy import integrate
+from scipy.stats import qmc
 
 from fastq import Policy, load_platform
 from fastq.errors import BundleError, ConfigurationError, RequestError
 from fastq.features import PlayerStates
 from fastq.platform import platform_from_tree
-from fastq.policy import acting, uniforms
+from fastq.policy import _directions, acting, uniforms
 
 
 @pytest.fixture
@@ -221,3 +223,13 @@ def test_uniforms_are_uniform_and_a_pure_function_of_the_seed():
 def test_a_platform_file_that_is_not_there_names_the_mend(tmp_path):
     with pytest.raises(ConfigurationError, match="fastq init"):
         load_platform(tmp_path)
+
+
+def test_the_directions_of_the_search_are_scipys_sobol_points_to_the_last_bit():
+    """Decisions that were served before are drawn again by them."""
+    for d in (1, 2, 3, 8, 40):
+        for n in (1, 16, 100, 128):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # scipy's, of numbers that are no power of 2
+                expected = qmc.Sobol(d, scramble=False).random(n) * 2 - 1
+            np.testing.assert_array_equal(_directions(d, n), expected)

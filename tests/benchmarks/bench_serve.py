@@ -368,7 +368,7 @@ def test_faults_under_load(trained: Path, tmp_path: Path) -> None:
         load.during("the only replica killed", 50, CLIENTS, 45, 10**6)  # it imports everything anew
         for proxy in of(workspace, "haproxy"):
             proxy.kill()
-        load.during("the proxy killed", 20, 10**6, 10)
+        load.during("the proxy killed", 20, 10**6, 10, 10**6)  # no door at first, then one that knows of no replica yet
     finally:
         os.killpg(server.process.pid, signal.SIGKILL)  # everything, under load, and nothing is told
         server.process.wait(30)
@@ -401,7 +401,9 @@ def count_after_kill(port: int, key: str, acknowledged: list[str]) -> None:
 
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {key}"}, timeout=60, trust_env=False) as client:
         sql = "SELECT count(*), count(DISTINCT decision_id) FROM recommendations"
-        ((rows, distinct),) = asked("POST", "/v1/query", json={"sql": sql}).json()["rows"]
+        said = asked("POST", "/v1/query", json={"sql": sql})
+        assert said.status_code == 200, said.text
+        ((rows, distinct),) = said.json()["rows"]
         missing = [i for i in acknowledged if asked("GET", f"/v1/decisions/{i}").status_code != 200]
     said = f"acknowledged {len(acknowledged)} ({len(set(acknowledged))} different), in the log {rows} ({distinct} different)"
     sys.stdout.write(f"{said}, missing {len(missing)}, asked again after a closed connection {closed}: after kill -9 of everything under load\n")
