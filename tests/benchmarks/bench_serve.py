@@ -109,8 +109,10 @@ class Server:
         while True:
             assert self.process.poll() is None and time.monotonic() < until, (workspace / "server.log").read_text()[-2000:]
             try:
-                if httpx.get(f"http://127.0.0.1:{port}{ready}", timeout=5).status_code == 200:
+                said = ready != "/readyz" or "fastq serves" in (workspace / "server.log").read_text()  # else a proxy may answer that outlived its server
+                if said and httpx.get(f"http://127.0.0.1:{port}{ready}", timeout=5).status_code == 200:
                     break
+                time.sleep(0.3)
             except httpx.HTTPError:
                 time.sleep(0.3)
 
