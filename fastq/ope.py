@@ -971,9 +971,12 @@ def double_reinforcement(
     same as u; by how many standard errors the two values lie apart is told as `apart`.
 
     Cross-fitted: a player's q, v and u come from the other folds. The refits leave out each of `groups` of players in turn, models and all, so that
-    the interval holds the error of the fits too. state [N, S]: features of the state, an intercept first, the first `free` not shrunk; logged [N, A]:
-    features of the logged action in its state; target [N, A]: their expectation under the target. Others as in `sequential_doubly_robust`. The ridge of q is
-    chosen on held-out folds, as in `fitted_q`; that of u is `RATIO_RIDGE`. Refused with fewer players than groups.
+    the interval holds the error of the fits too; not where every discount is 0, for with known weights any q is right on average and its spread shows.
+
+    state [N, S]: features of the state, an intercept first, the first `free` not shrunk; logged [N, A]: features of the logged action in its state;
+    target [N, A]: their expectation under the target. Others as in `sequential_doubly_robust`. The ridge of q is chosen on held-out folds, as in
+    `fitted_q`; that of u is `RATIO_RIDGE`. Refused with fewer players than groups; an objective without outcomes once some fold and group are left out
+    has no model and is refused by name.
 
     Several targets on one log share most of the work: `logged_sums` once, then `reinforced` for each, which is all that this does.
     """
@@ -1098,7 +1101,7 @@ def reinforced(log: LoggedSums, target: ArrayLike, weights: ArrayLike, *, larges
     theta, gamma = _fits(log, wanted)
 
     rows, objectives = reward.shape
-    q, v, u = (np.full(reward.shape, np.nan) for _ in range(3))
+    q, v, u = (np.full(reward.shape, np.nan, order="F") for _ in range(3))  # as `as_table` wants them, which would copy them else
     pulled, valued = np.zeros((groups, objectives)), np.zeros((groups, objectives))  # summed over the rows left in each refit
     at_once = max(1, REFITTED_NUMBERS // (groups * objectives))
     for place in range(groups):
@@ -1125,26 +1128,28 @@ def reinforced(log: LoggedSums, target: ArrayLike, weights: ArrayLike, *, larges
 
     def summed(ratio: Floats) -> Terms:
         sequence = (episode.discount, episode.following, episode.truncated, clusters.players[clusters.index])
-        return _marginal("double_reinforcement", reward, ratio * known[:, None], q, v, *sequence, normalised=False)
+        return _marginal("double_reinforcement", reward, ratio, q, v, *sequence, normalised=False)
 
+    terms = summed(occupied * known[:, None])
     # the states of today are those that the log begins with, or that the target came to from yesterday's: what u says there can be checked one step back
     led = np.flatnonzero(episode.following >= 0)
     before = np.full(rows, -1)
     before[episode.following[led]] = led
     came = (before >= 0) & np.isfinite(known[before])
-    back = episode.discount[before]  # in place, for it may be as large as the log
+    back = np.asfortranarray(episode.discount[before])  # in place, for it may be as large as the log
     back *= np.where(came, known[before], 0.0)[:, None]
     back *= occupied[before]
     back += 1
     back[before < 0] = 1.0
     back[(before >= 0) & ~came] = occupied[(before >= 0) & ~came]
-    terms = summed(occupied)
+    back *= known[:, None]
+    del occupied
     gap = paired_difference(summed(back), terms)
     apart = np.where(episode.discount.any(0), np.abs(ratio_or_zero(np.nan_to_num(gap.values()), gap.standard_errors())), 0.0)
     below = ratio_or_zero(np.maximum(-u, 0).sum(0), np.abs(u).sum(0))
     terms = replace(
         terms,
-        refits=refits,
+        refits=refits if episode.discount.any() else None,  # with a ratio of 1 no error of q is left: any q gives an unbiased value, and the spread shows
         group=group[np.unique(clusters.index, return_index=True)[1]],
         support=tuple(
             replace(
@@ -1202,7 +1207,8 @@ def _fit_alike(each: _Alike, moved: Floats, starts: Floats, begun: Ints, log: Lo
     smooth = 1e-3 * np.diag(np.r_[0.0, np.ones(states - 1)])
     sums: list[Floats] = [each.gram, moved, each.earned, each.whole, each.count.astype(np.float64), starts, begun.astype(np.float64)]
     total = [one.sum(0) for one in sums]
-    if not total[4]:
+    fewest = min(total[4] - sums[4][fold == held_out].sum() - sums[4][fold != held_out].max() for held_out in range(folds))
+    if fewest <= 0:  # without some fold and group nothing is known: no model of this objective, rather than one with holes
         return
 
     def averages(summed: Sequence[Floats]) -> tuple[Floats, Floats, Floats, Floats, Floats]:
@@ -1230,8 +1236,6 @@ def _fit_alike(each: _Alike, moved: Floats, starts: Floats, begun: Ints, log: Lo
     for held_out, rest in enumerate(rests):
         for place, without in enumerate([None, *np.flatnonzero(fold != held_out)]):
             left = rest if without is None else [one - other[without] for one, other in zip(rest, sums, strict=True)]
-            if not left[4]:
-                continue
             gram, passed, earned, mean, start = averages(left)
             for rate, ridge, objectives in chosen:
                 theta[held_out][:, place, objectives] = model(gram, passed, earned[:, objectives], rate, ridge) / scale[:, None]

@@ -98,18 +98,23 @@ def past(log: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return seen, action
 
 
-def terms(world: Line, log: dict[str, np.ndarray], target: str, seed: int) -> ope.Terms:
+def summed(world: Line, log: dict[str, np.ndarray], seed: int) -> ope.LoggedSums:
+    """What all targets share."""
     seen, action = log["seen"], log["action"]
     state = np.column_stack([np.ones(len(seen)), seen, np.tanh(seen), *past(log)])
+    found = ope.logged_sums(
+        state, np.column_stack([action, action * seen, action**2]), log["reward"], log["discount"], log["following"],
+        log["truncated"] & ~np.full(len(seen), world.one_step), log["player"], rng=np.random.default_rng(seed),
+    )  # fmt: skip
+    assert isinstance(found, ope.LoggedSums)
+    return found
+
+
+def terms(sums: ope.LoggedSums, log: dict[str, np.ndarray], target: str) -> ope.Terms:
+    seen, action = log["seen"], log["action"]
     mean = TARGETS[target](seen)
     weights = np.exp(-0.5 * ((action - mean) / NOISE) ** 2) / log["mixture"]
-    found = ope.double_reinforcement(
-        state, np.column_stack([action, action * seen, action**2]), np.column_stack([mean, mean * seen, mean**2 + NOISE**2]),
-        log["reward"], weights, log["discount"], log["following"], log["truncated"] & ~np.full(len(seen), world.one_step), log["player"],
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
-    assert isinstance(found, ope.DoubleReinforcement)
-    return found.terms
+    return ope.reinforced(sums, np.column_stack([mean, mean * seen, mean**2 + NOISE**2]), weights).terms
 
 
 def truth(world: Line, target: str) -> float:
@@ -146,7 +151,8 @@ def test_coverage(world: Line):
 
     def measured(log: int) -> dict[str, object]:
         seen = logged(world, PLAYERS, np.random.default_rng([11, log]))
-        found = {target: terms(world, seen, target, log) for target in TARGETS}
+        sums = summed(world, seen, log)
+        found = {target: terms(sums, seen, target) for target in TARGETS}
         answers = {**found, "new - first": ope.paired_difference(found["new"], found["first"])}
         return {
             name: [answer.value, answer.low, answer.high, answer.trusted]
@@ -181,8 +187,9 @@ def wilson(count: int, of: int, z: float = 1.96) -> tuple[float, float]:
 def gated(world: Line, share: float, log: int, players: int) -> list[str]:
     """Why the gate refuses a challenger that goes `share` of the way from `first` to `new`, on `players` held-out players; empty where it promotes."""
     seen = logged(world, players, np.random.default_rng([23, log]))
+    sums = summed(world, seen, log)
     TARGETS["challenger"] = lambda x: (1 - share) * TARGETS["first"](x) + share * TARGETS["new"](x)
-    panel = {name: evaluation.Panel([terms(world, seen, target, log)], None) for name, target in ((OWN_POLICY, "challenger"), ("first", "first"))}
+    panel = {name: evaluation.Panel([terms(sums, seen, target)], None) for name, target in ((OWN_POLICY, "challenger"), ("first", "first"))}
     del TARGETS["challenger"]
     return evaluation.gate_on_difference(panel, {}, "first", None, WEIGHTS, 0.025, log)[0]
 
