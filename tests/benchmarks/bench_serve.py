@@ -44,7 +44,7 @@ LOAD = str(Path(__file__).with_name("load.py"))
 
 
 # ---- the bare endpoint, in a server of its own --------------------------------------------------------------------------------
-def bare(_: dict) -> object:
+def bare(_: str, **options: object) -> object:
     """A FastAPI endpoint that takes a JSON body and gives a small one, deployed exactly as ours."""
     from ray import serve
 
@@ -64,7 +64,7 @@ def bare(_: dict) -> object:
 
         return app
 
-    return serve.deployment(**deployment())(serve.ingress(make)()).bind()
+    return serve.deployment(**deployment(), **options)(serve.ingress(make)()).bind()
 
 
 def serve_bare(workspace: str, port: int) -> None:
@@ -72,7 +72,7 @@ def serve_bare(workspace: str, port: int) -> None:
 
     platform = load_platform(workspace)
     prepare(Workspace(platform.root))
-    app.build = bare
+    app.application = bare
     app.serve(platform, "127.0.0.1", port)
 
 
