@@ -38,7 +38,7 @@ from fastq.forgetting import forgotten
 from fastq.platform import Platform, format_duration, load_platform
 from fastq.records import decision_logs, json_fields, put_back, read_served, reading_log, served_log, written
 from fastq.sources import TIME
-from fastq.workspace import Workspace, replacing
+from fastq.workspace import Workspace, replacing, settled
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
@@ -56,7 +56,6 @@ OVERHEAD = 512 * 2**20  # address space that threads and the answer take beside 
 CHUNK = 4_096  # decisions explained at a time, and in one file
 EXPLAINED = 50_000  # decisions, the newest, that one question explains at most, those of earlier questions left aside
 ATTRIBUTED = 1_000  # decisions, the newest, that one question finds attributions for at most: each costs about 10 ms
-SETTLED_NS = 100_000_000  # how old the last change of a file must be before it tells the file from what it becomes
 FORM = 1  # of what is kept of what was served; another number wherever something else is made of the same logs
 DEEDS = frozenset(  # functions that a SELECT may call and that do something, or run a text that nobody parsed here
     {
@@ -830,7 +829,7 @@ def _as_it_lies(platform: Platform) -> str | None:
             return None
         if about.st_size or place.suffix != ".db-wal":  # an empty one may come from a reader
             found.append((place.name, about.st_ino, about.st_size, about.st_mtime_ns))
-    if clock.time_ns() - max(changed for *_, changed in found) < SETTLED_NS:
+    if not settled(max(changed for *_, changed in found)):
         return None
     return hashlib.sha256(json.dumps([FORM, platform.model_dump_json(), found]).encode()).hexdigest()[:20]
 

@@ -31,14 +31,13 @@ from typing import TYPE_CHECKING, Any
 from fastq import environment
 from fastq.errors import BundleError, ConfigurationError, FastqError, GateRefused, RequestError, UnknownPlayerError, WorkspaceError
 from fastq.platform import FILE_NAME, Platform, load_platform
-from fastq.workspace import Workspace, json_lines
+from fastq.workspace import Workspace, json_lines, settled
 
 if TYPE_CHECKING:
     from fastq.policy import Policy
 
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 FLUSH_SECONDS = 2.0  # one metric costs MLflow 15 ms alone and 0.08 ms in a batch
-SETTLED_NS = 100_000_000  # how old a file's last change must be before its time tells it from the next one
 _DIGEST_TAG = "bundle_sha256"
 
 
@@ -290,8 +289,7 @@ def stamp(platform: Platform) -> object:
         with contextlib.suppress(FileNotFoundError):
             about = (Workspace(platform.root).mlflow / name).stat()
             found.append((name, about.st_ino, about.st_size, about.st_mtime_ns))
-    # of two changes within a tick of the file system's clock the time shows one
-    return tuple(found) if found and time.time_ns() - max(entry[3] for entry in found) > SETTLED_NS else None
+    return tuple(found) if found and settled(max(entry[3] for entry in found)) else None
 
 
 def challenger(platform: Platform, champion: str) -> str | None:

@@ -27,7 +27,13 @@ from fastq.errors import ConfigurationError, WorkspaceError
 FORMAT = 1  # of what lies under `.fastq/`; a workspace without the number is of format 0
 STAGING = ".fastq-restore"  # beside `.fastq/`: a restore under way
 ABANDONED = timedelta(hours=1)  # since a file that is being written was last written to: its writer is no more
+SETTLED_NS = 100_000_000  # longer than a tick of any file system's clock
 _PARTIAL = re.compile(r"\..+\.[a-z0-9_]{8}(\.[a-z]+)?")  # `tempfile` draws the eight characters
+
+
+def settled(changed_ns: int) -> bool:
+    """Whether a file or directory that was last changed then is told by that time: of two changes within a tick of the clock it shows one."""
+    return time.time_ns() - changed_ns > SETTLED_NS
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,12 @@ from typing import Any, Literal
 
 from fastq.errors import ConfigurationError, FastqError, WorkspaceError
 from fastq.platform import Tokens as TokenSettings
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, settled
 
 logger = logging.getLogger("fastq.serving")
 Role = Literal["recommend", "analyst", "admin"]
 ROLES: tuple[Role, ...] = ("recommend", "analyst", "admin")  # each may do all that those before it may
 SESSION_SECONDS = 12 * 3600
-SETTLED_NS = 100_000_000  # how old the key file's last change must be before what was read of it is kept
 FRESH_SECONDS = 0.5  # how long a revoked key may still be let in
 COOKIE = "fastq_session"
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "ES256", "ES384", "EdDSA"]  # public keys alone: what can be verified cannot be forged
@@ -193,8 +192,7 @@ class Keys:
                         with _database(self.workspace) as database:
                             rows = database.execute("SELECT id, hash, role, expires_at FROM keys WHERE revoked_at IS NULL").fetchall()
                         valid = {row[0]: (row[1], row[2], math.inf if row[3] is None else row[3]) for row in rows}
-                    settled = seen is not None and time.time_ns() - seen[0] > SETTLED_NS  # of two changes within a tick of its clock a file shows one
-                    self._valid, self._seen = valid, seen if settled else None
+                    self._valid, self._seen = valid, seen if seen is not None and settled(seen[0]) else None
                 self._read_at = time.monotonic()
             return self._valid
 
