@@ -180,6 +180,28 @@ def _free(host: str, port: int) -> None:
         raise ConfigurationError(f"--host {host} --port {port}: cannot be listened on ({(error.strerror or str(error)).lower()}); choose another") from None
 
 
+def ray_environment(root: Path, token: Path, proxy: Path, stats: int, metrics: int, fallback: int) -> dict[str, str]:
+    """What keeps a Ray that serves the workspace at `root` closed, and apart from every other Ray of the machine, whose proxy has the same places and ports.
+
+    token: the file of the cluster's; proxy: the directory of HAProxy's files; the ports are HAProxy's two of its own and that of Ray's own proxy.
+    """
+    return {
+        MARK: str(root),  # by which `sweep` knows our processes
+        # Ray's ports need a token, and listen on loopback alone: this switch, made for other systems, lets 127.0.0.1 be the node's address.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),
+    }
+
+
 def _run(platform: Platform, host: str, port: int, directory: Path, stopped: threading.Event, version: str) -> None:
     directory.mkdir(mode=0o700, exist_ok=True)
     token = directory / "token"
@@ -190,23 +212,11 @@ def _run(platform: Platform, host: str, port: int, directory: Path, stopped: thr
     stats, metrics, fallback = free_ports(3)
     os.environ.update(
         {
-            MARK: str(platform.root),  # by which `sweep` knows our processes
-            # Ray's ports need a token, and listen on loopback alone: this switch, made for other systems, lets 127.0.0.1 be the node's address.
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            **ray_environment(platform.root, token, proxy, stats, metrics, fallback),
             "RAY_worker_niceness": "0",  # Ray gives way to everybody else on the machine; answers do not
             "RAY_DISABLE_FAILURE_SIGNAL_HANDLER": "1",  # it would abort on SIGTERM before we could end cleanly
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(closed_haproxy(proxy, stats, metrics)),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(proxy),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(proxy / "server-state"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(proxy / "metrics.sock"),
         }
     )
     import ray

@@ -42,11 +42,10 @@ from filelock import FileLock, Timeout
 
 from fastq.errors import FastqError, RequestError, UnknownPlayerError, WorkspaceError
 from fastq.platform import Platform
-from fastq.workspace import Workspace
+from fastq.workspace import Workspace, settled
 
 logger = logging.getLogger("fastq.serving")
 CHECKPOINT = 4_000  # rows, some 30 MB of the WAL, after which it is brought into the file
-SETTLED_NS = 100_000_000  # how old a directory's last change must be before its list is kept
 MAPPED = 2**30  # bytes of a file that are read without a copy
 AT_ONCE = 3_000  # decisions in one statement, which may hold 32,766 values
 PATIENCE = 5.0  # seconds that one process waits for another one's turn to end
@@ -189,7 +188,7 @@ def now_us() -> int:
     return time.time_ns() // 1000
 
 
-class Turns:
+class ByteLocks:
     """Whose turn it is among the processes that write here: locks on single bytes of one file, which die with the process that holds them.
 
     Between processes alone, as POSIX has them: within one, threads must know of each other. The file is opened once, since closing it anywhere in the
@@ -202,9 +201,7 @@ class Turns:
     @contextlib.contextmanager
     def alone(self) -> Iterator[bool]:
         """Whether, within `PATIENCE`, no other process is inside of this; one that hangs in there shall hang nobody else."""
-        until = time.monotonic() + PATIENCE
-        while not (mine := self._taken(0)) and time.monotonic() < until:
-            time.sleep(0.001)
+        mine = self._within(PATIENCE, lambda: self._taken(0))
         try:
             yield mine
         finally:
@@ -221,6 +218,10 @@ class Turns:
             taken.append(player)
         return True
 
+    def wait_and_take(self, players: Sequence[str]) -> bool:
+        """`take`, tried again for `PATIENCE`."""
+        return self._within(PATIENCE, lambda: self.take(players))
+
     def give(self, players: Iterable[str]) -> None:
         """Let others have them."""
         for player in players:
@@ -228,6 +229,13 @@ class Turns:
 
     def close(self) -> None:
         os.close(self._file)
+
+    @staticmethod
+    def _within(seconds: float, taken: Callable[[], bool]) -> bool:
+        until = time.monotonic() + seconds
+        while not (mine := taken()) and time.monotonic() < until:
+            time.sleep(0.001)
+        return mine
 
     def _taken(self, place: int) -> bool:
         try:
@@ -277,7 +285,7 @@ class DecisionLog:
 
     def __init__(self, platform: Platform, path: Path, lock: FileLock) -> None:
         self.platform, self.path = platform, path
-        self.turns = Turns(path.with_name("replicas.lock"))
+        self.turns = ByteLocks(path.with_name("replicas.lock"))
         self._lock = lock
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._waiting_since: float | None = None
@@ -621,8 +629,7 @@ class DecisionLog:
         if changed != self._listed[0]:
             files = sorted(self.path.parent.iterdir())
             found = ([p for p in files if p.suffix == ".db" and p != self.path and not p.name.startswith(".")], [p for p in files if p.suffix == ".parquet"])
-            settled = time.time_ns() - changed > SETTLED_NS  # of two changes within a tick of its clock the directory shows one
-            self._listed = (changed if settled else -1, *found)
+            self._listed = (changed if settled(changed) else -1, *found)
         return self._listed[1], self._listed[2]
 
     def _batch_files(self) -> list[Path]:

@@ -56,7 +56,7 @@ from serving.bodies import (
     posted_events,
     reported_outcomes,
 )
-from serving.decision_log import Decision, KeyReused, LogUnavailable, OutcomeConflict, UnknownDecisions, open_log
+from serving.decision_log import PATIENCE, Decision, KeyReused, LogUnavailable, OutcomeConflict, UnknownDecisions, open_log
 from serving.decision_log import Request as Repeatable
 from serving.metrics import Metrics, ProxyRefusals, new_metrics
 from serving.online import Ask, NotReady, Service, StoreUnavailable
@@ -76,7 +76,6 @@ FOLLOW_SECONDS = 1.0  # how often the registry is asked for the champion
 REFUSED_SECONDS = 60.0  # until a model that could not be loaded is tried again: what ailed it may have passed
 QUERY_SECONDS = 20  # that an analyst's SQL may run
 ELSEWHERE_SECONDS = 0.003  # until it is tried again whether another replica is done with a player
-ELSEWHERE_MOST_SECONDS = 5.0  # that a request waits for that
 NOBODY = "\x00"  # a player who cannot be: asked for to see whether the store answers
 
 OPEN = frozenset({"/healthz", "/readyz", "/metrics", "/openapi.json"})
@@ -307,7 +306,7 @@ class Desk:
 
     def _again(self, entries: list[Waiting]) -> None:
         """Requests that waited for another replica come first, unless they have waited for too long."""
-        late = time.monotonic() - ELSEWHERE_MOST_SECONDS
+        late = time.monotonic() - PATIENCE
         for entry in entries:
             if entry.since < late:
                 entry.end(Overloaded("another replica has been deciding for one of these players for too long; ask again in a moment"))
@@ -382,15 +381,15 @@ def follow(desk: Desk, stop: threading.Event) -> None:
     from fastq import registry
 
     told: dict[str, str] = {}
-    done: dict[str, object] = {}  # with which state of the registry a step had nothing left to do
+    done: dict[str, object] = {}  # with which registry and model in service a step had nothing left to do
     while not stop.wait(FOLLOW_SECONDS):
         if (service := desk.service) is None:
             continue
         for what, step in (("champion", take_champion), ("challenger", take_challenger), ("excluded players", read_excluded), ("events", apply_events)):
             try:
-                state = registry.stamp(desk.platform)
-                if state is None or done.get(what) != state:
-                    done[what] = state if step(desk, service) else None
+                stamp, version = registry.stamp(desk.platform), service.model.version if service.model else None
+                if stamp is None or done.get(what) != (stamp, version):
+                    done[what] = (stamp, version) if step(desk, service) else None
                 told.pop(what, None)
             except Exception as error:  # noqa: BLE001 - registry and store may fail in any way; serving goes on
                 if (said := f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") != told.get(what):  # once, not every second
@@ -441,18 +440,16 @@ def take_challenger(desk: Desk, service: Service) -> bool:
     return True
 
 
-def read_excluded(desk: Desk, service: Service) -> bool:
-    """The file of excluded players, where it has changed; there is always more to come."""
+def read_excluded(desk: Desk, service: Service) -> None:
+    """The file of excluded players, where it has changed."""
     if (changed := excluded_changed(desk.platform)) != desk.excluded_at:
         service.excluded, desk.excluded_at = excluded_players(desk.platform), changed
-    return False
 
 
-def apply_events(_: Desk, service: Service) -> bool:
-    """Waiting events into the online store; where that cannot be reached they wait on, which is no news. There is always more to come."""
+def apply_events(_: Desk, service: Service) -> None:
+    """Waiting events into the online store; where that cannot be reached they wait on, which is no news."""
     with contextlib.suppress(StoreUnavailable):
         online.apply_activity(service)
-    return False
 
 
 def excluded_changed(platform: Platform) -> int | None:

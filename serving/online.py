@@ -33,7 +33,7 @@ from fastq.platform import OWN_POLICY, Cap, CatalogueAction, Platform
 from fastq.policy import CHUNKS, Encoded, Policy, Recommendation, action_dicts
 from fastq.records import BOUND_TOLERANCE
 from fastq.workspace import Workspace
-from serving.decision_log import PATIENCE, Action, Decision, DecisionLog, Event, now_us, open_log
+from serving.decision_log import Action, Decision, DecisionLog, Event, now_us, open_log
 
 logger = logging.getLogger("fastq.serving")
 COMMITTING_US = 60_000_000  # a decision made before a state was read may have been committed after; to lay one twice changes nothing
@@ -851,12 +851,8 @@ def recommend(
         top_k=top_k,
     )
     with open_service(platform) as service:
-        if capped(platform) and not dry_run:  # a server may be deciding for them
-            until = time.monotonic() + PATIENCE
-            while not service.log.turns.take(ask.player_ids):
-                if time.monotonic() > until:
-                    raise WorkspaceError("a server has been deciding for one of these players for too long; ask again in a moment")
-                time.sleep(0.003)
+        if capped(platform) and not dry_run and not service.log.turns.wait_and_take(ask.player_ids):
+            raise WorkspaceError("a server has been deciding for one of these players for too long; ask again in a moment")
         decided = decide(service, [ask])[0]
         if isinstance(decided, FastqError):
             raise decided

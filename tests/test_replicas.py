@@ -153,23 +153,8 @@ def cluster(platform: Platform, tmp_path: Path) -> Iterator[Cluster]:
     token = home / "token"
     token.touch(mode=0o600)
     token.write_text("0f" * 32)
-    env = {
-        **os.environ,
-        **DEFAULTS,
-        app.MARK: str(platform.root),
-        "PYTHONPATH": str(SERVE_YAML.parents[1]),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(home / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(home / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(home),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(home / "server-state"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(home / "metrics.sock"),
-    }
+    kept = app.ray_environment(platform.root, token, home, stats, metrics, fallback)
+    env = {**os.environ, **DEFAULTS, **kept, "PYTHONPATH": str(SERVE_YAML.parents[1])}
     tree = yaml.safe_load(SERVE_YAML.read_text())
     tree["http_options"]["port"] = http
     tree["applications"][0]["args"]["workspace"] = str(platform.root)
