@@ -42,6 +42,7 @@ from fastq.representation import (
     Part,
     Progress,
     Stage,
+    device_of,
     fit,
     histories,
     outcome_targets,
@@ -585,6 +586,7 @@ def published(lesson: Lesson) -> tuple[Policy, Represented, dict[str, Any]]:
     )
     policy, states, history = paper.learn(lesson, made)
     seen = represent(policy.network, states)
+    policy.network.cpu()  # where it learned; the rest of the policy is there already
     policy = replace(policy, reference=reference_rows(windows, seen, lesson.learned, platform.training.seed))
     sample = np.random.default_rng(platform.training.seed).permutation(lesson.learned)[:GUARDRAIL_SAMPLE]
     return policy, seen, {"own_response": {"usual": usual_doubt(policy, situation_of(policy, seen[sample]))}, "history": history}
@@ -643,15 +645,17 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     targets = level_targets(policy, seen, windows, features, scale, learned)
     linear_level(policy, windows, b, reward, targets, learned)
 
+    data, device = stage_two_data(policy, seen, network, states, windows, features, scale, learned), device_of(training)
+    network.cpu()  # where it learned; the rest of the policy is there already
     module = ValueAndActor(
         policy,
-        stage_two_data(policy, seen, network, states, windows, features, scale, learned),
-        torch.from_numpy(lesson.checked),
+        {name: tensor.to(device) for name, tensor in data.items()},
+        torch.from_numpy(lesson.checked).to(device),
         seed=training.seed,
         epochs=min(training.epochs, LEVEL_EPOCHS if start is None else WARM_EPOCHS),
         learning_rate=training.learning_rate,
         part=lesson.part,
-    )
+    ).to(device)
     fit(
         module,
         torch.from_numpy(lesson.rows),
@@ -785,7 +789,7 @@ def stage_two_data(
         }
         found = found or {name: torch.zeros(len(seen.b), *values.shape[1:]) for name, values in piece.items()}
         for name, values in piece.items():
-            found[name][rows] = values.float()
+            found[name][rows] = values.float().cpu()
         size += float(torch.einsum("m,bmp->bp", weights, at.slope[:, :, 0]).abs().sum())
     unit = max(size / max(len(learned) * features.shape[1], 1), 1e-9)
 

@@ -27,7 +27,7 @@ from fastq.errors import TrainingError
 from fastq.networks import PublishedActor, PublishedCritic, PublishedRepresentation, Represented, Sizes
 from fastq.platform import Platform
 from fastq.policy import Encoded, Policy, Situation
-from fastq.representation import EachEpoch, Lesson, RepresentationModule, Stage, StateTensors, fit
+from fastq.representation import EachEpoch, Lesson, RepresentationModule, Stage, StateTensors, device_of, fit
 
 WEIGHT_DECAY = 1e-5
 STAGE_TWO = 20  # epochs of stage 2 for one of stage 1 (published: 2,000 and 100)
@@ -171,7 +171,8 @@ class PublishedStageOne(RepresentationModule):
     def losses(self, index: Tensor, hide: Tensor | None, lam: float) -> tuple[Any, dict[str, Tensor]]:
         x, v, _ = self.states.gather(index, hide)
         b, action, assignment = self.network.branches(x, v)  # type: ignore[operator]  # the inherited stage's network is the default's, this one's the published
-        branch = torch.arange(b.shape[1]).repeat(len(b))  # the published label: which branch made the vector, though every row goes through all of them
+        # the published label: which branch made the vector, though every row goes through all of them
+        branch = torch.arange(b.shape[1], device=b.device).repeat(len(b))
         # departure 2: cross entropy on logits, all branches in one batch; on a sigmoid and one branch at a time it cannot learn (anchors 7 and 8)
         logits = self.network.adversary(equations.reverse_gradient(b.flatten(0, 1), lam))
         if self.training:
@@ -198,6 +199,7 @@ class PublishedStageTwo(Stage):
     """One update of stage 2: twin critics on logged actions; every second time the actor, and then the targets."""
 
     steps: Tensor
+    shared: Tensor
 
     def __init__(self, policy: PaperPolicy, data: dict[str, Tensor], validation: Tensor, *, seed: int, epochs: int, learning_rate: float) -> None:
         super().__init__(validation, seed=seed, epochs=epochs, learning_rate=learning_rate)
@@ -208,7 +210,8 @@ class PublishedStageTwo(Stage):
             target.load_state_dict(source.state_dict())
             target.requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
-        self.data, self.shared = data, shared_objectives(policy.platform)
+        self.register_buffer("shared", shared_objectives(policy.platform), persistent=False)
+        self.data = data
         self.best_weights = {name: value.clone() for name, value in self.state_dict().items()}
         self.automatic_optimization = False
 
@@ -229,7 +232,7 @@ class PublishedStageTwo(Stage):
             u_next = equations.smoothed_action(self.target_actor(b_next), noise)
             q_next, _ = self.target_critic(b_next, u_next)
             # departure 5: what ends does not bootstrap, for there is no state after it
-            target = equations.td_target(data["reward"][index, None], data["discount"][index, None], q_next[..., None], torch.ones(1))[:, 0]
+            target = equations.td_target(data["reward"][index, None], data["discount"][index, None], q_next[..., None], q_next.new_ones(1))[:, 0]
         q, logits = self.critic(data["b"][index, policy], data["action"][index])
         shares = equations.share_values(q, logits, self.shared)[..., :-1]
         return torch.stack([equations.published_critic_loss(q[twin], target, shares[twin], data["immediate"][index]) for twin in range(2)])
@@ -253,8 +256,8 @@ class PublishedStageTwo(Stage):
             return
 
         share = equations.exploration_share(self.epochs_done / self.epochs)
-        explore = torch.rand(len(index)) < share  # departure 6: a coin for each sample, not for each batch
-        other = torch.randint(self.data["b"].shape[1], (len(index),))
+        explore = torch.rand(len(index), device=self.device) < share  # departure 6: a coin for each sample, not for each batch
+        other = torch.randint(self.data["b"].shape[1], (len(index),), device=self.device)
         self.optimizers_[1].zero_grad()
         self.actor_loss(index, other, explore).backward()
         self.optimizers_[1].step()
@@ -316,16 +319,18 @@ def learn(lesson: Lesson, made: Callable[..., PaperPolicy]) -> tuple[PaperPolicy
     )
     torch.manual_seed(training.seed)
     network, critic, actor = PaperPolicy.networks(sizes)
-    states = StateTensors.of(windows, lesson.encoding, torch.device("cpu"))
-    action = torch.from_numpy(units.standard(windows.action)).float()
-    targets = {"policy": torch.from_numpy(windows.policy), "proposed": torch.from_numpy(units.standard(windows.proposals)).float()}
+    device = device_of(training)
+    states = StateTensors.of(windows, lesson.encoding, device)
+    action, policies = torch.from_numpy(units.standard(windows.action)).float(), torch.from_numpy(windows.policy)
+    targets = {"policy": policies.to(device), "proposed": torch.from_numpy(units.standard(windows.proposals)).float().to(device)}
     settings: dict[str, Any] = {"seed": training.seed, "learning_rate": training.learning_rate}
-    one = PublishedStageOne(network, states, targets, torch.from_numpy(checked), epochs=training.epochs, balance=training.balance, **settings)
+    one = PublishedStageOne(network, states, targets, torch.from_numpy(checked).to(device), epochs=training.epochs, balance=training.balance, **settings)
+    one.to(device)
     whole = training.epochs * (1 + STAGE_TWO)  # more epochs than there are without improvement: none of the stages is stopped early
     fit(one, torch.from_numpy(rows), training.batch_size, EachEpoch("representation", lesson.records[0], whole, lesson.on_progress), resume=lesson.resume)
     network.eval().requires_grad_(False)
 
-    b, expert = every_branch(network, states)
+    b, expert = every_branch(network.to(device), states)
     away = (action[:, None] - expert).numpy()
     own = [away[rows[windows.policy[rows] == p], p] for p in range(k)]
     spread = np.stack([np.nanstd(noise, 0) if len(noise) > 1 else np.zeros(noise.shape[1]) for noise in own])
@@ -341,14 +346,16 @@ def learn(lesson: Lesson, made: Callable[..., PaperPolicy]) -> tuple[PaperPolicy
         "b": b,
         "expert": expert,
         "action": torch.nan_to_num(action),
-        "policy": targets["policy"],
+        "policy": policies,
         "after": torch.from_numpy(np.maximum(windows.following, 0)),
         "discount": torch.from_numpy(np.where((windows.following >= 0) & ~windows.terminated, DISCOUNT, 0.0)).float(),
         "reward": torch.from_numpy(np.where(usable, weighted / unit, 0.0)).float(),
         # departure 8: a share is compared with what its objective contributes, w_m r_m; with r_m itself shares would have to sum to more than 1 (anchor 11)
         "immediate": torch.from_numpy(np.where(shared, windows.reward * platform.weights / unit, np.nan)).float(),
     }
-    two = PublishedStageTwo(policy, data, torch.from_numpy(checked[usable[checked]]), epochs=STAGE_TWO * training.epochs, **settings)
+    data = {name: tensor.to(device) for name, tensor in data.items()}
+    two = PublishedStageTwo(policy, data, torch.from_numpy(checked[usable[checked]]).to(device), epochs=STAGE_TWO * training.epochs, **settings)
+    two.to(device)
     fit(
         two,
         torch.from_numpy(rows[usable[rows]]),
@@ -365,6 +372,6 @@ def learn(lesson: Lesson, made: Callable[..., PaperPolicy]) -> tuple[PaperPolicy
 @torch.no_grad()
 def every_branch(network: PublishedRepresentation, states: StateTensors, chunk: int = 4096) -> tuple[Tensor, Tensor]:
     """Balanced state [N, K, Z] and expert's action [N, K, D] of every decision in every branch: the frozen encoder runs once."""
-    parts = [network.branches(*states.gather(piece)[:2])[:2] for piece in torch.arange(len(states.windows)).split(chunk)]
-    b, action = (torch.cat(found) for found in zip(*parts, strict=True))
+    parts = [network.branches(*states.gather(piece)[:2])[:2] for piece in torch.arange(len(states.windows), device=states.mean.device).split(chunk)]
+    b, action = (torch.cat(found).cpu() for found in zip(*parts, strict=True))
     return b, action

@@ -199,6 +199,7 @@ class Training(_Branch):
     balance: float = Field(0.1, ge=0)  # final strength of the gradient reversal (paper: 0.1)
     horizon: int = Field(4, ge=1)  # decisions whose outcomes stage 1 sums; twice as many where people's own responses are asked about
     caution: float | None = Field(None, ge=0)  # standard deviations of doubt subtracted before ranking; None: what `Policy.caution` has
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # where networks learn; auto: on CUDA where there is one, but for several workers on their processors
     workers: int = Field(1, ge=1)  # processes that learn together, on the cluster that `services.ray` names
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.025  # error rate of the promotion gate
 

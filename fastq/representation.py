@@ -27,6 +27,7 @@ from fastq import equations
 from fastq.errors import TrainingError
 from fastq.features import CLIP, Encoding, Units
 from fastq.networks import PublishedRepresentation, Representation, Represented, Sizes
+from fastq.platform import Training
 from fastq.windows import Windows
 from fastq.workspace import replacing
 
@@ -54,7 +55,7 @@ class Batches:
         if weights is None:
             order = self.rows[torch.randperm(len(self.rows), generator=luck)]
         else:  # by the cumulated weights, since torch.multinomial ends at 2^24 rows
-            ends = weights.double().cumsum(0)
+            ends = weights.double().cpu().cumsum(0)
             drawn = torch.searchsorted(ends, torch.rand(len(self.rows), generator=luck, dtype=torch.float64) * ends[-1])
             order = self.rows[drawn.clamp(max=len(self.rows) - 1)]
         self.epoch += 1
@@ -64,7 +65,9 @@ class Batches:
 
 @dataclass(frozen=True)
 class StateTensors:
-    """The windows of all decisions as tensors. The matrix stays where it lies, in memory or in a mapped file: a batch is gathered, then standardised."""
+    """The windows of all decisions as tensors. The matrix stays where it lies, in memory or in a mapped file: a batch is gathered, then moved to the device
+    where the other tensors are, and standardised there.
+    """
 
     windows: Windows
     raw: Tensor  # [rows, F] shares the matrix's memory
@@ -305,16 +308,20 @@ def load_record(path: Path, module: Stage) -> None:
 
 
 def fit(module: Stage, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, resume: bool) -> None:
-    """Run a Lightning module to its last epoch, from its record if there is one to resume. Where several learn together, the first one keeps the record."""
+    """Run a Lightning module to its last epoch, on the device where it is, from its record if there is one to resume; it ends on the processor.
+
+    Where several learn together, the first one keeps the record.
+    """
     module.each_epoch = each_epoch
     module.configure_optimizers()
     if resume and each_epoch.record is not None and each_epoch.record.exists():
         load_record(each_epoch.record, module)
     if module.epochs_done >= module.epochs or module.stale >= each_epoch.patience:
+        module.cpu()
         return
     trainer = lightning.Trainer(
         max_epochs=module.epochs - module.epochs_done,
-        accelerator="cpu",  # the tensors that steps gather from lie there; moving both is a matter of measuring first
+        accelerator=module.device.type,
         devices=1,
         logger=False,
         enable_checkpointing=False,
@@ -323,6 +330,14 @@ def fit(module: Stage, rows: Tensor, batch_size: int, each_epoch: EachEpoch, *, 
         num_sanity_val_steps=0,
     )
     trainer.fit(module, Batches(rows, batch_size, module.seed, module.epochs_done, module.row_weights))
+
+
+def device_of(training: Training) -> torch.device:
+    """Where networks learn (`training.accelerator`). Raises `TrainingError` where CUDA is asked for and PyTorch finds none."""
+    if training.accelerator == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("training.accelerator: cuda: PyTorch finds no CUDA device here; expected cpu or auto, or a PyTorch that was built for CUDA")
+    here = training.accelerator == "cuda" or (training.accelerator == "auto" and training.workers == 1 and torch.cuda.is_available())
+    return torch.device("cuda" if here else "cpu")
 
 
 def outcome_targets(windows: Windows, horizon: int) -> tuple[np.ndarray, np.ndarray]:
@@ -349,7 +364,7 @@ def train_representation(
     `start` is a network of the same encoding and units that saw fewer decisions: training goes on from it, and is sooner said to have stopped improving.
     """
     training = windows.platform.training
-    device = torch.device("cpu")
+    device = device_of(training)
     polynomial = windows.catalogue is None
     sizes = Sizes(
         windows.platform.state.window,
@@ -361,7 +376,7 @@ def train_representation(
         len(windows.platform.objectives),
     )
     torch.manual_seed(training.seed)
-    network = Representation(sizes).to(device)
+    network = Representation(sizes)
     states = StateTensors.of(windows, encoding, device)
     outcomes = np.concatenate(outcome_targets(windows, training.horizon), 1)
     with np.errstate(invalid="ignore"):
@@ -392,11 +407,11 @@ def train_representation(
         learning_rate=training.learning_rate,
         balance=training.balance,
         part=part,
-    )
+    ).to(device)
     network.encoder.part = (part.rank, part.of)
     fit(
         module,
-        torch.from_numpy(training_rows).to(device),
+        torch.from_numpy(training_rows),
         training.batch_size,
         EachEpoch("representation", record, 5 if start is None else WARM_PATIENCE, on_progress, part),
         resume=resume,

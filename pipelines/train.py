@@ -85,7 +85,7 @@ def start_of(platform: Platform, data: Windows, said: str | None = None) -> tupl
     except BundleError as error:
         return None, f"afresh: {error}"
     ours, its = platform.training.model_dump(), policy.platform.training.model_dump()
-    changed = [name for name in ours if name not in ("epochs", "seed", "alpha", "workers") and ours[name] != its[name]]
+    changed = [name for name in ours if name not in ("epochs", "seed", "alpha", "workers", "accelerator") and ours[name] != its[name]]
     before = int(policy.details.get("decisions", 0))
     learning = ~held_out_players(data.player_ids, platform.training.holdout, platform.training.seed)[data.player]
     known = fit_encoding(platform, data.matrix[:1], data.attributes.filter(learning)).vocabularies
@@ -161,7 +161,9 @@ def learn_together(platform: Platform, turn: str, start: str | None, on_progress
         trainer = TorchTrainer(
             learn_part,
             train_loop_config=config,
-            scaling_config=ray.train.ScalingConfig(num_workers=platform.training.workers, resources_per_worker={"CPU": 1}),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=platform.training.workers, use_gpu=platform.training.accelerator == "cuda", resources_per_worker={"CPU": 1}
+            ),
             run_config=ray.train.RunConfig(name="ray", storage_path=str(directory.resolve()), failure_config=ray.train.FailureConfig(max_failures=1)),
         )
         try:

@@ -17,7 +17,7 @@ from fastq.networks import Actor, Representation, Represented, Values
 from fastq.platform import platform_from_tree
 from fastq.policy import REACH
 from fastq.records import Counts, Records
-from fastq.representation import RepresentationModule, StateTensors, represent, train_representation
+from fastq.representation import RepresentationModule, StateTensors, device_of, represent, train_representation
 
 
 def bandit(players=400, days=12, seed=0, policies=("low", "high"), epochs=3):
@@ -202,6 +202,15 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in, 
     whole, resumed = trained_whole_and_resumed(platform, data, tmp_path, stop_in, 2)
     np.testing.assert_array_equal(whole.effects, resumed.effects)
     assert {p.suffix for p in (tmp_path / "cut").iterdir()} == {".safetensors"}, "the record is safetensors, no checkpoint of another kind"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_refused_by_name_and_auto_does_without():
+    platform, data = bandit(players=40, days=4)
+    asked = platform.training.model_copy(update={"accelerator": "cuda"})
+    with pytest.raises(TrainingError, match=r"training\.accelerator: cuda: PyTorch finds no CUDA device here; expected cpu or auto"):
+        learner.train(platform.model_copy(update={"training": asked}), dataclasses.replace(data, platform=platform.model_copy(update={"training": asked})))
+    assert device_of(platform.training).type == "cpu"
 
 
 def test_a_log_with_one_policy_trains():

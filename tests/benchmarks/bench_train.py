@@ -168,8 +168,8 @@ def test_both_stages_beside_a_bare_loop(monkeypatch, tmp_path):
 def never_early(made):
     """Patience without end, so that both run the same epochs."""
 
-    def __init__(self, stage, record, patience, on_progress):  # noqa: N807
-        made(self, stage, record, 10**6, on_progress)
+    def __init__(self, stage, record, patience, *rest):  # noqa: N807
+        made(self, stage, record, 10**6, *rest)
 
     return __init__
 
