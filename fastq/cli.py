@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
 import typer
 
+from fastq import terminal
 from fastq.errors import ConfigurationError, FastqError, GateRefused
+from fastq.terminal import Document
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
     from fastq.platform import Platform
 
-Document = Mapping[str, Any]
 View = Callable[[Document], Iterable["RenderableType | bytes"]]  # bytes: as they are
 
 CRASHED = 70  # EX_SOFTWARE: a mistake of ours, told apart from 1 (a gate refused) and 2 (usage or configuration)
@@ -147,7 +148,7 @@ def init(
         with replacing(target) as partial:
             partial.write_text(text, encoding="utf-8")
         guesses = [line.strip() for line in text.splitlines() if "#" in line]
-        answer({"written": str(target), "guesses": guesses}, _written)
+        answer({"written": str(target), "guesses": guesses}, terminal.written)
 
 
 @app.command("import")
@@ -169,7 +170,7 @@ def import_dataset(
         prepare()
         from fastq.episodes import import_minari
 
-        answer(import_minari(dataset, out, window=window, discount=discount, force=force), _imported)
+        answer(import_minari(dataset, out, window=window, discount=discount, force=force), terminal.imported)
 
 
 @app.command()
@@ -180,7 +181,7 @@ def validate(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -
         from pipelines.validate import validate_logs
 
         document = validate_logs(platform)
-        answer(document, _validation)
+        answer(document, terminal.validation)
     _end(refused=not document["passed"])
 
 
@@ -201,7 +202,7 @@ def retrain(
             document = flow(platform, since=None if since is None else _moment(since), resume=resume, wait_seconds=LONGEST_WAIT if wait else 0.0)
         except GateRefused as refusal:  # the logs were refused, so there is no version
             document = {"model": platform.platform, "version": None, "promoted": False, "reasons": refusal.reasons}
-        answer(document, _training)
+        answer(document, terminal.training)
     _end(refused=not document["promoted"])
 
 
@@ -221,7 +222,7 @@ def evaluate(
         from pipelines.evaluate import evaluate as flow
 
         document = flow(platform, model, against)
-        answer(document, _estimates)
+        answer(document, terminal.estimates)
     _end(refused=_nothing_to_trust(document, platform))
 
 
@@ -264,7 +265,7 @@ def benchmark(
                 document = study.on_simulator(asked, place.state / "benchmark", show)
             else:
                 document = study.on_logs(_platform(workspace), methods, steps, show)
-        answer(document, _benchmark)
+        answer(document, terminal.benchmark)
 
 
 # ---- serving -----------------------------------------------------------------------------------------------------------
@@ -304,13 +305,13 @@ def recommend(
 
             document = recommend_all(platform, out, dry_run=dry_run)
             served = bool(document.get("players"))
-            answer(document, _batch)
+            answer(document, terminal.batch)
         else:
             from serving.online import recommend as recommend_online
 
             document = recommend_online(platform, list(players or []), dry_run=dry_run)
             served = bool(document["recommendations"])
-            answer(document, _recommendations)
+            answer(document, terminal.recommendations)
     _end(refused=not served)
 
 
@@ -355,7 +356,7 @@ def explain(
 
             with _counting("explaining") as progress:
                 found = explain_all(platform, out, compared, attributions=attributions, fresh=fresh, on_progress=progress)
-            answer(found, _explained)
+            answer(found, terminal.explained)
             return
         reweighted = None if weights is None else _weights(platform, weights)
         if picture is not None:
@@ -367,7 +368,7 @@ def explain(
         document = explain_online(platform, str(subject), against=compared, weights=reweighted)
         if picture is not None:
             _draw(document, picture)
-        answer(document, _explanation)
+        answer(document, terminal.explanation)
 
 
 @app.command()
@@ -390,14 +391,14 @@ def query(
         from fastq import queries
 
         if sql is None:
-            answer(queries.tables(platform), _views)
+            answer(queries.tables(platform), terminal.views)
             return
         found = queries.ask(platform, sql, rows=limit)
         if parquet is not None:
             found.write(parquet)
-            answer({"rows": found.table.num_rows, "out": str(parquet)}, lambda document: [f"{document['rows']:,} rows in {_plain(document['out'])}."])
+            answer({"rows": found.table.num_rows, "out": str(parquet)}, lambda document: [f"{document['rows']:,} rows in {terminal.plain(document['out'])}."])
         else:
-            answer(found.document(), _csv if as_csv else _rows)
+            answer(found.document(), terminal.comma_separated if as_csv else terminal.rows)
         if found.truncated and not as_json:
             sys.stderr.write(f"There are more than {limit:,} rows; --limit N shows more.\n")
 
@@ -416,7 +417,7 @@ def forget(
         platform = _platform(workspace)
         from pipelines.forget import forget as flow
 
-        answer(flow(platform, player, who=_who()), _forgotten)
+        answer(flow(platform, player, who=_who()), terminal.forgotten)
 
 
 @keys_app.command("create")
@@ -437,7 +438,7 @@ def keys_create(
             until = None if expires is None else cast("timedelta", parse_duration(expires))
         except ValueError as error:
             raise ConfigurationError(f"--expires {expires}: {error}") from None
-        answer(create_key(Workspace(platform.root), role.value, until), _new_key)
+        answer(create_key(Workspace(platform.root), role.value, until), terminal.new_key)
 
 
 @keys_app.command("list")
@@ -449,7 +450,7 @@ def keys_list(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) 
         from serving.auth import list_keys
 
         moments = ("created_at", "revoked_at", "expires_at")
-        answer({"keys": [{**key, **{name: _stamp(key[name]) for name in moments}} for key in list_keys(Workspace(platform.root))]}, _keys)
+        answer({"keys": [{**key, **{name: _stamp(key[name]) for name in moments}} for key in list_keys(Workspace(platform.root))]}, terminal.keys)
 
 
 @keys_app.command("revoke")
@@ -482,7 +483,7 @@ def models(
         platform = _platform(workspace)
         from fastq import registry
 
-        answer({"models": registry.models(platform)} | ({"history": registry.history(platform)} if history else {}), _models)
+        answer({"models": registry.models(platform)} | ({"history": registry.history(platform)} if history else {}), terminal.models)
 
 
 @app.command()
@@ -501,7 +502,7 @@ def promote(
         from fastq import registry
 
         registry.promote(platform, version, reason=reason.strip(), forced=force, who=_who())
-        answer({"model": platform.platform, "version": version, "promoted": True, "forced": force}, _promoted)
+        answer({"model": platform.platform, "version": version, "promoted": True, "forced": force}, terminal.promoted)
 
 
 @app.command()
@@ -525,7 +526,7 @@ def export(
         from fastq.export import export_onnx
 
         reference = registry.resolve(platform, model or registry.CHAMPION)
-        answer(export_onnx(registry.load_policy(f"models:/{platform.platform}/{reference}", platform.root), out), _exported)
+        answer(export_onnx(registry.load_policy(f"models:/{platform.platform}/{reference}", platform.root), out), terminal.exported)
 
 
 @app.command()
@@ -540,7 +541,7 @@ def rollback(
         from fastq import registry
 
         version = registry.rollback(platform, who=_who(), reason=reason.strip())
-        answer({"model": platform.platform, "version": str(version), "promoted": True}, _promoted)
+        answer({"model": platform.platform, "version": str(version), "promoted": True}, terminal.promoted)
 
 
 @app.command()
@@ -558,7 +559,7 @@ def pause(
         from fastq.assignment import pause as pause_platform
 
         made, changed = pause_platform(platform, policy, who=_who(), reason=reason.strip())
-        answer({"paused": True, "policy": made.policy, "since": made.since, "changed": changed}, _pause)
+        answer({"paused": True, "policy": made.policy, "since": made.since, "changed": changed}, terminal.paused)
 
 
 @app.command()
@@ -572,7 +573,7 @@ def resume(
         platform = _platform(workspace)
         from fastq.assignment import resume as resume_platform
 
-        answer({"paused": False, "changed": resume_platform(platform, who=_who(), reason=reason.strip())}, _pause)
+        answer({"paused": False, "changed": resume_platform(platform, who=_who(), reason=reason.strip())}, terminal.paused)
 
 
 # ---- by itself ----------------------------------------------------------------------------------------------------------
@@ -616,7 +617,7 @@ def deploy(
         platform = _platform(workspace)
         from pipelines.deployments import deploy as onto
 
-        answer(onto(platform, server, pool, cron, timezone), _deployed)
+        answer(onto(platform, server, pool, cron, timezone), terminal.deployed)
 
 
 @app.command()
@@ -632,7 +633,7 @@ def monitor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) ->
         from pipelines.monitor import monitor as look
 
         document = look(platform)
-        answer(document, _monitored)
+        answer(document, terminal.monitored)
     _end(refused=bool(document["findings"]))
 
 
@@ -652,7 +653,7 @@ def lift(
         from fastq.monitoring import lift as measured
 
         document = measured(platform, since=None if since is None else _moment(since), level=level)
-        answer(document, _lifted)
+        answer(document, terminal.lifted)
     _end(refused=not document["rows"])
 
 
@@ -674,7 +675,7 @@ def doctor(workspace: WorkspaceOption = Path(), as_json: JsonOption = False) -> 
         from serving.auth import list_keys
 
         document = examine(workspace, list_keys)
-        answer(document, _examined)
+        answer(document, terminal.examined)
     _end(refused=not document["passed"])
 
 
@@ -699,7 +700,7 @@ def backup(
         platform = _platform(workspace)
         from fastq import backup as backups
 
-        answer(backups.backup(platform.root, file, backups.key_from(key_file), platform.operations.keep_backups), _backed_up)
+        answer(backups.backup(platform.root, file, backups.key_from(key_file), platform.operations.keep_backups), terminal.backed_up)
 
 
 @app.command()
@@ -720,7 +721,7 @@ def restore(
         prepare()
         from fastq import backup as backups
 
-        answer(backups.restore(workspace, file, backups.key_from(key_file), overwrite=overwrite), _restored)
+        answer(backups.restore(workspace, file, backups.key_from(key_file), overwrite=overwrite), terminal.restored)
 
 
 # ---- in and out --------------------------------------------------------------------------------------------------------
@@ -864,361 +865,10 @@ def _stamp(seconds: object) -> str | None:
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z") if isinstance(seconds, int | float) else None
 
 
-# ---- what people read --------------------------------------------------------------------------------------------------
-
-
-def _table(title: str, *columns: str, numbers: Iterable[str] = ()) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
-        table.add_column(name, justify="right" if name in numbers else "left", overflow="fold")
-    return table
-
-
-def _number(value: object) -> str:
-    """Four significant digits, and a word for what is not there."""
-    if value is None:
-        return "none"
-    return f"{value:,.4g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
-def _written(document: Document) -> Iterable[RenderableType]:
-    yield f"Written: {document['written']}, with {len(document['guesses'])} comments at what was guessed. Read them, then: fastq validate"
-
-
-def _validation(document: Document) -> Iterable[RenderableType]:
-    failing = [rule for rule in document["rules"] if not rule["passed"]]  # a share that is allowed is no failure
-    if failing:
-        table = _table("Rules that rows broke", "rule", "rows", "severity", numbers=["rows"])
-        for rule in failing:
-            table.add_row(rule["rule"], f"{rule['failed']:,}", rule["severity"])
-        yield table
-    counts = ", ".join(f"{document[name]:,} {name}" for name in ("accepted", "quarantined", "repeated"))
-    yield f"Decisions: {counts}; {len(document['rules'])} rules."
-    for warning in document.get("warnings", []):
-        yield f"[yellow]Warning:[/] {_plain(warning)}"
-    if any(rule["failed"] for rule in document["rules"] if rule["rule"].endswith(".quarantined.share")):  # of any table
-        yield f"Refused rows with their reasons: {document['quarantine']}"
-    yield f"Report: {document['report']}"
-    yield "[green]Passed.[/]" if document["passed"] else "[red]Refused.[/] " + _plain("; ".join(document.get("reasons", [])) or "see the report")
-
-
-def _training(document: Document) -> Iterable[RenderableType]:
-    name = f"{document['model']} version {document['version']}"
-    if document["promoted"]:
-        yield f"[green]{name} is the champion.[/]"
-    else:
-        yield f"[red]{name} was not promoted.[/]" if document["version"] else f"[red]{document['model']}: no model was made.[/]"
-    for reason in document["reasons"]:
-        yield f"  {_plain(reason)}"
-    if start := document.get("start"):
-        yield f"  Trained {_plain(start)}."
-    if not document["promoted"] and document["version"]:
-        yield f"Look at it with fastq evaluate {document['version']}; fastq promote {document['version']} --force --reason TEXT overrules the gate."
-
-
-def _estimates(document: Document) -> Iterable[RenderableType]:
-    table = _table(
-        "Off-policy estimates",
-        "policy",
-        "objective",
-        "estimator",
-        "value",
-        "low",
-        "high",
-        "rows that count",
-        "verdict",
-        numbers=["value", "low", "high", "rows that count"],
-    )
-    for row in document["estimates"]:
-        objective = "weighted sum" if row["objective"] is None else row["objective"]
-        table.add_row(row["policy"], objective, row["estimator"], *(_number(row[name]) for name in ("value", "low", "high", "ess")), _plain(row["verdict"]))
-    yield table
-    for warning in document.get("warnings", []):
-        yield f"[yellow]{_plain(warning)}[/]"
-    if difference := document.get("difference"):
-        low, high = (_number(difference[name]) for name in ("low", "high"))
-        yield f"Against {document['against']}: {_number(difference['value'])} ({low} to {high}), {_plain(document['alpha_because'])}."
-    for reason in document.get("reasons", []):
-        yield f"The gate would refuse it: {_plain(reason)}"
-    if "report" in document:
-        yield f"Report: {document['report']}"
-
-
-def _benchmark(document: Document) -> Iterable[RenderableType]:
-    for found in document.get("worlds", ()):
-        heads = ["value", "95 % interval", "way", "lead of fastq", "seconds"]
-        table = _table(f"In truth, per player and day: {found['world']}", "method", *heads, numbers=heads)
-        for row in found["rows"]:
-            table.add_row(row["method"], f"{row['value']:.3f}", _between(row["low"], row["high"]), f"{row['way']:.0%}", _lead(row), _seconds(row))
-        yield table
-        if found["headline"]:
-            changes = ", ".join(f"{name} {change['percent']:+.1f} %" for name, change in found["headline"]["changes"].items())
-            yield f"Simulated A/B against the best rival, {found['headline']['against']}: {changes}."
-    if "rows" in document:
-        heads = ["value", "95 % interval", "rows that count", "seconds"]
-        table = _table("Estimated off-policy, on players that no method saw", "method", *heads, "verdict", numbers=heads)
-        for row in document["rows"]:
-            interval, rows = _between(row["low"], row["high"]), _number(row["ess"])
-            table.add_row(row["method"], _number(row["value"]), interval, rows, _seconds(row), _plain(row["verdict"]))
-        yield table
-    for note in document["notes"]:
-        yield f"[yellow]Note:[/] {_plain(note)}"
-    yield f"Picture: {document['picture']}; raw cells: {document['cells']}"
-
-
-def _between(low: float | None, high: float | None) -> str:
-    return "none" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-
-
-def _lead(row: Document) -> str:
-    return f"{row['lead']:+.3f}" + ("" if row["lead_low"] is None else f" ({row['lead_low']:+.3f} to {row['lead_high']:+.3f})")
-
-
-def _seconds(row: Document) -> str:
-    return "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-
-
-def _recommendations(document: Document) -> Iterable[RenderableType]:
-    rows = document["recommendations"]
-    actions = list(dict.fromkeys(name for row in rows for name in row["action"]))
-    units = {name: unit for row in rows for name, unit in (row.get("units") or {}).items() if unit}
-    heads = [f"{name} [{units[name]}]" if name in units else name for name in actions]
-    table = _table(
-        "Recommendations", "player", *(head.replace("[", "\\[") for head in heads), "value", "propensity", "decision", "note", numbers=["value", "propensity"]
-    )
-    for row in rows:
-        shown = [_number(row["action"].get(name)) for name in actions]
-        table.add_row(_plain(row["player_id"]), *shown, _number(row["value"]), _number(row["propensity"]), row["decision_id"], _plain(row["degraded"] or ""))
-    yield table
-    if rows:
-        yield f"Model version {rows[0]['model_version']}. Why: fastq explain {rows[0]['decision_id']}"
-    else:
-        yield "[red]Nobody could be served.[/]"
-
-
-def _batch(document: Document) -> Iterable[RenderableType]:
-    yield f"{document.get('players', 0):,} recommendations in {document['out']}."
-    if document.get("degraded"):
-        yield f"{document['degraded']:,} of them are degraded answers."
-
-
-def _explained(document: Document) -> Iterable[RenderableType]:
-    yield f"{document['players']:,} players explained in {_plain(document['out'])}, by model version {document['model_version']}, as of {document['at']}."
-    if document["resumed"]:
-        yield "What an earlier run had done was taken up."
-
-
-def _imported(document: Document) -> Iterable[RenderableType]:
-    yield f"{document['episodes']:,} episodes, {document['steps']:,} steps, {document['terminated']:,} ended by themselves."
-    yield f"Policies: {', '.join(document['policies'])}."
-    yield f"Written to {_plain(document['written'])}. Next, there: fastq retrain"
-
-
-def _exported(document: Document) -> Iterable[RenderableType]:
-    parity = document["parity"]
-    yield f"Version {document['model_version']} is in {_plain(document['out'])}: {', '.join(document['files'])}."
-    yield f"onnxruntime answers as fastq does for {parity['states']} states, to {parity['largest_difference']:.1g}. What goes in and comes out: model.json"
-
-
-def _views(document: Document) -> Iterable[RenderableType]:
-    for view in document["tables"]:
-        table = _table(_plain(f"{view['name']}: {view['says']}"), "column", "type", "unit", "")
-        for column in view["columns"]:
-            table.add_row(*(_plain(column[name]) for name in ("name", "type", "unit", "says")))
-        yield table
-
-
-def _rows(document: Document) -> Iterable[RenderableType]:
-    kinds = [{type(row[i]) for row in document["rows"]} - {type(None)} for i in range(len(document["columns"]))]
-    table = _table("")
-    for name, kind in zip(document["columns"], kinds, strict=True):
-        table.add_column(_plain(name), justify="right" if kind and kind <= {int, float} else "left", overflow="fold")
-    for row in document["rows"]:
-        table.add_row(*(_plain(_cell(value)) for value in row))
-    yield table
-    yield f"{len(document['rows']):,} row{'s' * (len(document['rows']) != 1)}."
-
-
-def _cell(value: object) -> str:
-    """As a table shows it: whole numbers whole, others to six digits."""
-    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else _text(value)
-
-
-def _text(value: object) -> str:
-    """As CSV has it: nothing for null, JSON for what is nested."""
-    import orjson
-
-    if value is None:
-        return ""
-    return orjson.dumps(value).decode() if isinstance(value, list | dict | bool) else str(value)
-
-
-def _csv(document: Document) -> Iterable[bytes]:
-    import csv
-    import io
-
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(document["columns"])
-    writer.writerows([_text(value) for value in row] for row in document["rows"])
-    yield text.getvalue().encode()
-
-
-def _parts_table(title: str, parts: Iterable[Document], total: float) -> Any:
-    table = _table(title, "objective", "horizon", "part", numbers=["part"])
-    for part in parts:
-        table.add_row(part["objective"], part["horizon"].replace("_", " "), f"{part['value']:+.4f}")
-    table.add_section()
-    table.add_row("sum", "", f"{total:+.4f}", style="bold")
-    return table
-
-
-def _action(action: Mapping[str, object]) -> str:
-    return ", ".join(f"{name} {_number(value)}" for name, value in action.items())
-
-
-def _explanation(document: Document) -> Iterable[RenderableType]:
-    yield f"[bold]{_plain(document['player_id'])}[/]: {_plain(_action(document['action']))} (model version {document['model_version']})"
-    yield _parts_table(f"Value {document['value']:+.4f}, between {document['low']:+.4f} and {document['high']:+.4f}", document["parts"], document["value"])
-    score = document["score"]
-    yield f"Ranked by {score['total']:+.4f} = value {score['value']:+.4f} - caution {score['caution']:.4f} - guardrail {score['guardrail']:.4f}"
-    if contrast := document.get("contrast"):
-        against = contrast["against"] if isinstance(contrast["against"], str) else "the action given"
-        title = f"Against {against} ({_action(contrast['action'])}): {contrast['difference']:+.4f}, between {contrast['low']:+.4f} and {contrast['high']:+.4f}"
-        yield _parts_table(_plain(title), contrast["parts"], contrast["difference"])
-        decisive = ", ".join(f"{objective} ({horizon.replace('_', ' ')})" for objective, horizon in contrast["decisive"])
-        yield f"Enough to decide it: {decisive}" if decisive else "Nothing speaks for it over the alternative."
-    if what_if := document.get("what_if"):
-        yield _parts_table(f"Under other weights: {_plain(_action(what_if['action']))}", what_if["parts"], what_if["value"])
-    attributions, evidence = document["attributions"], document["evidence"]
-    strongest = sorted(attributions["measures"].items(), key=lambda pair: -abs(pair[1]))[:5]
-    if strongest:
-        yield (
-            "Moved most by "
-            + ", ".join(f"{_plain(name)} {value:+.4f}" for name, value in strongest)
-            + f" (unexplained: {attributions['completeness_gap']:.4f})"
-        )
-    acting = _plain(", ".join(evidence["policies"]) or "none")
-    yield f"Evidence: {evidence['grade']}; {_plain(evidence['verdict'])}; policies that act in such a state: {acting}"
-
-
-def _forgotten(document: Document) -> Iterable[RenderableType]:
-    if document["removed"]:
-        table = _table(f"Removed {_plain(document['player_id'])}", "where", "rows", numbers=["rows"])
-        for entry in document["removed"]:
-            table.add_row(_plain(entry["where"]), f"{entry['rows']:,}")
-        yield table
-    else:
-        yield f"Nothing is kept of {_plain(document['player_id'])} any more."
-    yield from document["notes"]
-
-
-def _new_key(document: Document) -> Iterable[RenderableType]:
-    yield f"Key {document['id']} ({document['role']}), shown this once:"
-    yield f"[bold]{document['key']}[/]"
-
-
-def _keys(document: Document) -> Iterable[RenderableType]:
-    table = _table("API keys", "id", "role", "created", "expires", "revoked")
-    for key in document["keys"]:
-        table.add_row(key["id"], key["role"], key["created_at"], key["expires_at"] or "", key["revoked_at"] or "")
-    yield table if document["keys"] else "There are no keys yet: fastq keys create --role recommend"
-
-
-def _models(document: Document) -> Iterable[RenderableType]:
-    table = _table("Models", "version", "aliases", "created", "verdict")
-    for model in document["models"]:
-        table.add_row(str(model["version"]), ", ".join(model["aliases"]), str(model["created_at"]), _plain(str(model["verdict"])))
-    yield table if document["models"] else "There are no models yet: fastq retrain"
-    if "history" in document:
-        done = _table("History", "when", "who", "what", "version", "why")
-        for line in document["history"]:
-            what = f"{line['action']}{' (forced)' if line.get('forced') else ''}"
-            done.add_row(str(line["at"]), _plain(str(line["who"])), what, str(line.get("version") or ""), _plain(str(line.get("reason") or "")))
-        yield done
-
-
-def _deployed(document: Document) -> Iterable[RenderableType]:
-    table = _table(f"Deployments on {_plain(document['server'])}", "deployment", "when", "id")
-    for row in document["deployments"]:
-        table.add_row(row["name"], row["when"], row["id"])
-    yield table
-    yield f"A worker runs them: PREFECT_API_URL={_plain(document['server'])} prefect worker start --pool {_plain(document['pool'])}"
-
-
-def _monitored(document: Document) -> Iterable[RenderableType]:
-    yield f"{document['checked']} tests on what arrived from {document['from'] or 'nowhere'} to {document['at']}, against version {document['version']}'s logs."
-    for finding in document["findings"]:
-        yield f"[red]{_plain(finding['says'])}[/]" + (f" Picture: {_plain(finding['picture'])}" if finding.get("picture") else "")
-    for note in document["notes"]:
-        yield _plain(note)
-    if document.get("rolled_back_to"):
-        yield f"[red]Rolled back to version {document['rolled_back_to']}.[/]"
-    if not document["findings"]:
-        yield "[green]Nothing was found.[/]"
-
-
-def _lifted(document: Document) -> Iterable[RenderableType]:
-    if not document["rows"]:
-        for reason in document["reasons"]:
-            yield f"[red]{_plain(reason)}[/]"
-        return
-    title = f"{document['policy']} less {document['against']}, per decision, {document['level']:.0%} at all times"
-    table = _table(_plain(title), "objective", "value", "low", "high", "players", numbers=["value", "low", "high", "players"])
-    for row in document["rows"]:
-        table.add_row(row["objective"] or "weighted sum", *(_number(row[name]) for name in ("value", "low", "high")), f"{row['players']:,}")
-    yield table
-    yield f"{document['held']:,} held-out players stay with {_plain(document['against'])}; counted from {document['since']} on."
-
-
-def _examined(document: Document) -> Iterable[RenderableType]:
-    table = _table("", "", "what", "found")
-    marks = {"ok": "[green]ok[/]", "warning": "[yellow]look[/]", "wrong": "[red]wrong[/]"}
-    for check in document["checks"]:
-        mend = f"\n[dim]→ {_plain(check['mend'])}[/]" if check["mend"] else ""
-        table.add_row(marks[check["status"]], check["name"], _plain(check["says"]) + mend)
-    yield table
-
-
-def _backed_up(document: Document) -> Iterable[RenderableType]:
-    sealed = "encrypted" if document["encrypted"] else "not encrypted: whoever has the file has your players' data"
-    yield f"{document['files']:,} files, {document['bytes'] / 2**20:,.1f} MiB, in {_plain(document['file'])} ({document['size'] / 2**20:,.1f} MiB, {sealed})."
-    yield from (f"Expired, deleted: {_plain(file)}" for file in document["expired"])
-
-
-def _restored(document: Document) -> Iterable[RenderableType]:
-    kept = f"; {document['kept']:,} files of your own that were there stayed as they are" if document["kept"] else ""
-    yield f"The workspace of {document['made_at']}, {document['files']:,} files, is in {_plain(document['root'])}{kept}. Look it over: fastq doctor"
-    if document["forgotten"]:
-        yield f"{document['forgotten']:,} players were forgotten since and stand in it again: `fastq retrain` leaves them out; forget them again for the rest."
-
-
-def _promoted(document: Document) -> Iterable[RenderableType]:
-    yield f"[green]{document['model']} version {document['version']} is the champion.[/]"
-
-
-def _pause(document: Document) -> Iterable[RenderableType]:
-    if document["paused"]:
-        instead = f"every player gets the proposal of {document['policy']}" if document["policy"] else "every player gets the default action"
-        yield f"[yellow]Paused[/] since {document['since']}: {_plain(instead)}. `fastq resume` ends it."
-    else:
-        yield "[green]fastq decides again.[/]" if document["changed"] else "fastq was not paused."
-
-
 def _say(text: str) -> None:
     """One line of what a command that stays does."""
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
-
-
-def _plain(text: str) -> str:
-    """Text of somebody else's, which must not be read as markup."""
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _draw(document: Document, picture: Path) -> None:

@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 import yaml
 
-from fastq import cli
+from fastq import cli, terminal
 from fastq.cli import answering
 from fastq.errors import GateRefused
 from fastq.platform import platform_from_tree
@@ -118,7 +118,7 @@ def test_an_explanation_is_a_table_whose_parts_add_up(capfd):
         "evidence": {"nearest": [], "disagreement": 0.02, "policies": ["early"], "verdict": "well supported", "grade": "good"},
     }  # fmt: skip
     with answering(False) as answer:
-        answer(document, cli._explanation)
+        answer(document, terminal.explanation)
     lines = [line.split() for line in capfd.readouterr().out.splitlines()]
     assert lines[0][:3] == ["p[1]:", "goal", "7.25"]  # somebody's id is no markup
     for row in (["joy", "immediate", "+0.2500"], ["joy", "long", "term", "+0.5000"], ["sum", "+0.7500"], ["sum", "+0.5000"]):
@@ -135,7 +135,7 @@ def test_a_validation_in_the_terminal_names_what_failed_and_where_refused_rows_o
     counts = {"accepted": 9, "quarantined": 0, "repeated": 0}
     document = {"passed": True, "rules": rules, **counts, "quarantine": "refused.parquet", "report": "page.html", "reasons": []}
     with answering(as_json=False) as answer:
-        answer(document, cli._validation)
+        answer(document, terminal.validation)
     said = capfd.readouterr().out
     assert "activity.rounds.min" in said
     assert ".share" not in said
