@@ -31,12 +31,13 @@ from fastq.platform import Platform, load_platform
 from fastq.workspace import Workspace
 from serving import online
 from serving.auth import Keys
-from serving.endpoint import create_app, logger
+from serving.endpoint import create_app
 
 if TYPE_CHECKING:
     import psutil
     from fastapi import FastAPI
 
+logger = logging.getLogger("fastq.serving")
 AT_ONCE = 64  # requests that the proxy hands a replica at a time
 PATIENCE = "50ms"  # how long others wait at the proxy before they are refused
 WHOLE = "30s"  # within which all of a request must have come

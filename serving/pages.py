@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
 from importlib import resources
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import jinja2
 from fastapi import APIRouter, Request
@@ -29,10 +29,9 @@ from fastq.errors import FastqError, GateRefused, RequestError, UnknownPlayerErr
 from fastq.platform import Platform
 from serving import views
 from serving.auth import COOKIE, SESSION_SECONDS, Caller, NotAllowed, NotSignedIn
+from serving.desk import Desk
 from serving.online import Question
-
-if TYPE_CHECKING:
-    from serving.endpoint import Desk
+from serving.refusals import status_of
 
 FORM_COOKIE = "fastq_form"  # ties the form for signing in to the browser it was shown in
 ASSETS = {"console.css": "text/css; charset=utf-8", "console.js": "text/javascript; charset=utf-8", "icon.svg": "image/svg+xml"}
@@ -164,8 +163,6 @@ class Page(APIRoute):
             except FastqError as error:
                 if not is_browser(request.headers) and "x-csrf-token" not in request.headers:
                     raise
-                from serving.endpoint import status_of
-
                 status = status_of(error)
                 return refusal(request, status, str(error))
 

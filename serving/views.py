@@ -10,7 +10,7 @@ import urllib.parse
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -24,10 +24,8 @@ from fastq.policy import RARE
 from fastq.workspace import Workspace
 from serving import online
 from serving.decision_log import now_us
+from serving.desk import Desk
 from serving.online import Question, Service, Subject
-
-if TYPE_CHECKING:
-    from serving.endpoint import Desk
 
 FOUND = 25  # players listed at a time
 CHOICES = 100  # values of an attribute that can be chosen from

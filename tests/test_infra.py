@@ -16,7 +16,7 @@ INFRA = Path(__file__).parents[1] / "infra"
 
 def names():
     """The metric names that the endpoint exposes, as Prometheus has them."""
-    from serving.endpoint import new_metrics
+    from serving.metrics import new_metrics
 
     found = set()
     for metric in new_metrics().registry.collect():
@@ -43,7 +43,7 @@ def test_alerts_and_dashboard_name_metrics_that_there_are():
 
 def test_that_nothing_was_reported_yet_is_a_number():
     """An alert that compares with 0 says nothing where there is no number at all."""
-    from serving.endpoint import new_metrics
+    from serving.metrics import new_metrics
 
     assert new_metrics().registry.get_sample_value("fastq_outcomes_total", {"result": "accepted"}) == 0
     assert dict(expressions())["FastqNoOutcomes"].startswith('sum(increase(fastq_outcomes_total{result="accepted"}[1d])) == 0')
