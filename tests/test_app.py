@@ -28,8 +28,8 @@ from fastq.errors import BundleError, ConfigurationError, WorkspaceError
 from fastq.platform import Cap, Platform, load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
-from serving import app, auth, bodies, decision_log, endpoint, metrics, online, pages
-from serving.desk import FOLLOW_SECONDS, MOST_TURNS, Desk, Turns
+from serving import app, auth, bodies, decision_log, desk, endpoint, metrics, online, pages, refusals
+from serving.desk import Desk, Turns
 from serving.metrics import ProxyRefusals
 from serving.refusals import Overloaded
 
@@ -473,7 +473,7 @@ def test_without_the_registry_the_model_in_service_serves_on(platform: Platform,
     with TestClient(endpoint.create_app(platform)) as client:
         directory.rename(directory.with_name("mlflow away"))
         try:
-            time.sleep(2 * FOLLOW_SECONDS)
+            time.sleep(2 * desk.FOLLOW_SECONDS)
             bearer = {"Authorization": f"Bearer {keys['recommend']}"}
             answer = client.post("/v1/recommendations", json={"players": [player]}, headers=bearer)
             assert (answer.status_code, answer.json()["recommendations"][0]["policy"]) == (200, "fastq")
@@ -532,7 +532,7 @@ def test_the_registry_is_asked_when_it_has_changed_and_not_every_second(trained:
         second = registry.register(platform, run.id, bundle)
     asked, champion = [], registry.champion
     monkeypatch.setattr(registry, "champion", lambda of: asked.append(time.monotonic()) or champion(of))
-    monkeypatch.setattr(endpoint, "FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr(desk, "FOLLOW_SECONDS", 0.05)
     with TestClient(endpoint.create_app(platform)) as client:
         time.sleep(1.5)
         settled = len(asked)
@@ -604,7 +604,7 @@ def test_a_key_that_asks_too_often_is_told_when_to_come_back(platform: Platform,
 def test_more_than_can_be_answered_soon_is_refused_and_nothing_of_it_is_stored(
     platform: Platform, keys: dict[str, str], player: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint, "MOST_UNDER_WAY", 3)
+    monkeypatch.setattr(desk, "MOST_UNDER_WAY", 3)
     decide = online.decide
     monkeypatch.setattr(online, "decide", lambda *given: (time.sleep(0.05), decide(*given))[1])
     with TestClient(endpoint.create_app(platform)) as client, concurrent.futures.ThreadPoolExecutor(24) as pool:
@@ -619,24 +619,24 @@ def test_more_than_can_be_answered_soon_is_refused_and_nothing_of_it_is_stored(
 
 def test_long_questions_wait_in_a_short_line(platform: Platform) -> None:
     async def ask() -> list[str]:
-        desk = Desk(platform, auth.Keys(Workspace(platform.root)), metrics.new_metrics())
-        turns, gone_on = Turns(desk, 1), asyncio.Event()
+        turns = desk.Turns(desk.Desk(platform, auth.Keys(Workspace(platform.root)), metrics.new_metrics()), 1)
+        gone_on = asyncio.Event()
 
         async def one() -> str:
             try:
                 async with turns.one():
                     await gone_on.wait()
-            except Overloaded:
+            except refusals.Overloaded:
                 return "refused"
             return "answered"
 
-        asked = [asyncio.create_task(one()) for _ in range(MOST_TURNS + 4)]
+        asked = [asyncio.create_task(one()) for _ in range(desk.MOST_TURNS + 4)]
         await asyncio.sleep(0)
         gone_on.set()
         return await asyncio.gather(*asked)
 
     said = asyncio.run(ask())
-    assert said == ["answered"] * (MOST_TURNS + 1) + ["refused"] * 3
+    assert said == ["answered"] * (desk.MOST_TURNS + 1) + ["refused"] * 3
 
 
 RAYS_PROXY = """global
