@@ -29,9 +29,7 @@ from fastq.platform import Cap, Platform, load_platform
 from fastq.workspace import Workspace
 from feature_repo import store
 from serving import app, auth, bodies, decision_log, desk, endpoint, metrics, online, pages, refusals
-from serving.desk import Desk, Turns
 from serving.metrics import ProxyRefusals
-from serving.refusals import Overloaded
 
 
 @pytest.fixture(scope="module")
