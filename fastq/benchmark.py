@@ -29,8 +29,10 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing import active_children, get_context
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +41,7 @@ import numpy as np
 import torch
 
 from fastq import evaluation, features, learner, records, windows, worlds
+from fastq.environment import last_as_long_as_the_parent
 from fastq.errors import ConfigurationError, RequestError
 from fastq.features import Encoding, PlayerStates
 from fastq.paper import STAGE_TWO
@@ -59,7 +62,7 @@ PAPER = "paper"  # the published form of FAST-Q
 BOOSTING = ("boosting-now", "boosting-week", "boosting-each")
 D3RLPY = {"td3-bc": "TD3PlusBCConfig", "rebrac": "ReBRACConfig", "cql": "CQLConfig", "iql": "IQLConfig", "bc": "BCConfig"}
 METHODS = (OWN_POLICY, PAPER, *BOOSTING, *D3RLPY)
-BEST = "best-known"
+BEST, BEST_KNOWN = "best-known", "best-known.json"
 RECENT = (1, 3, 7)  # periods that the rivals' features average over, beside the whole window
 WEEK = 7  # decisions summed by boosting-week
 CANDIDATES, NEAR = 32, 2.0  # random actions per proposal set, and how far from a proposal they lie, in that policy's own noise
@@ -270,10 +273,12 @@ def d3rlpy_rival(lesson: Lessons, method: str, seed: int, steps: int) -> Choose:
 def learn(method: str, platform: Platform, data: Windows, seed: int, steps: int, on_progress: Progress | None = None) -> Choose:
     """A method's policy from these logs, without noise."""
     if method in (OWN_POLICY, PAPER):
+        training = platform.training.model_copy(update={"accelerator": "cpu"})  # where the rivals learn
         if method == PAPER:
-            said = platform.training.model_dump(include={"seed", "holdout", "alpha"}) | {"preset": "paper", "epochs": published_epochs(platform, data, steps)}
-            platform = platform.model_copy(update={"training": Training.model_validate(said)})
-            data = replace(data, platform=platform)
+            said = {"preset": "paper", "epochs": published_epochs(platform, data, steps)}
+            training = Training.model_validate(training.model_dump(include={"seed", "holdout", "alpha", "accelerator"}) | said)
+        platform = platform.model_copy(update={"training": training})
+        data = replace(data, platform=platform)
         policy = learner.train(platform, data, on_progress=on_progress)
         return lambda states: policy.recommend(states, explore=False).action
     lesson = lessons(platform, data)
@@ -290,33 +295,35 @@ def published_epochs(platform: Platform, data: Windows, steps: int) -> int:
 
 
 # ---- on the simulator, in truth ---------------------------------------------------------------------------------------------
-def on_simulator(study: Study, directory: Path, on_progress: Progress | None = None) -> dict[str, Any]:
-    """Run or resume a study; cells lie in `directory`. The document has a table per world, `headline`, and where the raw cells are."""
+def on_simulator(study: Study, directory: Path, on_progress: Progress | None = None, processes: int = 1) -> dict[str, Any]:
+    """Run or resume a study, so many logs at a time as `processes`; cells lie in `directory`. What is found does not depend on how many there are.
+
+    The document has a table per world, `headline`, and where the raw cells are.
+    """
     methods, notes = checked_methods(study.methods)
     if len(study.seeds) < LEAST_SEEDS:
         notes.append("one seed gives no interval; name at least two with --seeds")
     tell = on_progress or (lambda *_: None)
-    total = len(study.worlds) * len(study.seeds) * (len(methods) + 1)
-    done, tables = 0, []
-    for name in study.worlds:
-        world, cells = worlds.world(name), directory / study.key(name)
-        here = [method for method in methods if not (world.levels and method in D3RLPY)]
-        if len(here) < len(methods):
-            notes.append(f"{name}: d3rlpy's methods choose numbers, not items, and are left out there")
-        cells.mkdir(parents=True, exist_ok=True)
-        found: dict[int, dict[str, dict[str, Any]]] = {}
-        for seed in study.seeds:
-            tell("benchmark", done, total, {})
-            found[seed] = kept(cells / f"seed-{seed}-known.json", partial(known_policies, world, seed, cells))
-            done += 1
-            with simulated(world, study, seed, cells) as log:
-                for method in here:
-                    tell("benchmark", done, total, {})
-                    compute = partial(learned_cell, method, world, seed, study.steps, log, on_progress)
-                    found[seed][method] = kept(cells / f"seed-{seed}-{method}.json", compute)
-                    done += 1
-        tables.append(table(world, here, found))
-    tell("benchmark", total, total, {})
+    here = {name: [method for method in methods if not (worlds.world(name).levels and method in D3RLPY)] for name in study.worlds}
+    notes += [f"{name}: d3rlpy's methods choose numbers, not items, and are left out there" for name, left in here.items() if len(left) < len(methods)]
+    jobs = [(name, seed) for name in study.worlds for seed in study.seeds]
+    total, done = sum(len(here[name]) + 1 for name, _ in jobs), 0
+    found: dict[str, dict[int, dict[str, dict[str, Any]]]] = {name: {} for name in study.worlds}
+
+    def told(count: int) -> None:
+        nonlocal done
+        done += count
+        tell("benchmark", done, total, {})
+
+    told(0)
+    if processes == 1:
+        for name, seed in jobs:
+            found[name][seed] = cells_of_a_log(name, seed, study, here[name], directory, told, on_progress)
+    else:
+        for (name, seed), cells in at_once(processes, study, here, directory, jobs):
+            found[name][seed] = cells
+            told(len(here[name]) + 1)
+    tables = [table(worlds.world(name), here[name], {seed: found[name][seed] for seed in study.seeds}) for name in study.worlds]
     return {
         "on": "simulator",
         "worlds": tables,
@@ -325,6 +332,60 @@ def on_simulator(study: Study, directory: Path, on_progress: Progress | None = N
         "cells": str(directory),
         "picture": str(picture(tables, directory / "benchmark.png")),
     }
+
+
+def cells_of_a_log(
+    name: str, seed: int, study: Study, methods: Sequence[str], directory: Path, told: Callable[[int], None], on_progress: Progress | None = None
+) -> dict[str, dict[str, Any]]:
+    """All cells of one log of a world: the policies whose truth needs no log, then each method; `told` counts them."""
+    world, cells = worlds.world(name), directory / study.key(name)
+    cells.mkdir(parents=True, exist_ok=True)
+    found = kept(cells / f"seed-{seed}-known.json", partial(known_policies, world, seed, cells))
+    told(1)
+    with simulated(world, study, seed, cells) as log:
+        for method in methods:
+            compute = partial(learned_cell, method, world, seed, study.steps, log, on_progress)
+            found[method] = kept(cells / f"seed-{seed}-{method}.json", compute)
+            told(1)
+    return found
+
+
+def at_once(
+    processes: int, study: Study, methods: Mapping[str, Sequence[str]], directory: Path, jobs: Sequence[tuple[str, int]]
+) -> Iterator[tuple[tuple[str, int], dict[str, dict[str, Any]]]]:
+    """The cells of these logs, as they are finished, by processes of one thread each. However this ends they are gone, with what they wrote for themselves."""
+    with ProcessPoolExecutor(processes, get_context("spawn"), _alone) as workers:
+        try:
+            for search in [workers.submit(_known_best, name, directory / study.key(name)) for name in study.worlds]:
+                search.result()  # before seeds of one world would each begin it
+            under_way = {workers.submit(cells_of_a_log, name, seed, study, methods[name], directory, _nobody): (name, seed) for name, seed in jobs}
+            for ended in as_completed(under_way):
+                yield under_way[ended], ended.result()
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():
+                child.terminate()
+            raise
+        finally:
+            for name in study.worlds:
+                for left in (directory / study.key(name)).glob("logs-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+
+
+def _alone() -> None:
+    """Of a process that computes cells: one thread, so that methods are timed alike however many processes there are."""
+    last_as_long_as_the_parent()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+
+
+def _known_best(name: str, cells: Path) -> None:
+    cells.mkdir(parents=True, exist_ok=True)
+    kept(cells / BEST_KNOWN, partial(best_known, worlds.world(name)))
+
+
+def _nobody(_: int) -> None:
+    """Cells that are counted by whoever gets all of a log's."""
 
 
 def kept(path: Path, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -361,7 +422,7 @@ def simulated(world: worlds.Arena, study: Study, seed: int, cells: Path) -> Iter
 
 def known_policies(world: worlds.Arena, seed: int, cells: Path) -> dict[str, Any]:
     """The platform's own policies, their mixture and the best known one, in truth."""
-    best = kept(cells / "best-known.json", partial(best_known, world))
+    best = kept(cells / BEST_KNOWN, partial(best_known, world))
     act = worlds.LinearPolicy(world, *(np.array(best[name]) for name in ("weights", "mean", "scale")))
     return {name: valued(world, name, seed) for name in (*world.policies, worlds.MIXTURE)} | {BEST: valued(world, act, seed)}
 

@@ -238,6 +238,7 @@ def benchmark(
     players: Annotated[int, typer.Option(help="Players of each simulated log.", min=50)] = 2_000,
     days: Annotated[int, typer.Option(help="Days of each simulated log.", min=10)] = 40,
     steps: Annotated[int, typer.Option(help="Gradient steps of each d3rlpy method.", min=1)] = 20_000,
+    processes: Annotated[int, typer.Option(help="Simulated logs that are learned from at a time, by a process of a gigabyte or so each.", min=1)] = 1,
     workspace: WorkspaceOption = Path(),
     as_json: JsonOption = False,
 ) -> None:
@@ -262,7 +263,7 @@ def benchmark(
         with place.lock("benchmark"), drawn() as show:
             if world:
                 asked = study.Study(tuple(world), tuple(range(first_seed, first_seed + seeds)), players, days, methods, steps)
-                document = study.on_simulator(asked, place.state / "benchmark", show)
+                document = study.on_simulator(asked, place.state / "benchmark", show, processes)
             else:
                 document = study.on_logs(_platform(workspace), methods, steps, show)
         answer(document, terminal.benchmark)

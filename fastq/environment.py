@@ -11,8 +11,11 @@ import contextlib
 import logging
 import os
 import random
+import signal
 import socket
+import threading
 import time
+from multiprocessing import parent_process
 from pathlib import Path
 
 from fastq.errors import WorkspaceError
@@ -75,6 +78,19 @@ def prepare(workspace: Workspace | None = None) -> None:
         home = workspace.prefect.resolve()
         os.environ.setdefault("PREFECT_HOME", str(home))
         os.environ.setdefault("PREFECT_LOCAL_STORAGE_PATH", str(home / "results"))  # small JSON files, from which a stopped flow resumes
+
+
+def last_as_long_as_the_parent() -> None:
+    """Of a process that works for another: deaf to the terminal's Ctrl-C, which the parent hears and hands on; gone when the parent is, whatever ended it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def free_ports(n: int) -> list[int]:

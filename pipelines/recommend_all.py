@@ -14,12 +14,10 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ from threadpoolctl import threadpool_limits
 
 from fastq import features, registry
 from fastq.assignment import challenged, excluded_players, held_out, pause_of, probability
-from fastq.environment import prepare
+from fastq.environment import last_as_long_as_the_parent, prepare
 from fastq.errors import ConfigurationError, GateRefused, UnknownPlayerError, WorkspaceError
 from fastq.features import OnlineStates
 from fastq.platform import OWN_POLICY, Platform
@@ -259,19 +257,6 @@ def work_out(item: dict[str, Any]) -> dict[str, Any]:
         return {"path": desk.piece(item["first"], item["players"]), "reachable": desk.states.reachable, "players": len(item["players"])}
 
 
-def _last_as_long_as_the_parent() -> None:
-    """Of a process that decides pieces: deaf to the terminal's Ctrl-C, which the parent hears and hands on; gone when the parent is, whatever ended it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 @task(name="decide", **EACH_TIME)
 def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]:
     """Decide for everybody, piece by piece; the files of the pieces in which somebody is known, and whether the online store gave the states.
@@ -303,7 +288,7 @@ def decide(workspace: str, plan: Plan, directory: str) -> tuple[list[str], bool]
             for result in ray.data.from_items(items, override_num_blocks=len(items)).map(work_out).iter_rows():
                 told(result)
     elif len(items) >= MANY and (os.cpu_count() or 1) > 1:
-        with ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), get_context("spawn"), _last_as_long_as_the_parent) as workers:
+        with ProcessPoolExecutor(min(os.cpu_count() or 1, MOST_PROCESSES), get_context("spawn"), last_as_long_as_the_parent) as workers:
             try:
                 for future in as_completed([workers.submit(work_out, item) for item in items]):
                     told(future.result())

@@ -132,6 +132,18 @@ class TestCells:
         assert (tmp_path / "benchmark.png").stat().st_size > 1_000
         json.dumps(document, allow_nan=False)
 
+        # the same by processes: what is kept is taken, what is not is computed there, by what the monkey has not patched
+        missing = next(tmp_path.rglob("seed-1-boosting-now.json"))
+        before = json.loads(missing.read_text())
+        missing.unlink()
+        shared = benchmark.on_simulator(study, tmp_path, processes=2)
+        assert not list(tmp_path.rglob("logs-*"))
+        assert json.loads(missing.read_text())["value"] != before["value"], "another truth than that of few players and days"
+        missing.write_text(json.dumps(before))
+        again = benchmark.on_simulator(study, tmp_path, processes=2)
+        assert again["worlds"] == document["worlds"]
+        assert shared["worlds"] != document["worlds"]
+
 
 @pytest.mark.slow
 def test_on_a_platforms_own_logs_all_are_estimated_on_players_that_none_saw(tmp_path):
