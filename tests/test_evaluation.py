@@ -200,6 +200,12 @@ def test_the_value_model_sees_what_was_done_before_and_nothing_of_now(policy, da
     moved = held.phi.copy()
     moved[last] += 1  # nothing follows: no state may tell of it
     np.testing.assert_array_equal(evaluation.treatment(held.at, moved, held.following), wanted)
+    # the ratio of states is that of the other columns, the value model is not
+    target = evaluation.behaviour_target(policy, held, 0)
+    blind = replace(held, state=held.state[:, : -held.past], past=0, sums={})
+    sees, does_not = (evaluation.estimators(each, target, data.discount[held.rows], 0).model for each in (held, blind))
+    np.testing.assert_allclose(sees.u, does_not.u, rtol=1e-5, atol=1e-6)
+    assert np.abs(sees.q - does_not.q).mean() > 0.01
 
 
 def test_a_behaviour_policy_weighs_by_its_density_over_that_of_all_and_else_by_its_chance_where_it_acted(policy, data):
