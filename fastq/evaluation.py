@@ -29,6 +29,7 @@ LEAST_CHANCE = 0.01  # an estimated probability of being assigned to a policy is
 LEAST_PLAYERS = 2
 LEAST_SEGMENT_PLAYERS = 30.0  # effective players that a segment named in the platform file needs
 LEAST_BOOTSTRAP_ALPHA = 0.01  # of 1,000 resamples the outermost 10 still say where a tail lies; beyond it goes on as the normal one does
+FADING = 0.9  # per decision, of what was done to a player before: the last ten count most, so that habits show; 0.8 and 0.95 do about as well
 DISAGREEMENT = 2.0  # standard errors by which two answers to one question may differ before a warning
 
 
@@ -95,6 +96,7 @@ class Held:
     phi: np.ndarray  # [N, P] of the logged action
     state: np.ndarray  # [N, 1 + absence + …] what the evaluation's own value model sees of the states
     free: int  # the first columns of `state`, the intercept and the absence, which are not shrunk
+    past: int  # the last columns of `state`, from `treatment`
     estimated: np.ndarray  # [N] whether the decision's propensity is an estimate
     calibrations: list[Calibration]  # of these estimates
     sums: dict[bytes, ope.LoggedSums | ope.Refusal] = field(default_factory=dict, compare=False)  # per discounts: what all targets share, once made
@@ -121,8 +123,27 @@ def hold(policy: Policy, windows: Windows) -> Held:
     # all that decides who acts and what each would do stands beside the state itself: what is left out would pass for an effect of the action
     state = np.concatenate([at.b.double().numpy(), at.psi.numpy()[:, 1:], at.expected.numpy().reshape(len(rows), -1), at.assignment.numpy()[:, 1:]], 1)
     unshrunk = np.concatenate([np.ones((len(rows), 1)), absence(windows, rows)], 1)
-    seen = np.concatenate([unshrunk, state - state.mean(0)], 1)
-    return Held(windows, rows, at, following, phi, seen, unshrunk.shape[1], found.rows[rows], found.calibrations)
+    past = treatment(at, phi, following)
+    seen = np.concatenate([unshrunk, state - state.mean(0), past - past.mean(0)], 1)
+    return Held(windows, rows, at, following, phi, seen, unshrunk.shape[1], past.shape[1], found.rows[rows], found.calibrations)
+
+
+def treatment(at: Situation, phi: np.ndarray, following: np.ndarray) -> np.ndarray:
+    """[N, H] what was done to the player before this decision: fading sums over the earlier decisions of three things that were so at each.
+
+    By how much the action's features phi [N, P] differed from those expected of the policies together, these expected ones, and who was expected to act. What
+    was expected holds all by which the policies chose, so beside it the difference is chance, and what follows it is its doing, late effects too (Robins
+    et al. 2000, "Marginal structural models", doi:10.1097/00001648-200009000-00011). `following` [N] as in `Held`: a path starts with nothing. Columns
+    that are the same for all are left out, so that there are none where every player decides once.
+    """
+    reference, assignment = at.reference.numpy(), at.assignment.numpy()[:, 1:]
+    here = np.concatenate([phi - reference, reference, assignment], 1)
+    found = np.zeros_like(here)
+    now = np.setdiff1d(np.arange(len(phi)), following)
+    while len(now := now[following[now] >= 0]):
+        found[following[now]] = FADING * found[now] + (1 - FADING) * here[now]
+        now = following[now]
+    return found[:, np.ptp(found, axis=0) > 0] if len(found) else found
 
 
 def absence(windows: Windows, rows: np.ndarray, chunk: int = 65_536) -> np.ndarray:
@@ -226,7 +247,7 @@ def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> P
 
     wanted, rng, key = effects(held, target.features), np.random.default_rng(seed), discount.tobytes() + bytes(str(seed), "ascii")
     if key not in held.sums:
-        held.sums[key] = ope.logged_sums(held.state, effects(held, held.phi), reward, **sequence, rng=rng, free=held.free)
+        held.sums[key] = ope.logged_sums(held.state, effects(held, held.phi), reward, **sequence, rng=rng, free=held.free, past=held.past)
     shared, found = held.sums[key], None
     terms: list[ope.Terms] = []
     if isinstance(shared, ope.LoggedSums):
@@ -235,7 +256,8 @@ def estimators(held: Held, target: Target, discount: np.ndarray, seed: int) -> P
         q, v = found.q, found.v
     else:
         logged = effects(held, held.phi)
-        fitted = ope.fitted_q(np.hstack([held.state, logged]), np.hstack([held.state, wanted]), reward, **sequence, rng=rng, free=held.free)
+        state = held.state[:, : held.state.shape[1] - held.past]  # so few players tell nothing of late effects
+        fitted = ope.fitted_q(np.hstack([state, logged]), np.hstack([state, wanted]), reward, **sequence, rng=rng, free=held.free)
         if isinstance(fitted, ope.Refusal):
             return Panel([ope.self_normalised(reward, target.weights, player)] if not discount.any() else [], None)
         q, v = fitted.q, fitted.v

@@ -154,6 +154,7 @@ __all__ = [
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # strengths that `fitted_q` and `density_ratio` choose among, per row, on features of mean square 1
 FIT_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # those of q in `double_reinforcement`
+PAST_SHRUNK = 0.1  # what is shrunk of what was done before passes for the player's own; not at all is noise where players are few; measured there too
 RATIO_RIDGE = 1e-3  # of its ratio: a stronger one leaves the future out, a weaker one is noise; measured in infra/log.md
 THRESHOLDS = (0.999, 0.99, 0.95, 0.9, 0.75, 0.5)  # quantiles of the weights that are not 0, tried by `switch_doubly_robust` after infinity
 SHRINKAGES = (1e3, 1e2, 1e1, 3.0, 1.0, 0.1)  # multiples of the mean square of the weights, tried by `shrunk_doubly_robust` after infinity
@@ -953,6 +954,7 @@ def double_reinforcement(
     *,
     rng: np.random.Generator,
     free: int = 1,
+    past: int = 0,
     folds: int = 5,
     groups: int = 20,
     largest_weight: float | None = None,
@@ -973,14 +975,17 @@ def double_reinforcement(
     Cross-fitted: a player's q, v and u come from the other folds. The refits leave out each of `groups` of players in turn, models and all, so that
     the interval holds the error of the fits too; not where every discount is 0, for with known weights any q is right on average and its spread shows.
 
-    state [N, S]: features of the state, an intercept first, the first `free` not shrunk; logged [N, A]: features of the logged action in its state;
+    state [N, S]: features of the state, an intercept first, the first `free` not shrunk, the last `past` telling what was done to the player before, and what
+    was expected to be done: those are for q alone, and shrunk `PAST_SHRUNK` times as much as others. Whoever happened to be treated well does well for a
+    while: without these columns q takes him for a better player, and a target that treats all so for the maker of such. A target that acts alike
+    all the time goes in them where no log went: a ratio that they enter would be noise. logged [N, A]: features of the logged action in its state;
     target [N, A]: their expectation under the target. Others as in `sequential_doubly_robust`. The ridge of q is chosen on held-out folds, as in
     `fitted_q`; that of u is `RATIO_RIDGE`. Refused with fewer players than groups; an objective without outcomes once some fold and group are left out
     has no model and is refused by name.
 
     Several targets on one log share most of the work: `logged_sums` once, then `reinforced` for each, which is all that this does.
     """
-    log = logged_sums(state, logged, rewards, discount, following, truncated, player, rng=rng, free=free, folds=folds, groups=groups)
+    log = logged_sums(state, logged, rewards, discount, following, truncated, player, rng=rng, free=free, past=past, folds=folds, groups=groups)
     return log if isinstance(log, Refusal) else reinforced(log, target, weights, largest_weight=largest_weight)
 
 
@@ -1016,6 +1021,7 @@ class LoggedSums:
     groups: int
     folds: int
     free: int
+    past: int
     scale: Floats
     counted: Bools
     alike: tuple[_Alike, ...]
@@ -1037,6 +1043,7 @@ def logged_sums(
     *,
     rng: np.random.Generator,
     free: int = 1,
+    past: int = 0,
     folds: int = 5,
     groups: int = 20,
 ) -> LoggedSums | Refusal:
@@ -1046,6 +1053,8 @@ def logged_sums(
         raise RequestError(f"groups: expected a multiple of folds, and at least 2 folds, got {groups} and {folds}")
     if not 1 <= free <= states.shape[1] or np.ptp(states[:, 0]) > 0 or not states[0, 0]:
         raise RequestError(f"state, free: expected an intercept in the first column and 1 to {states.shape[1]} free ones, got {free}")
+    if not 0 <= past <= states.shape[1] - free:
+        raise RequestError(f"past: expected 0 to {states.shape[1] - free} columns behind the free ones, got {past}")
     clusters = clusters_of(player, state=states, logged=actions, rewards=reward)
     episode = _episode(reward, discount, following, truncated, clusters, steps=1)
     if len(clusters.players) < groups:
@@ -1082,7 +1091,7 @@ def logged_sums(
         squares[hashlib.sha256(there.tobytes()).digest()] = gram, metric
         factors = tuple((float(rate), objectives[largest[objectives] == rate]) for rate in np.unique(largest[objectives]))
         found.append(_Alike(factors, there, share, gram, moved, earned, whole, count, metric))
-    return LoggedSums(states, actions, reward, episode, clusters, group, groups, folds, free, scale, counted, tuple(found))
+    return LoggedSums(states, actions, reward, episode, clusters, group, groups, folds, free, past, scale, counted, tuple(found))
 
 
 def reinforced(log: LoggedSums, target: ArrayLike, weights: ArrayLike, *, largest_weight: float | None = None) -> DoubleReinforcement:
@@ -1202,9 +1211,11 @@ def _fit_alike(each: _Alike, moved: Floats, starts: Floats, begun: Ints, log: Lo
     """Fill in `theta`, `gamma` for the objectives of `each`; scaled: moved [G, d, d] = sum share x x'^T, starts [G, d] = sum x_target over begun [G] rows."""
     states, width, folds, scale = log.states.shape[1], len(log.scale), log.folds, log.scale
     fold = np.arange(log.groups) % folds
-    penalty = np.diag(np.r_[np.zeros(log.free), np.ones(width - log.free)])
+    penalty = np.diag(np.r_[np.zeros(log.free), np.ones(states - log.free - log.past), np.full(log.past, PAST_SHRUNK), np.ones(width - states)])
     least = 1e-9 * np.eye(width)  # columns that are sums of others must not divide by 0
-    smooth = 1e-3 * np.diag(np.r_[0.0, np.ones(states - 1)])
+    rated = states - log.past
+    seen = np.r_[0:rated, states:width]  # the columns that the ratio rests on
+    smooth = 1e-3 * np.diag(np.r_[0.0, np.ones(rated - 1)])
     sums: list[Floats] = [each.gram, moved, each.earned, each.whole, each.count.astype(np.float64), starts, begun.astype(np.float64)]
     total = [one.sum(0) for one in sums]
     fewest = min(total[4] - sums[4][fold == held_out].sum() - sums[4][fold != held_out].max() for held_out in range(folds))
@@ -1243,13 +1254,14 @@ def _fit_alike(each: _Alike, moved: Floats, starts: Floats, begun: Ints, log: Lo
                 for _, objectives in each.factors:
                     gamma[held_out][:, place, objectives] = np.r_[1.0 / scale[0], np.zeros(states - 1)][:, None]
                 continue
+            gram, passed, mean, start = gram[np.ix_(seen, seen)], passed[np.ix_(seen, seen)], mean[seen], start[seen]
             # alpha of `density_ratio` with A = gram - rate moved: what does not depend on the rate is worked out once
-            solved = passed @ np.linalg.solve(gram + least, np.column_stack([passed.T, start]))
-            fixed, both = gram + RATIO_RIDGE * (gram - np.outer(mean, mean)) + least, passed + passed.T
+            solved = passed @ np.linalg.solve(gram + least[: len(seen), : len(seen)], np.column_stack([passed.T, start]))
+            fixed, both = gram + RATIO_RIDGE * (gram - np.outer(mean, mean)) + least[: len(seen), : len(seen)], passed + passed.T
             alpha = [np.linalg.solve(fixed - rate * both + rate**2 * solved[:, :-1], start - rate * solved[:, -1]) for rate, _ in each.factors]
-            ratios = np.linalg.solve(gram[:states, :states] + smooth, gram[:states] @ np.stack(alpha, 1)) / scale[:states, None]
+            ratios = np.linalg.solve(gram[:rated, :rated] + smooth, gram[:rated] @ np.stack(alpha, 1)) / scale[:rated, None]
             for (_, objectives), ratio in zip(each.factors, ratios.T, strict=True):
-                gamma[held_out][:, place, objectives] = ratio[:, None]
+                gamma[held_out][:, place, objectives] = np.r_[ratio, np.zeros(log.past)][:, None]
 
 
 # --- the model -------------------------------------------------------------------------------------------------------------------------------

@@ -174,6 +174,40 @@ def test_absence_counts_the_periods_in_which_nothing_was_seen(policy, data):
     assert found.shape[1] > 2, "nobody in these logs stays away, so this shows nothing"
 
 
+def test_what_was_done_before_fades_and_starts_anew_with_each_path(policy, data, monkeypatch):
+    held = evaluation.hold(policy, data)
+    at, phi = held.at[np.arange(5)], np.array([[1.0], [2.0], [4.0], [7.0], [9.0]])
+    at = replace(
+        at,
+        reference=torch.tensor([[0.5], [1.0], [1.0], [3.0], [3.0]]).double(),
+        assignment=torch.tensor([[0.4, 0.6], [0.5, 0.5], [0.2, 0.8], [0.0, 1.0], [0.0, 1.0]]),
+    )
+    # 0 is followed by 2 and that by 3; 1 by 4. By chance 0.5, 1, 3, 4, 6; the half of it fades
+    monkeypatch.setattr(evaluation, "FADING", 0.5)
+    found = evaluation.treatment(at, phi, np.array([2, 4, 3, -1, -1]))
+    np.testing.assert_allclose(found[:, 0], [0, 0, 0.25, 0.125 + 1.5, 0.5])
+    np.testing.assert_allclose(found[:, 1], [0, 0, 0.25, 0.125 + 0.5, 0.5])
+    np.testing.assert_allclose(found[:, 2], [0, 0, 0.3, 0.15 + 0.4, 0.25], rtol=1e-6)
+    assert evaluation.treatment(at, phi, np.full(5, -1)).shape == (5, 0), "nobody decided before"
+
+
+def test_the_value_model_sees_what_was_done_before_and_nothing_of_now(policy, data):
+    held = evaluation.hold(policy, data)
+    wanted = evaluation.treatment(held.at, held.phi, held.following)
+    assert held.past == wanted.shape[1] > held.phi.shape[1]
+    np.testing.assert_allclose(held.state[:, -held.past :], wanted - wanted.mean(0))
+    last = np.flatnonzero(held.following < 0)
+    moved = held.phi.copy()
+    moved[last] += 1  # nothing follows: no state may tell of it
+    np.testing.assert_array_equal(evaluation.treatment(held.at, moved, held.following), wanted)
+    # the ratio of states is that of the other columns, the value model is not
+    target = evaluation.behaviour_target(policy, held, 0)
+    blind = replace(held, state=held.state[:, : -held.past], past=0, sums={})
+    sees, does_not = (evaluation.estimators(each, target, data.discount[held.rows], 0).model for each in (held, blind))
+    np.testing.assert_allclose(sees.u, does_not.u, rtol=1e-5, atol=1e-6)
+    assert np.abs(sees.q - does_not.q).mean() > 0.01
+
+
 def test_a_behaviour_policy_weighs_by_its_density_over_that_of_all_and_else_by_its_chance_where_it_acted(policy, data):
     held = evaluation.hold(policy, data)
     law, chance = data.law[held.rows], data.chance[held.rows]

@@ -1680,6 +1680,57 @@ def test_a_state_that_leaves_out_what_matters_is_told():
     assert "one step back lie" in answer.verdict
 
 
+def treated(players, seed, days=40, fading=0.9):
+    """What is seen of a player is who he is, never known exactly, and for a while how he was treated: rewards are who he is, whatever is done."""
+    rng = np.random.default_rng(seed)
+    who, rows = rng.normal(size=players), []
+    effect, before, surprises, expected = np.zeros((4, players))
+    for _ in range(days):
+        seen = who + 0.2 * effect + rng.normal(size=players)
+        chance = 1 / (1 + np.exp(-0.3 * seen))  # of action 1: whoever seems good is treated well
+        action = (rng.random(players) < chance).astype(float)
+        propensity, reward = np.where(action == 1, chance, 1 - chance), who + 0.3 * rng.normal(size=players)
+        rows.append([np.arange(players), seen, before, surprises, expected, action, propensity, reward])
+        effect, before = fading * effect + action, fading * before + seen
+        surprises, expected = fading * surprises + action - chance, fading * expected + chance
+    player, seen, before, surprises, expected, action, propensity, reward = (np.stack(column, 1).ravel() for column in zip(*rows, strict=True))
+    last = np.arange(len(seen)) % days == days - 1
+    return {
+        "state": np.column_stack([np.ones(len(seen)), seen, before, surprises, expected]), "logged": action[:, None], "target": np.ones((len(seen), 1)),
+        "rewards": reward, "weights": np.where(action == 1, 1 / propensity, 0.0), "discount": np.full((len(seen), 1), 0.8),
+        "following": np.where(last, -1, np.arange(len(seen)) + 1), "truncated": last, "player": player.astype(int),
+    }  # fmt: skip
+
+
+def test_who_was_treated_well_is_not_taken_for_a_good_player():
+    # nothing that is done brings anything: the target is worth what the players are, on average 0
+    log = treated(2_000, 3)
+    known, blind = (ope.double_reinforcement(**(log | {"state": log["state"][:, :width]}), past=width - 3, rng=np.random.default_rng(0)) for width in (5, 3))
+    answers = [ope.estimate(found.terms, rng=np.random.default_rng(0))[0] for found in (known, blind)]
+    assert answers[0].low < 0 < answers[0].high
+    assert abs(answers[0].value) < 0.15
+    assert answers[1].low > 0.4, "this log would show nothing"
+    # what was done before is q's alone: the ratio is that of the other columns
+    np.testing.assert_allclose(known.u, blind.u, rtol=1e-6, atol=1e-9)
+    rated = ope.double_reinforcement(**log, past=0, rng=np.random.default_rng(0))
+    assert np.abs(rated.u - known.u).max() > 0.1
+
+
+def test_what_was_done_before_is_shrunk_less(monkeypatch):
+    log, found = treated(200, 4), {}
+    monkeypatch.setattr(ope, "FIT_RIDGES", (1.0,))
+    for shrunk in (0.0, ope.PAST_SHRUNK, 1.0, 1e9):
+        monkeypatch.setattr(ope, "PAST_SHRUNK", shrunk)
+        found[shrunk] = ope.double_reinforcement(**log, past=2, rng=np.random.default_rng(0)).q[:, 0]
+    blind = ope.double_reinforcement(**(log | {"state": log["state"][:, :3]}), rng=np.random.default_rng(0)).q[:, 0]
+    np.testing.assert_allclose(found[1e9], blind, atol=1e-6)
+    off = [np.abs(found[shrunk] - found[0.0]).mean() for shrunk in (0.1, 1.0, 1e9)]
+    assert 0 < off[0] < off[1] < off[2]
+    # and a past of 0 columns shrinks all alike
+    alike = ope.double_reinforcement(**log, past=0, rng=np.random.default_rng(0)).q[:, 0]
+    np.testing.assert_allclose(found[1.0], alike, atol=1e-9)
+
+
 def test_double_reinforcement_refuses_what_it_cannot_use():
     log = walk(players=19)
     refusal = ope.double_reinforcement(**log, rng=np.random.default_rng(0))
@@ -1689,6 +1740,8 @@ def test_double_reinforcement_refuses_what_it_cannot_use():
     for change, words in (
         ({"groups": 7}, "a multiple of folds"),
         ({"free": 3}, "1 to 2 free ones, got 3"),
+        ({"past": 2}, "0 to 1 columns behind the free ones, got 2"),
+        ({"past": -1}, "0 to 1 columns behind the free ones, got -1"),
         ({"state": log["state"][:, ::-1]}, "an intercept in the first column"),
         ({"weights": log["weights"][1:]}, "the same number of rows"),
     ):
