@@ -530,7 +530,7 @@ def train(
     `start` is a policy of the same definition that saw fewer decisions: its encoding and units stay, its networks learn on. `directory` keeps the record
     after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
     `part` is this process's, where several learn together: each is given the same logs and returns the same policy.
-    Raises `TrainingError` where the logs hold nothing to learn from or a loss diverges. The preset `paper` learns afresh, whatever `start`.
+    Raises `TrainingError` where the logs hold nothing to learn from, a loss diverges or a CUDA device is too small. The preset `paper` learns afresh, whatever `start`.
     """
     training = platform.training
     held_out = held_out_players(windows.player_ids, training.holdout, training.seed)
@@ -554,7 +554,10 @@ def train(
         units, encoding = start.units, start.encoding
     learned = np.flatnonzero(learning)
     lesson = Lesson(windows, encoding, units, rows, checked, learned, records, resume, on_progress, part)
-    policy, seen, details = published(lesson) if training.preset == "paper" else orthogonal(lesson, start)
+    try:
+        policy, seen, details = published(lesson) if training.preset == "paper" else orthogonal(lesson, start)
+    except torch.OutOfMemoryError as error:  # a device's; where processors have none left, something else is raised
+        raise TrainingError(f"the CUDA device has too little memory for {len(windows):,} decisions; set training.accelerator: cpu") from error
     whole = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": windows.fingerprint(),

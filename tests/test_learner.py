@@ -213,6 +213,16 @@ def test_cuda_where_there_is_none_is_refused_by_name_and_auto_does_without():
     assert device_of(platform.training).type == "cpu"
 
 
+def test_a_device_that_is_too_small_is_named(monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    platform, data = bandit(players=40, days=4)
+    monkeypatch.setattr(learner, "fit", full)
+    with pytest.raises(TrainingError, match=r"too little memory for 160 decisions; set training\.accelerator: cpu"):
+        learner.train(platform, data)
+
+
 def test_a_log_with_one_policy_trains():
     platform, data = bandit(players=60, days=6, policies=("low",), epochs=2)
     policy = learner.train(platform, data)
