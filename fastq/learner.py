@@ -530,7 +530,8 @@ def train(
     `start` is a policy of the same definition that saw fewer decisions: its encoding and units stay, its networks learn on. `directory` keeps the record
     after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
     `part` is this process's, where several learn together: each is given the same logs and returns the same policy.
-    Raises `TrainingError` where the logs hold nothing to learn from, a loss diverges or a CUDA device is too small. The preset `paper` learns afresh, whatever `start`.
+    Raises `TrainingError` where the logs hold nothing to learn from, a loss diverges or a CUDA device is too small.
+    The preset `paper` learns afresh, whatever `start`.
     """
     training = platform.training
     held_out = held_out_players(windows.player_ids, training.holdout, training.seed)
