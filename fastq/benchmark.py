@@ -29,7 +29,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import active_children, get_context
@@ -39,10 +39,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from fastq import evaluation, features, learner, records, windows, worlds
-from fastq.environment import last_as_long_as_the_parent
-from fastq.errors import ConfigurationError, RequestError
+from fastq.environment import last_as_long_as_the_parent, prepare
+from fastq.errors import ConfigurationError, RequestError, WorkspaceError
 from fastq.features import Encoding, PlayerStates
 from fastq.paper import STAGE_TWO
 from fastq.platform import OWN_POLICY, CatalogueAction, Platform, Training, load_platform
@@ -296,7 +297,7 @@ def published_epochs(platform: Platform, data: Windows, steps: int) -> int:
 
 # ---- on the simulator, in truth ---------------------------------------------------------------------------------------------
 def on_simulator(study: Study, directory: Path, on_progress: Progress | None = None, processes: int = 1) -> dict[str, Any]:
-    """Run or resume a study, so many logs at a time as `processes`; cells lie in `directory`. What is found does not depend on how many there are.
+    """Run or resume a study, so many logs at a time as `processes`; cells lie in `directory`. How many there are changes what is found by rounding alone.
 
     The document has a table per world, `headline`, and where the raw cells are.
     """
@@ -304,6 +305,7 @@ def on_simulator(study: Study, directory: Path, on_progress: Progress | None = N
     if len(study.seeds) < LEAST_SEEDS:
         notes.append("one seed gives no interval; name at least two with --seeds")
     tell = on_progress or (lambda *_: None)
+    study = replace(study, worlds=tuple(dict.fromkeys(study.worlds)))
     here = {name: [method for method in methods if not (worlds.world(name).levels and method in D3RLPY)] for name in study.worlds}
     notes += [f"{name}: d3rlpy's methods choose numbers, not items, and are left out there" for name, left in here.items() if len(left) < len(methods)]
     jobs = [(name, seed) for name in study.worlds for seed in study.seeds]
@@ -353,7 +355,11 @@ def cells_of_a_log(
 def at_once(
     processes: int, study: Study, methods: Mapping[str, Sequence[str]], directory: Path, jobs: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[tuple[str, int], dict[str, dict[str, Any]]]]:
-    """The cells of these logs, as they are finished, by processes of one thread each. However this ends they are gone, with what they wrote for themselves."""
+    """The cells of these logs, as they are finished, by processes of one thread each. However this ends they are gone, with what they wrote for themselves.
+
+    Raises `WorkspaceError` where one of them died.
+    """
+    others = set(active_children())
     with ProcessPoolExecutor(processes, get_context("spawn"), _alone) as workers:
         try:
             for search in [workers.submit(_known_best, name, directory / study.key(name)) for name in study.worlds]:
@@ -361,10 +367,12 @@ def at_once(
             under_way = {workers.submit(cells_of_a_log, name, seed, study, methods[name], directory, _nobody): (name, seed) for name, seed in jobs}
             for ended in as_completed(under_way):
                 yield under_way[ended], ended.result()
-        except BaseException:
+        except BaseException as error:
             workers.shutdown(wait=False, cancel_futures=True)
-            for child in active_children():
+            for child in set(active_children()) - others:
                 child.terminate()
+            if isinstance(error, BrokenExecutor):
+                raise WorkspaceError("a process ended before its cell was done, most likely for want of memory; use fewer --processes") from error
             raise
         finally:
             for name in study.worlds:
@@ -373,8 +381,10 @@ def at_once(
 
 
 def _alone() -> None:
-    """Of a process that computes cells: one thread, so that methods are timed alike however many processes there are."""
+    """Of a process that computes cells: quiet, and arithmetic in one thread, for there are as many processes as are wanted."""
     last_as_long_as_the_parent()
+    prepare()
+    threadpool_limits(1)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
 

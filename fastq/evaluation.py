@@ -131,8 +131,8 @@ def hold(policy: Policy, windows: Windows) -> Held:
 def treatment(at: Situation, phi: np.ndarray, following: np.ndarray) -> np.ndarray:
     """[N, H] what was done to the player before this decision: fading sums over the earlier decisions of three things that were so at each.
 
-    By how much the action's features phi [N, P] differed from those expected of the policies together, these expected ones, and who was expected to act. What
-    was expected holds all by which the policies chose, so beside it the difference is chance, and what follows it is its doing, late effects too (Robins
+    By how much the action's features phi [N, P] differed from those expected of the policies together, these expected ones, and who was expected to act. As
+    far as the representation knows what the policies chose by, the difference beside it is chance, and what follows it is its doing, late effects too (Robins
     et al. 2000, "Marginal structural models", doi:10.1097/00001648-200009000-00011). `following` [N] as in `Held`: a path starts with nothing. Columns
     that are the same for all are left out, so that there are none where every player decides once.
     """

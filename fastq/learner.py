@@ -528,7 +528,7 @@ def train(
     """Learn a policy from the players who are not held out for evaluation.
 
     `start` is a policy of the same definition that saw fewer decisions: its encoding and units stay, its networks learn on. `directory` keeps the record
-    after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have.
+    after every epoch; with `resume` a stopped run goes on there and ends bit for bit where it would have, on the same kind of device.
     `part` is this process's, where several learn together: each is given the same logs and returns the same policy.
     Raises `TrainingError` where the logs hold nothing to learn from, a loss diverges or a CUDA device is too small.
     The preset `paper` learns afresh, whatever `start`.
@@ -558,7 +558,7 @@ def train(
     try:
         policy, seen, details = published(lesson) if training.preset == "paper" else orthogonal(lesson, start)
     except torch.OutOfMemoryError as error:  # a device's; where processors have none left, something else is raised
-        raise TrainingError(f"the CUDA device has too little memory for {len(windows):,} decisions; set training.accelerator: cpu") from error
+        raise TrainingError(f"the CUDA device has too little memory for {len(windows):,} decisions; set training.accelerator: cpu and train anew") from error
     whole = {
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "data": windows.fingerprint(),

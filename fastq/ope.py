@@ -154,7 +154,7 @@ __all__ = [
 
 RIDGES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # strengths that `fitted_q` and `density_ratio` choose among, per row, on features of mean square 1
 FIT_RIDGES = (1e-3, 1e-2, 1e-1, 1.0)  # those of q in `double_reinforcement`
-PAST_SHRUNK = 0.1  # what is shrunk of what was done before passes for the player's own; not at all is noise where players are few; measured there too
+PAST_SHRUNK = 0.1  # what is shrunk of what was done before passes for the player's own; not at all is noise where players are few; measured in infra/log.md
 RATIO_RIDGE = 1e-3  # of its ratio: a stronger one leaves the future out, a weaker one is noise; measured in infra/log.md
 THRESHOLDS = (0.999, 0.99, 0.95, 0.9, 0.75, 0.5)  # quantiles of the weights that are not 0, tried by `switch_doubly_robust` after infinity
 SHRINKAGES = (1e3, 1e2, 1e1, 3.0, 1.0, 0.1)  # multiples of the mean square of the weights, tried by `shrunk_doubly_robust` after infinity

@@ -199,7 +199,7 @@ class Training(_Branch):
     balance: float = Field(0.1, ge=0)  # final strength of the gradient reversal (paper: 0.1)
     horizon: int = Field(4, ge=1)  # decisions whose outcomes stage 1 sums; twice as many where people's own responses are asked about
     caution: float | None = Field(None, ge=0)  # standard deviations of doubt subtracted before ranking; None: what `Policy.caution` has
-    accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # where networks learn; auto: on CUDA where there is one, but for several workers on their processors
+    accelerator: Literal["auto", "cpu", "cuda"] = "auto"  # where networks learn; auto: on CUDA where there is one, several workers on their processors
     workers: int = Field(1, ge=1)  # processes that learn together, on the cluster that `services.ray` names
     alpha: Annotated[float, Field(gt=0, lt=0.5)] = 0.025  # error rate of the promotion gate
 
@@ -214,6 +214,8 @@ class Training(_Branch):
             raise ValueError(
                 f"batch_size: expected a multiple of workers ({self.workers}), so that each has an equal part of every batch, got {self.batch_size}"
             )
+        if self.workers > 1 and self.accelerator == "cuda":  # tried on one device alone
+            raise ValueError("accelerator: several workers learn on their processors; expected auto or cpu, or workers: 1")
         if self.workers > 1 and self.preset == "paper":
             raise ValueError("workers: the published form is learned by one process; expected 1")
         return self

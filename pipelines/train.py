@@ -161,9 +161,7 @@ def learn_together(platform: Platform, turn: str, start: str | None, on_progress
         trainer = TorchTrainer(
             learn_part,
             train_loop_config=config,
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=platform.training.workers, use_gpu=platform.training.accelerator == "cuda", resources_per_worker={"CPU": 1}
-            ),
+            scaling_config=ray.train.ScalingConfig(num_workers=platform.training.workers, resources_per_worker={"CPU": 1}),
             run_config=ray.train.RunConfig(name="ray", storage_path=str(directory.resolve()), failure_config=ray.train.FailureConfig(max_failures=1)),
         )
         try:

@@ -1,14 +1,16 @@
 """The benchmark: what its rivals see and learn, that a stopped one goes on, and that its figures are what the cells say."""
 
 import dataclasses
+import functools
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 
 from fastq import benchmark, features, records, windows, worlds
-from fastq.errors import RequestError
+from fastq.errors import RequestError, WorkspaceError
 from fastq.features import PlayerStates
 from fastq.platform import load_platform
 
@@ -140,9 +142,12 @@ class TestCells:
         assert not list(tmp_path.rglob("logs-*"))
         assert json.loads(missing.read_text())["value"] != before["value"], "another truth than that of few players and days"
         missing.write_text(json.dumps(before))
-        again = benchmark.on_simulator(study, tmp_path, processes=2)
+        again = benchmark.on_simulator(dataclasses.replace(study, worlds=("arena", "arena")), tmp_path, processes=2)
         assert again["worlds"] == document["worlds"]
         assert shared["worlds"] != document["worlds"]
+        monkeypatch.setattr(benchmark, "_alone", functools.partial(os._exit, 1))
+        with pytest.raises(WorkspaceError, match="a process ended before its cell was done.*fewer --processes"):
+            benchmark.on_simulator(study, tmp_path, processes=2)
 
 
 @pytest.mark.slow

@@ -137,7 +137,14 @@ def test_what_whoever_is_told_raises_is_not_lost(tmp_path: Path) -> None:
         (tmp_path / "progress").write_text('["value", 1, 2, {}]\n')
 
 
-@pytest.mark.parametrize(("training", "says"), [("batch_size: 1023, workers: 2", "multiple of workers"), ("preset: paper, workers: 2", "by one process")])
+@pytest.mark.parametrize(
+    ("training", "says"),
+    [
+        ("batch_size: 1023, workers: 2", "multiple of workers"),
+        ("preset: paper, workers: 2", "by one process"),
+        ("accelerator: cuda, workers: 2", "learn on their processors"),
+    ],
+)
 def test_parts_that_would_not_be_equal_are_refused(tmp_path: Path, training: str, says: str) -> None:
     worlds.write_logs(worlds.world("arena"), tmp_path, players=10, days=2)
     file = tmp_path / "fastq.yaml"

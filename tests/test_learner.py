@@ -219,7 +219,7 @@ def test_a_device_that_is_too_small_is_named(monkeypatch):
 
     platform, data = bandit(players=40, days=4)
     monkeypatch.setattr(learner, "fit", full)
-    with pytest.raises(TrainingError, match=r"too little memory for 160 decisions; set training\.accelerator: cpu"):
+    with pytest.raises(TrainingError, match=r"too little memory for 160 decisions; set training\.accelerator: cpu and train anew"):
         learner.train(platform, data)
 
 
