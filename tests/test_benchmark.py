@@ -146,7 +146,7 @@ class TestCells:
         assert again["worlds"] == document["worlds"]
         assert shared["worlds"] != document["worlds"]
         monkeypatch.setattr(benchmark, "_alone", functools.partial(os._exit, 1))
-        with pytest.raises(WorkspaceError, match="a process ended before its cell was done.*fewer --processes"):
+        with pytest.raises(WorkspaceError, match=r"a process ended before its cell was done.*fewer --processes"):
             benchmark.on_simulator(study, tmp_path, processes=2)
 
 
