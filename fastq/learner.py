@@ -42,7 +42,6 @@ from fastq.representation import (
     Part,
     Progress,
     Stage,
-    device_of,
     fit,
     histories,
     outcome_targets,
@@ -649,7 +648,7 @@ def orthogonal(lesson: Lesson, start: Policy | None) -> tuple[Policy, Represente
     targets = level_targets(policy, seen, windows, features, scale, learned)
     linear_level(policy, windows, b, reward, targets, learned)
 
-    data, device = stage_two_data(policy, seen, network, states, windows, features, scale, learned), device_of(training)
+    data, device = stage_two_data(policy, seen, network, states, windows, features, scale, learned), states.mean.device
     network.cpu()  # where it learned; the rest of the policy is there already
     module = ValueAndActor(
         policy,

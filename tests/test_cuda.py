@@ -8,15 +8,15 @@ from fastq import Policy, equations, features, learner, representation
 from fastq.features import Units
 from fastq.networks import Representation, Sizes
 from fastq.representation import RepresentationModule, StateTensors
-from tests.test_learner import bandit
+from tests.test_learner import bandit, finds_the_best_action
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device here")
 
 
-def on(accelerator, preset="default", **settings):
+def on_cuda(preset="default"):
     """A small bandit that learns there: platform and windows."""
     platform, data = bandit(players=120, days=8, epochs=4)
-    training = platform.training.model_copy(update={"accelerator": accelerator, "preset": preset, **settings})
+    training = platform.training.model_copy(update={"accelerator": "cuda", "preset": preset})
     object.__setattr__(data, "platform", platform.model_copy(update={"training": training}))
     return data.platform, data
 
@@ -40,7 +40,7 @@ def one_step(data, device):
 
 
 def test_a_step_does_what_it_does_on_the_processor():
-    _, data = on("cuda")
+    _, data = on_cuda()
     there, here = (one_step(data, torch.device(device)) for device in ("cuda", "cpu"))
     assert there[0] == pytest.approx(here[0], rel=1e-4)
     assert there[1].keys() == here[1].keys()
@@ -52,7 +52,7 @@ def test_a_step_does_what_it_does_on_the_processor():
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
 def test_what_was_learned_there_is_stored_and_recommends_as_any_policy(preset, tmp_path):
-    platform, data = on("cuda", preset)
+    platform, data = on_cuda(preset)
     torch.cuda.reset_peak_memory_stats()
     policy = learner.train(platform, data)
     assert torch.cuda.max_memory_allocated() > 0, "it did not learn there"
@@ -69,16 +69,11 @@ def test_what_was_learned_there_is_stored_and_recommends_as_any_policy(preset, t
 def test_the_known_best_action_is_found_there():
     platform, data = bandit(epochs=15)
     assert representation.device_of(platform.training).type == "cuda", "auto takes the device that there is"
-    policy = learner.train(platform, data)
-    index = np.flatnonzero(np.arange(len(data)) % 12 == 11)
-    best = policy.recommend(data.states(index), explore=False).action[:, 0]
-    calm = np.array([value == "yes" for value in data.attributes[index]["calm"]])
-    assert best[calm].mean() == pytest.approx(5.95, abs=0.6)
-    assert best[~calm].mean() == pytest.approx(8.95, abs=0.6)
+    finds_the_best_action(data, learner.train(platform, data))
 
 
 @pytest.mark.parametrize(
     ("preset", "stop_in"), [("default", "representation"), ("default", "value and actor"), ("paper", "representation"), ("paper", "critics and actor")]
 )
 def test_killed_and_resumed_equals_never_stopped_bit_for_bit(preset, stop_in, tmp_path, trained_whole_and_resumed):
-    trained_whole_and_resumed(*on("cuda", preset), tmp_path, stop_in, 2)
+    trained_whole_and_resumed(*on_cuda(preset), tmp_path, stop_in, 2)

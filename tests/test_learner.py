@@ -78,14 +78,18 @@ def learned():
     return data, learner.train(platform, data)
 
 
-def test_the_known_best_action_is_found_for_each_kind_of_player(learned):
-    data, policy = learned
+def finds_the_best_action(data, policy):
+    """Of a bandit's policy: for each kind of player."""
     index = np.flatnonzero(np.arange(len(data)) % 12 == 11)
     best = policy.recommend(data.states(index), explore=False).action[:, 0]
     calm = np.array([value == "yes" for value in data.attributes[index]["calm"]])
     # the optimum under weights 1 and -0.1: 6 or 9, less 0.1 / 15 * 16 / 2 = 0.05 games for the cost
     assert best[calm].mean() == pytest.approx(5.95, abs=0.6)
     assert best[~calm].mean() == pytest.approx(8.95, abs=0.6)
+
+
+def test_the_known_best_action_is_found_for_each_kind_of_player(learned):
+    finds_the_best_action(*learned)
 
 
 def test_unseen_players_confirm_what_is_there_and_the_report_says_so(learned):
@@ -204,8 +208,8 @@ def test_killed_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, stop_in, 
     assert {p.suffix for p in (tmp_path / "cut").iterdir()} == {".safetensors"}, "the record is safetensors, no checkpoint of another kind"
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_where_there_is_none_is_refused_by_name_and_auto_does_without():
+def test_cuda_where_there_is_none_is_refused_by_name_and_auto_does_without(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     platform, data = bandit(players=40, days=4)
     asked = platform.training.model_copy(update={"accelerator": "cuda"})
     with pytest.raises(TrainingError, match=r"training\.accelerator: cuda: PyTorch finds no CUDA device here; expected cpu or auto"):
